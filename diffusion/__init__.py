@@ -1,0 +1,1 @@
+"""Denoising diffusion models of satellite patches: data, process, model, training, evaluation, tracking."""

@@ -1,0 +1,94 @@
+"""The loader: the images of any stretch of the order, decoded once and kept while they fit in memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.data.manifest import Manifest, Shard, Split, manifest_path
+from diffusion.data.shards import decode_all, read_shard
+from diffusion.data.store import LocalCopy, Store
+
+MEMORY_BYTES = 1 << 30
+
+Images = NDArray[np.uint8]
+"""[samples, height, width, 3]"""
+Labels = NDArray[np.int64]
+"""[samples], indices of the manifest's classes"""
+
+T = TypeVar("T")
+
+
+class ShardImages:
+    """Decoded shards of one split, the least recently used dropped beyond `memory_bytes`.
+
+    Args:
+        image_size: size to which the images are averaged down.
+        folder: where copies of a remote store's shards are kept.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        split: Split,
+        image_size: int,
+        folder: Path,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self.manifest, self.image_size, self.memory_bytes = manifest, image_size, memory_bytes
+        self.shards: tuple[Shard, ...] = manifest.shards_of(split)
+        self._files = LocalCopy(store, folder)
+        self._decoded: OrderedDict[int, tuple[Images, Labels]] = OrderedDict()
+
+    def shard(self, index: int) -> tuple[Images, Labels]:
+        """All images and labels of one shard. Raises DataError or StoreError if its bytes are not the manifest's."""
+        if index not in self._decoded:
+            shard = self.shards[index]
+            name = f"{manifest_path(self.manifest.digest).rpartition('/')[0]}/{shard.name}"
+            samples = read_shard(self._files.read(name, shard.sha256), name)
+            images = decode_all(samples, self.manifest.image_size, self.image_size)
+            self._decoded[index] = images, np.array([sample.label for sample in samples])
+            while len(self._decoded) > 1 and sum(i.nbytes for i, _ in self._decoded.values()) > self.memory_bytes:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(index)
+        return self._decoded[index]
+
+    def take(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[Images, Labels]:
+        """The images at these shards and places, in that order."""
+        images = np.empty((len(shards), self.image_size, self.image_size, 3), np.uint8)
+        labels = np.empty(len(shards), np.int64)
+        for index in np.unique(shards):
+            chosen = shards == index
+            shard_images, shard_labels = self.shard(int(index))
+            images[chosen], labels[chosen] = shard_images[places[chosen]], shard_labels[places[chosen]]
+        return images, labels
+
+    def all(self) -> Iterator[tuple[Images, Labels]]:
+        """Every shard's images and labels, in the manifest's order."""
+        for index in range(len(self.shards)):
+            yield self.shard(index)
+
+
+def prefetch(make: Callable[[int], T], start: int, end: int, ahead: int = 2) -> Iterator[T]:
+    """make(start), …, make(end - 1), made up to `ahead` calls early in one background thread.
+
+    `make` must be a pure function of its argument, so that nothing depends on how far it ran ahead.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        pending: list[Future[T]] = [pool.submit(make, index) for index in range(start, min(start + ahead, end))]
+        try:
+            for index in range(start, end):
+                result = pending.pop(0).result()
+                if index + ahead < end:
+                    pending.append(pool.submit(make, index + ahead))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,74 @@
+"""The manifest: what a dataset version consists of, down to the digest of each shard."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffusion.errors import DataError
+
+FORMAT_VERSION = 1
+
+Split = Literal["train", "test"]
+
+
+class Shard(BaseModel):
+    """One WebDataset tar of the dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    split: Split
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """A dataset version. `digest` is the content digest of its images, the same for every container they came in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    digest: str
+    source: str
+    licence: str
+    classes: tuple[str, ...]
+    image_size: int
+    splits: dict[Split, int]
+    pixel_mean: tuple[float, float, float]
+    """Mean of each channel over the train split, pixels in [-1, 1]."""
+    pixel_std: tuple[float, float, float]
+    """Standard deviation of each channel over the train split, pixels in [-1, 1]."""
+    shards: tuple[Shard, ...]
+
+    def shards_of(self, split: Split) -> tuple[Shard, ...]:
+        """The shards of one split, in their stated order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def to_json(self) -> bytes:
+        """The manifest's bytes; equal manifests have equal bytes."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def manifest_path(digest: str) -> str:
+    """Where the manifest of a dataset lies in the store."""
+    return f"datasets/{digest}/manifest.json"
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Read a manifest. Raises DataError if it is damaged, inconsistent, or of a format that this version can't read."""
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(f"The manifest {where} is damaged: {error}. Delete its folder and ingest again.") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"The manifest {where} has format {manifest.format_version}; this version reads {FORMAT_VERSION}. "
+            "Ingest again."
+        )
+    for split, count in manifest.splits.items():
+        if sum(shard.samples for shard in manifest.shards_of(split)) != count:
+            raise DataError(f"The manifest {where} contradicts itself: its {split} shards do not hold {count} samples.")
+    return manifest

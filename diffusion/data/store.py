@@ -1,0 +1,213 @@
+"""The object store: immutable objects under slash-separated names, in a local folder or an S3 bucket.
+
+An object appears whole or not at all. Names are relative: `datasets/<digest>/manifest.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from diffusion.errors import StoreError
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+
+class Store(Protocol):
+    """What the pipeline needs of a store."""
+
+    uri: str
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes. Raises KeyError if there is none, StoreError if the store does not answer."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put the object, replacing one of that name, all at once. Raises StoreError if the store can't be written."""
+        ...
+
+    def names(self, prefix: str) -> list[str]:
+        """The names that begin with `prefix`, sorted."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete the object if there is one."""
+        ...
+
+
+def open_store(uri: str) -> Store:
+    """The store at a folder path, a `file://` URI or an `s3://bucket/prefix` URI.
+
+    S3 takes its endpoint and credentials the AWS way (environment, profile, instance role).
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        return S3Store(parts.netloc, parts.path.strip("/"))
+    if parts.scheme in ("", "file"):
+        return FolderStore(Path(parts.path))
+    raise StoreError(f"The store '{uri}' is neither a folder nor s3://bucket/prefix. Set TRAIN_DIFFUSION_STORE to one.")
+
+
+def check_writable(store: Store) -> None:
+    """Write, read back and delete one small object. Raises StoreError if any of that fails."""
+    name, data = f".probe-{uuid.uuid4().hex}", b"can this store be written?"
+    store.write(name, data)
+    if store.read(name) != data:
+        raise StoreError(f"The store {store.uri} gives back other bytes than were written.")
+    store.delete(name)
+
+
+class FolderStore:
+    """A store in a local folder (or a mounted one, where rename is atomic)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.uri = str(self.folder)
+
+    def path(self, name: str) -> Path:
+        """Where an object lies, whether it exists or not."""
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self.path(name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise KeyError(f"{self.uri}/{name}") from None
+        except OSError as error:
+            raise StoreError(f"{self.path(name)} can't be read: {error.strerror}.") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        target = self.path(name)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with part.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise StoreError(
+                f"The store {self.uri} can't be written ({error.strerror}: {error.filename or target}). "
+                "Make it writable, free space there, or point TRAIN_DIFFUSION_STORE elsewhere."
+            ) from error
+
+    def names(self, prefix: str) -> list[str]:
+        # Only the folder that the prefix lies in is walked, not the whole store.
+        top = self.folder / prefix.rpartition("/")[0]
+        found = (path.relative_to(self.folder).as_posix() for path in top.rglob("*") if path.is_file())
+        return sorted(name for name in found if name.startswith(prefix) and not name.endswith(".part"))
+
+    def delete(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class S3Store:
+    """A store in an S3 bucket, by boto3. A put is atomic there; every request is retried with backoff and jitter."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._client: S3Client | None = None
+
+    @property
+    def client(self) -> S3Client:
+        """Made at first use: boto3 is not imported where the store is a folder."""
+        if self._client is None:
+            import boto3
+            from botocore.config import Config
+
+            config = Config(
+                connect_timeout=5, read_timeout=30, retries={"mode": "standard", "max_attempts": 5}, max_pool_connections=16
+            )
+            self._client = boto3.client("s3", config=config)
+        return self._client
+
+    def read(self, name: str) -> bytes:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                raise KeyError(f"{self.uri}/{name}") from None
+            raise self._failure("read", error) from error
+        except BotoCoreError as error:
+            raise self._failure("read", error) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data)
+        except (BotoCoreError, ClientError) as error:
+            raise self._failure("written", error) from error
+
+    def names(self, prefix: str) -> list[str]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+            keys = [item.get("Key", "") for page in pages for item in page.get("Contents", [])]
+        except (BotoCoreError, ClientError) as error:
+            raise self._failure("listed", error) from error
+        return sorted(key.removeprefix(self.prefix) for key in keys)
+
+    def delete(self, name: str) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self.client.delete_object(Bucket=self.bucket, Key=self.prefix + name)
+        except (BotoCoreError, ClientError) as error:
+            raise self._failure("written", error) from error
+
+    def _failure(self, verb: str, error: Exception) -> StoreError:
+        return StoreError(
+            f"The store {self.uri} can't be {verb} ({error}). Check the bucket's name, AWS_ENDPOINT_URL_S3 and the "
+            "credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or a profile)."
+        )
+
+
+class LocalCopy:
+    """Reads objects whose sha256 is known, keeping copies in a local folder where the store itself is remote."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.folder = store, folder
+
+    def read(self, name: str, sha256: str) -> bytes:
+        """The object's bytes, checked. Raises KeyError if there is none, StoreError if its bytes are not those promised."""
+        if isinstance(self.store, FolderStore):
+            return _checked(self.store.read(name), sha256, f"{self.store.uri}/{name}")
+        copy = self.folder / sha256
+        if copy.exists():
+            data = copy.read_bytes()
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+        data = _checked(self.store.read(name), sha256, f"{self.store.uri}/{name}")
+        FolderStore(self.folder).write(sha256, data)
+        return data
+
+
+def _checked(data: bytes, sha256: str, where: str) -> bytes:
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise StoreError(f"{where} is damaged: its sha256 is {found[:16]}…, expected {sha256[:16]}…. Delete it and make it again.")
+    return data

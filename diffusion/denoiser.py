@@ -1,0 +1,171 @@
+"""A network with its process: predicts clean images from noisy ones, and draws samples. Usable from a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffusion.model.seed_unet import SeedUNet
+from diffusion.model.unet import UNet
+from diffusion.process import schedule as schedules
+from diffusion.process.bound import PixelBins
+from diffusion.process.levels import Spacing, sampling_levels
+from diffusion.process.prediction import to_x0
+from diffusion.process.samplers import SAMPLERS, SamplerName
+from diffusion.process.schedule import Schedule, noise_variance
+from diffusion.randomness import stream
+from diffusion.recipe import Process, Recipe
+
+GREY_LEVELS = 255
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The map between 8-bit pixels and the space of the process, where every channel has mean 0 and variance 1.
+
+    Unit variance makes the network's input of variance one at every noise level, and its v-target too: the
+    preconditioning of Karras et al. 2022 (arXiv:2206.00364, table 1) without a formula of its own.
+    """
+
+    mean: tuple[float, float, float]
+    """Of the channels, for pixels in [-1, 1]."""
+    std: tuple[float, float, float]
+    """Of the channels, for pixels in [-1, 1]."""
+
+    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(value, dtype=torch.float64).reshape(3, 1, 1) for value in (self.mean, self.std))
+        return mean.to(like), std.to(like)
+
+    def encode(self, images: NDArray[np.uint8], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Bytes [batch, height, width, 3] -> process space [batch, 3, height, width]."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(dtype) * (2 / GREY_LEVELS) - 1
+        mean, std = self._columns(pixels)
+        return ((pixels - mean) / std).contiguous()
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """Process space -> pixels in [-1, 1], clipped."""
+        mean, std = self._columns(x)
+        return (x * std + mean).clamp(-1, 1)
+
+    def decode(self, x: Tensor) -> NDArray[np.uint8]:
+        """Process space [batch, 3, height, width] -> bytes [batch, height, width, 3]."""
+        levels = ((self.to_unit(x).double() + 1) * (GREY_LEVELS / 2)).round().to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What black and white are in process space: [3, 1, 1] each."""
+        mean, std = self._columns(like)
+        return (-1 - mean) / std, (1 - mean) / std
+
+    def bins(self, like: Tensor) -> PixelBins:
+        """The bins of the 8-bit values in process space."""
+        low, high = self.limits(like)
+        return PixelBins(width=(high - low) / GREY_LEVELS, low=low, high=high)
+
+
+def make_schedule(process: Process) -> Schedule:
+    """The noise schedule of a recipe."""
+    if process.schedule == "cosine":
+        return schedules.Cosine(process.log_snr_max, process.log_snr_min)
+    table = schedules.linear(process.steps) if process.schedule == "linear" else schedules.cosine(process.steps)
+    return schedules.zero_terminal_snr(table) if process.zero_terminal_snr else table
+
+
+def build_network(recipe: Recipe, classes: int) -> nn.Module:
+    """The untrained network of a recipe. Its initial weights depend on the recipe's seed alone."""
+    size, network = recipe.data.image_size, recipe.network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(recipe.seed, "initial weights").integers(2**63)))
+        if network.kind == "seed":
+            widths = tuple(network.width * multiplier for multiplier in network.multipliers)
+            return SeedUNet(size, widths, network.blocks)
+        return UNet(
+            image_size=size,
+            width=network.width,
+            multipliers=network.multipliers,
+            blocks=network.blocks,
+            attention_below=network.attention_below,
+            patch=network.patch,
+            classes=classes if network.class_conditional else 0,
+            dropout=network.dropout,
+        )
+
+
+class Denoiser:
+    """Predicts x0 and draws samples.
+
+    Args:
+        recipe: the recipe that the network was trained by.
+        network: its weights, in evaluation mode.
+        pixels: the pixel statistics of the training data.
+    """
+
+    def __init__(self, recipe: Recipe, network: nn.Module, pixels: Pixels) -> None:
+        self.recipe, self.network, self.pixels = recipe, network, pixels
+        self.schedule = make_schedule(recipe.process)
+        self.device = next(network.parameters()).device
+
+    def predict_x0(self, x_t: Tensor, log_snr: Tensor, label: Tensor | None, guidance: float = 1.0) -> Tensor:
+        """x0 in process space, clipped to what pixels can be.
+
+        Args:
+            x_t: noisy images [batch, 3, height, width].
+            log_snr: [batch] or scalar, float64.
+            label: class indices [batch], or None for no class.
+            guidance: 1 takes the class as it is; above, samples are pushed towards it (Ho & Salimans 2022,
+                arXiv:2207.12598, eq. 6 with w = guidance - 1).
+        """
+        log_snr = log_snr.to(x_t.device).expand(len(x_t))
+        variance = noise_variance(log_snr)
+        network_input = x_t.to(torch.float32).contiguous(memory_format=torch.channels_last)
+        bf16 = self.recipe.precision == "bf16"
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+            output = self.network(network_input, variance, label)
+            if label is not None and guidance != 1.0:
+                without = self.network(network_input, variance, None)
+                output = without + guidance * (output - without)
+        x0 = to_x0(self.recipe.process.prediction, output.to(x_t.dtype), x_t, log_snr)
+        low, high = self.pixels.limits(x0)
+        return torch.clamp(x0, low, high)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        indices: range,
+        labels: NDArray[np.int64] | None,
+        seed: int,
+        steps: int | None = None,
+        sampler: SamplerName | None = None,
+        spacing: Spacing | None = None,
+        guidance: float = 1.0,
+    ) -> NDArray[np.uint8]:
+        """Draw the samples `indices` of `seed`: bytes [len(indices), height, width, 3].
+
+        Sample i depends on (seed, i) and its label; all else comes from the recipe where it is not given. The images of
+        one call go through the network together: the same calls give the same bytes.
+        """
+        evaluation = self.recipe.evaluation
+        name = sampler or evaluation.sampler
+        levels = sampling_levels(self.schedule, steps or evaluation.sampler_steps, spacing or evaluation.spacing)
+        if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):
+            raise ValueError("epsilon prediction can't start at pure noise")
+        size = self.recipe.data.image_size
+
+        def noise(purpose: str, step: int) -> Tensor:
+            draws = [
+                stream(seed, purpose, index, step).standard_normal((3, size, size), dtype=np.float32) for index in indices
+            ]
+            return torch.from_numpy(np.stack(draws)).to(self.device)
+
+        label = None if labels is None else torch.from_numpy(labels).to(self.device)
+        x0 = SAMPLERS[name](
+            lambda x_t, log_snr: self.predict_x0(x_t, log_snr, label, guidance),
+            noise("sample start", 0),  # of variance one, as x_T is: in process space the data's is one as well
+            levels,
+            lambda step: noise("sample step", step),
+        )
+        return self.pixels.decode(x0)

@@ -1,0 +1,33 @@
+"""Errors that a user can act on: each message says what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong and trying again will not help until the user has changed it."""
+
+
+class DataError(UserError):
+    """The source archive, a shard or a manifest is missing, damaged, or not what it claims to be."""
+
+
+class RecipeError(UserError):
+    """The recipe, or its combination with this machine, cannot be trained."""
+
+
+class StoreError(UserError):
+    """The object store cannot be reached, read or written."""
+
+
+class TrackingError(UserError):
+    """The MLflow server does not answer, or refuses."""
+
+
+class TrainingDiverged(UserError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """The end of a sentence that names the valid name closest to `name`, or all of them if none is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid names: {', '.join(valid)}."

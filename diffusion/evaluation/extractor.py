@@ -1,0 +1,133 @@
+"""Feature extractors: the shipped `eurosat` classifier and the standard `inception` network, each known by its sha256.
+
+A figure is only comparable with figures of the same extractor, so its name travels with every metric (`fid_eurosat`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load
+from torch import Tensor
+
+from diffusion.data.eurosat import CLASSES
+from diffusion.errors import RecipeError
+from diffusion.evaluation.classifier import EuroSATClassifier
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "eurosat-classifier-v1.safetensors"
+SHIPPED_SHA256 = "unset"
+
+
+@dataclass(frozen=True)
+class InceptionSource:
+    """Where the Inception network of FID lies, and which file it must be."""
+
+    location: str
+    """Path or https URL of a TorchScript file: bytes [n, 3, height, width] in, `return_features=True` -> [n, 2048]."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature extractor on one device."""
+
+    name: str
+    sha256: str
+    """Of its weights: two figures are comparable only if this is equal."""
+    embed: Callable[[NDArray[np.uint8]], Tensor]
+    """Images [n, height, width, 3] -> features [n, dimensions], float32, on the device."""
+    classify: Callable[[Tensor], Tensor] | None
+    """Features -> class indices, where the extractor knows the classes."""
+
+
+def load_extractor(name: str, device: torch.device, inception: InceptionSource | None) -> Extractor:
+    """The extractor of that name. Raises RecipeError if it is not to be had or is not the file that it should be."""
+    if name == "eurosat":
+        return _eurosat(device)
+    return _inception(device, inception)
+
+
+def extractor_sha256(name: str, inception: InceptionSource | None) -> str:
+    """The digest that the extractor's weights must have, without loading them."""
+    return SHIPPED_SHA256 if name == "eurosat" else _required(inception).sha256
+
+
+@cache
+def shipped_report() -> dict[str, Any]:
+    """What the training of the shipped classifier reported: accuracy on the test split, dataset digest."""
+    with safe_open(SHIPPED_WEIGHTS, "pt") as file:
+        return json.loads(file.metadata()["report"])
+
+
+def _eurosat(device: torch.device) -> Extractor:
+    weights = load(_verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS)))
+    network = EuroSATClassifier(len(CLASSES), fused=True)
+    network.load_state_dict(weights)
+    network = network.float().eval().to(device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def embed(images: NDArray[np.uint8]) -> Tensor:
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+        return network.features(pixels.contiguous(memory_format=torch.channels_last))
+
+    @torch.inference_mode()
+    def classify(features: Tensor) -> Tensor:
+        return network.head(features).argmax(dim=1)
+
+    return Extractor("eurosat", SHIPPED_SHA256, embed, classify)
+
+
+def _required(inception: InceptionSource | None) -> InceptionSource:
+    if inception is None:
+        raise RecipeError(
+            "The extractor 'inception' is not part of the package: set TRAIN_DIFFUSION_INCEPTION to the path or URL of its "
+            "TorchScript file and TRAIN_DIFFUSION_INCEPTION_SHA256 to its sha256, or use evaluation.extractors: [eurosat]."
+        )
+    return inception
+
+
+def _inception(device: torch.device, inception: InceptionSource | None) -> Extractor:
+    source = _required(inception)
+    network = torch.jit.load(io.BytesIO(_verified(_content(source.location), source.sha256, source.location)), device)
+    network.eval()
+
+    @torch.inference_mode()
+    def embed(images: NDArray[np.uint8]) -> Tensor:
+        return network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), return_features=True).float()
+
+    return Extractor("inception", source.sha256, embed, None)
+
+
+def _content(location: str) -> bytes:
+    if location.startswith("https://"):
+        try:
+            response = requests.get(location, timeout=(10, 60))
+            response.raise_for_status()
+        except requests.RequestException as error:
+            raise RecipeError(f"The extractor can't be downloaded from {location}: {error}") from error
+        return response.content
+    try:
+        return Path(location).read_bytes()
+    except OSError as error:
+        raise RecipeError(f"The extractor {location} can't be read: {error.strerror}.") from error
+
+
+def _verified(content: bytes, sha256: str, where: str) -> bytes:
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise RecipeError(
+            f"The extractor {where} is not the file that it should be: its sha256 is {found}, expected {sha256}. It was not loaded."
+        )
+    return content

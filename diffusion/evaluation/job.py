@@ -1,0 +1,218 @@
+"""The evaluation job: samples of a checkpoint, their scores, and a grid. `torchrun … -m diffusion.evaluation.job FOLDER`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from diffusion.data.ingest import find_dataset
+from diffusion.data.loader import ShardImages
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import Store, open_store
+from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.errors import DataError, StoreError
+from diffusion.evaluation.extractor import InceptionSource, extractor_sha256, load_extractor
+from diffusion.evaluation.likelihood import bits_per_dim
+from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, png
+from diffusion.evaluation.reference import load_reference, reference_name
+from diffusion.evaluation.sharding import block_sizes, gather_rows
+from diffusion.evaluation.statistics import Moments, frechet_distance, kernel_distance
+from diffusion.job import JobSpec, ProgressFile, run_job
+from diffusion.training.checkpoint import State, load_ema, load_raw, load_state
+
+
+class EvaluationJob(JobSpec):
+    """What the evaluation job is told."""
+
+    step: int
+    """Step of the checkpoint to score."""
+    samples: int
+    """Images to generate."""
+    inception: InceptionSource | None = None
+
+
+class SampleScores(BaseModel):
+    """Distances between samples and the real training images under one extractor. Lower is better."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    extractor: str
+    extractor_sha256: str
+    samples: int
+    """How many samples were scored; FID falls with their number, so it is part of the figure."""
+    fid: float
+    kid: float
+    kid_error: float
+    """Standard error of `kid`."""
+    floor_samples: int
+    fid_floor: float
+    """FID of that many real test images: what a perfect model would get."""
+    kid_floor: float
+    class_accuracy: float | None
+    """Share of class-conditional samples that the extractor takes for their class."""
+
+
+class Scores(BaseModel):
+    """All that was measured of one checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    images_seen: int
+    checkpoint: str
+    """Digest of the checkpoint."""
+    bits_per_dim: float
+    """The variational bound on held-out images, in bits a subpixel."""
+    bits_per_dim_error: float
+    """Its standard error."""
+    likelihood_images: int
+    by_extractor: tuple[SampleScores, ...]
+    """In the recipe's order; the first decides about promotion."""
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names for MLflow; an extractor's name is part of its figures' names."""
+        flat = {"bits_per_dim": self.bits_per_dim, "bits_per_dim_error": self.bits_per_dim_error}
+        for scores in self.by_extractor:
+            for key in ("fid", "kid", "kid_error", "fid_floor", "kid_floor", "class_accuracy", "samples"):
+                value = getattr(scores, key)
+                if value is not None:
+                    flat[f"{key}_{scores.extractor}"] = float(value)
+        return flat
+
+
+def evaluation_folder(run: str, step: int) -> str:
+    """Where the results of an evaluation lie in the store."""
+    return f"runs/{run}/evaluations/{step:09d}"
+
+
+def find_scores(store: Store, run: str, step: int, samples: int) -> Scores | None:
+    """The scores of a finished evaluation with that many samples, or None."""
+    try:
+        scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step)}/scores.json"))
+    except KeyError:
+        return None
+    return scores if all(by.samples == samples for by in scores.by_extractor) else None
+
+
+def load_denoiser(store: Store, state: State, manifest: Manifest, device: torch.device) -> Denoiser:
+    """The denoiser of a checkpoint, with the weights that its recipe wants scored."""
+    recipe = state.recipe
+    network = build_network(recipe, len(manifest.classes))
+    network.load_state_dict(load_ema(store, state) if recipe.evaluation.weights == "ema" else load_raw(store, state))
+    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return Denoiser(recipe, network, Pixels(manifest.pixel_mean, manifest.pixel_std))
+
+
+def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None:
+    """Score a checkpoint and store `grid.png` and, last, `scores.json`. The work is shared out in blocks of images."""
+    store = open_store(job.store)
+    state = load_state(store, job.run, job.step)
+    manifest = find_dataset(store, job.dataset)
+    if manifest is None or manifest.digest != state.dataset:
+        raise DataError(f"The store {store.uri} lacks the dataset {state.dataset} that run {job.run} was trained on.")
+    recipe = state.recipe
+    denoiser = load_denoiser(store, state, manifest, accelerator.device)
+    progress = ProgressFile(folder, accelerator.is_main_process)
+
+    images, labels = generate(denoiser, manifest, job.samples, accelerator, progress)
+    by_extractor = tuple(
+        score_samples(name, images, labels, store, job, recipe.data.image_size, accelerator)
+        for name in recipe.evaluation.extractors
+    )
+    test = ShardImages(store, manifest, "test", recipe.data.image_size, job.shard_copies)
+    bound = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
+
+    if accelerator.is_main_process:
+        where = evaluation_folder(job.run, job.step)
+        rows = list(manifest.classes) if recipe.network.class_conditional else [""] * len(manifest.classes)
+        # The columns are fixed by the samples' indices: the same noise at every milestone.
+        shown = GRID_COLUMNS * len(rows)
+        store.write(f"{where}/grid.png", png(class_grid(images[:shown], rows)))
+        scores = Scores(
+            step=job.step,
+            images_seen=state.images_seen,
+            checkpoint=state.digest,
+            bits_per_dim=bound.bits,
+            bits_per_dim_error=bound.error,
+            likelihood_images=bound.images,
+            by_extractor=by_extractor,
+        )
+        store.write(f"{where}/scores.json", (json.dumps(scores.model_dump(mode="json"), indent=1) + "\n").encode())
+    accelerator.wait_for_everyone()
+
+
+def generate(
+    denoiser: Denoiser, manifest: Manifest, samples: int, accelerator: Accelerator, progress: ProgressFile
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    """Samples 0..samples-1 of the recipe's seed, on every process, and their labels (sample i has class i % classes)."""
+    recipe = denoiser.recipe
+    labels = np.arange(samples) % len(manifest.classes) if recipe.network.class_conditional else None
+    sizes = block_sizes(samples, recipe.evaluation.batch)
+    mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
+    blocks = {}
+    for done, block in enumerate(mine, start=1):
+        start = block * recipe.evaluation.batch
+        indices = range(start, start + sizes[block])
+        drawn = denoiser.sample(indices, None if labels is None else labels[indices.start : indices.stop], recipe.seed)
+        blocks[block] = torch.from_numpy(drawn).to(accelerator.device)
+        progress.write("sampling", done, len(mine))
+    if not blocks:  # more processes than blocks: this one has nothing to do but to take part in the gathering
+        size = recipe.data.image_size
+        blocks[accelerator.process_index] = torch.empty((0, size, size, 3), dtype=torch.uint8, device=accelerator.device)
+    return gather_rows(accelerator, blocks, sizes).astype(np.uint8), labels
+
+
+def score_samples(
+    name: str,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    store: Store,
+    job: EvaluationJob,
+    image_size: int,
+    accelerator: Accelerator,
+) -> SampleScores:
+    """FID, KID and their floors under one extractor."""
+    extractor = load_extractor(name, accelerator.device, job.inception)
+    where = reference_name(job.dataset, name, extractor_sha256(name, job.inception), image_size)
+    try:
+        reference = load_reference(store, where)
+    except KeyError:
+        raise StoreError(f"The reference {store.uri}/{where} is missing. Measure it before the evaluation.") from None
+    embedded = torch.cat([extractor.embed(images[start : start + 250]) for start in range(0, len(images), 250)])
+    features = embedded.cpu().numpy()
+    kid, kid_error = kernel_distance(features, reference.train_features)
+    floor = reference.test_features[: len(features)]
+    accuracy = None
+    if labels is not None and extractor.classify is not None:
+        accuracy = float((extractor.classify(embedded).cpu().numpy() == labels).mean())
+    return SampleScores(
+        extractor=name,
+        extractor_sha256=extractor.sha256,
+        samples=len(features),
+        fid=frechet_distance(Moments.of(features), reference.train),
+        kid=kid,
+        kid_error=kid_error,
+        floor_samples=len(floor),
+        fid_floor=frechet_distance(Moments.of(floor), reference.train),
+        kid_floor=kernel_distance(floor, reference.train_features)[0],
+        class_accuracy=accuracy,
+    )
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """The scores as a short table's row."""
+    row: dict[str, Any] = {"step": scores.step, "images": scores.images_seen, "bits/dim": round(scores.bits_per_dim, 3)}
+    for by in scores.by_extractor:
+        row[f"fid_{by.extractor} (n={by.samples:,})"] = round(by.fid, 2)
+    return row
+
+
+if __name__ == "__main__":
+    run_job(EvaluationJob, evaluate)

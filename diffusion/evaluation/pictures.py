@@ -1,0 +1,40 @@
+"""Pictures: grids of samples with their class names."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+GRID_COLUMNS = 8
+GAP = 4
+LABEL_WIDTH = 176
+BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+
+
+def class_grid(samples: NDArray[np.uint8], rows: list[str], cell: int = 96) -> Image.Image:
+    """A grid with a labelled row a class: sample i lies in row i % len(rows), column i // len(rows).
+
+    samples: [GRID_COLUMNS * len(rows), height, width, 3]; each is enlarged to `cell` pixels without smoothing.
+    """
+    columns = len(samples) // len(rows)
+    label_width = LABEL_WIDTH if any(rows) else 0
+    size = (label_width + columns * (cell + GAP) + GAP, len(rows) * (cell + GAP) + GAP)
+    image = Image.new("RGB", size, BACKGROUND)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    for row, name in enumerate(rows):
+        top = GAP + row * (cell + GAP)
+        draw.text((GAP * 2, top + cell / 2), name, INK, font, anchor="lm")
+        for column in range(columns):
+            patch = Image.fromarray(samples[column * len(rows) + row]).resize((cell, cell), Image.Resampling.NEAREST)
+            image.paste(patch, (label_width + GAP + column * (cell + GAP), top))
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as PNG."""
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    return data.getvalue()

@@ -1,0 +1,99 @@
+"""The reference: features of the real images, once per dataset version, extractor and image size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from diffusion.data.ingest import find_dataset
+from diffusion.data.loader import ShardImages
+from diffusion.data.store import Store, open_store
+from diffusion.errors import DataError
+from diffusion.evaluation.extractor import InceptionSource, extractor_sha256, load_extractor
+from diffusion.evaluation.sharding import gather_rows
+from diffusion.evaluation.statistics import Moments
+from diffusion.job import JobSpec, ProgressFile
+
+FORMAT_VERSION = 1
+KEPT_FEATURES = 10_000  # of the train split, for the kernel distance; the moments are of all
+BATCH = 250
+
+
+class ReferenceJob(JobSpec):
+    """What the reference job is told."""
+
+    image_size: int
+    extractor: str
+    inception: InceptionSource | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of the real images under one extractor."""
+
+    train: Moments
+    """Moments of all training images."""
+    train_features: NDArray[np.float32]
+    """Features of the first training images."""
+    test_features: NDArray[np.float32]
+    """Features of all test images."""
+
+
+def reference_name(dataset: str, extractor: str, sha256: str, image_size: int) -> str:
+    """Where the reference lies in the store: named by what it was computed from."""
+    key = json.dumps([FORMAT_VERSION, dataset, extractor, sha256, image_size])
+    return f"references/{extractor}-{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+
+
+def load_reference(store: Store, name: str) -> Reference:
+    """Read a reference. Raises KeyError if there is none."""
+    tensors = load(store.read(name))
+    moments = Moments(int(tensors["count"][0]), tensors["mean"], tensors["scatter"])
+    return Reference(moments, tensors["train_features"], tensors["test_features"])
+
+
+def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator) -> None:
+    """Compute and store the reference, unless the store has it. Images are shared out to the processes by shards."""
+    store = open_store(job.store)
+    name = reference_name(job.dataset, job.extractor, extractor_sha256(job.extractor, job.inception), job.image_size)
+    manifest = find_dataset(store, job.dataset)
+    if manifest is None:
+        raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
+    extractor = load_extractor(job.extractor, accelerator.device, job.inception)
+    progress = ProgressFile(folder, accelerator.is_main_process)
+    features = {}
+    for split in ("train", "test"):
+        images = ShardImages(store, manifest, split, job.image_size, job.shard_copies, memory_bytes=0)
+        mine = range(accelerator.process_index, len(images.shards), accelerator.num_processes)
+        blocks = {}
+        for done, shard in enumerate(mine, start=1):
+            pixels, _ = images.shard(shard)
+            parts = [extractor.embed(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
+            blocks[shard] = torch.cat(parts)
+            progress.write(f"features of real {split} images", done, len(mine))
+        features[split] = gather_rows(accelerator, blocks, [shard.samples for shard in images.shards])
+    if accelerator.is_main_process:
+        train = Moments.of(features["train"])
+        tensors = {
+            "count": np.array([train.count]),
+            "mean": train.mean,
+            "scatter": train.scatter,
+            "train_features": features["train"][:KEPT_FEATURES],
+            "test_features": features["test"],
+        }
+        store.write(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    from diffusion.job import run_job
+
+    run_job(ReferenceJob, measure_reference)

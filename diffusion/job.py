@@ -1,0 +1,116 @@
+"""What the training and the evaluation job share: their files, their processes, and how their errors travel.
+
+A job is a module run by torchrun with one argument, the folder that holds its `job.json`. What it has to say goes
+there: `error.json` if it fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict
+
+from diffusion import errors
+
+SPEC, ERROR = "job.json", "error.json"
+PR_SET_PDEATHSIG = 1
+
+
+class JobSpec(BaseModel):
+    """What every job is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str
+    """Name of the run, part of every path."""
+    store: str
+    """URI of the store."""
+    dataset: str
+    """Digest of the dataset."""
+    shard_copies: Path
+    """Folder for local copies of a remote store's shards."""
+
+
+S = TypeVar("S", bound=JobSpec)
+
+
+def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) -> None:
+    """The `main` of a job: read its spec, join the other processes, run `body(spec, folder, accelerator)`.
+
+    An error is written to `error.json` as {"kind", "message", "rank"}, and ends the process with code 1.
+    """
+    end_with_parent()
+    folder = Path(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    try:
+        spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
+        cuda = torch.cuda.is_available()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        accelerator = Accelerator(cpu=not cuda)
+        body(spec, folder, accelerator)
+        accelerator.end_training()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except Exception as error:
+        kind = type(error).__name__ if isinstance(error, errors.UserError) else "crash"
+        report = {"kind": kind, "message": str(error) if kind != "crash" else traceback.format_exc(), "rank": rank}
+        # All ranks may fail at once, most of them only because the first did: the first to write is kept.
+        part = folder / f"{ERROR}.{rank}"
+        part.write_text(json.dumps(report))
+        try:
+            os.link(part, folder / ERROR)
+        except FileExistsError:
+            logging.getLogger(__name__).info("another rank has already reported an error")
+        part.unlink()
+        logging.getLogger(__name__).exception("rank %d failed", rank)
+        raise SystemExit(1) from error
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, even by `kill -9`. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def error_of(folder: Path) -> Exception | None:
+    """The error that a job left in its folder, as the exception that it was; None if it left none."""
+    path = folder / ERROR
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text())
+    kind = getattr(errors, report["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, errors.UserError):
+        return kind(report["message"])
+    return RuntimeError(f"rank {report['rank']} failed:\n{report['message']}")
+
+
+class ProgressFile:
+    """What a job has done so far, in its folder's `progress.json`, for whoever watches it from outside."""
+
+    NAME = "progress.json"
+    SECONDS = 0.5
+
+    def __init__(self, folder: Path, active: bool) -> None:
+        self._path, self._active, self._written = folder / self.NAME, active, 0.0
+
+    def write(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Say where the job is; at most twice a second, but never missing the end of a stage."""
+        now = time.monotonic()
+        if self._active and (done == total or now - self._written >= self.SECONDS):
+            self._written = now
+            part = self._path.with_suffix(".part")
+            part.write_text(json.dumps({"stage": stage, "done": done, "total": total, "note": note}))
+            part.replace(self._path)

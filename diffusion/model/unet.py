@@ -1,0 +1,181 @@
+"""The U-Net: down- and upsampling, skip connections, residual blocks, attention where the image is small.
+
+Ronneberger et al. 2015 (arXiv:1505.04597); as a denoiser Ho et al. 2020; adaptive group norm and the order of the
+blocks as in Dhariwal & Nichol 2021 (arXiv:2105.05233).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion.model.embedding import SinusoidalEmbedding
+
+HEAD_CHANNELS = 32
+NOISE_FEATURES = 64
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """A block whose last layer is zero starts as the identity, which lets deep networks train from the first step."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups=max(1, min(32, channels // 8)), num_channels=channels)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, norm scaled and shifted by the condition, SiLU, dropout, conv; plus the input."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_in, self.conv_in = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.scale_and_shift = nn.Linear(condition, 2 * outputs)
+        self.norm_out, self.dropout = _norm(outputs), nn.Dropout(dropout)
+        self.conv_out = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        scale, shift = self.scale_and_shift(condition)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm_out(h), 1 + scale))
+        return self.skip(x) + self.conv_out(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels; plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // HEAD_CHANNELS)
+        self.norm, self.qkv = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        return x + self.out(attended.reshape(batch, channels, height, width))
+
+
+class Stage(nn.Module):
+    """One residual block, with attention or without."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.block = ResidualBlock(inputs, outputs, condition, dropout)
+        self.attention = Attention(outputs) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.attention(self.block(x, condition))
+
+
+class UNet(nn.Module):
+    """Predicts from the noisy image and its noise variance.
+
+    Args:
+        image_size: height and width of the images.
+        width: channels at the highest resolution.
+        multipliers: channels at each resolution, as multiples of `width`; the resolution halves between them.
+        blocks: residual blocks at each resolution.
+        attention_below: resolutions up to this have attention.
+        patch: pixels of a patch x patch square become channels before the first layer (1: none).
+        classes: number of classes; 0 makes the network unconditional.
+        dropout: share of activations dropped in each block while training.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        width: int,
+        multipliers: tuple[int, ...],
+        blocks: int,
+        attention_below: int,
+        patch: int,
+        classes: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        condition = 4 * width
+        self.patch, self.classes = patch, classes
+        self.noise_embedding = SinusoidalEmbedding(NOISE_FEATURES)
+        self.noise_mlp = nn.Sequential(
+            nn.Linear(2 * NOISE_FEATURES, condition), nn.SiLU(), nn.Linear(condition, condition)
+        )
+        # The row after the last class means "no class given".
+        self.class_embedding = nn.Embedding(classes + 1, condition) if classes else None
+
+        resolution = image_size // patch
+        channels = width
+        self.conv_in = nn.Conv2d(3 * patch**2, channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips = [channels]
+        for level, multiplier in enumerate(multipliers):
+            attention = resolution <= attention_below
+            stages = nn.ModuleList()
+            for _ in range(blocks):
+                stages.append(Stage(channels, width * multiplier, condition, dropout, attention))
+                channels = width * multiplier
+                skips.append(channels)
+            self.down.append(stages)
+            if level < len(multipliers) - 1:
+                resolution //= 2
+        self.middle = nn.ModuleList(
+            [Stage(channels, channels, condition, dropout, True), Stage(channels, channels, condition, dropout, False)]
+        )
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            attention = resolution <= attention_below
+            stages = nn.ModuleList()
+            for _ in range(blocks + (level == 0)):
+                stages.append(Stage(channels + skips.pop(), width * multiplier, condition, dropout, attention))
+                channels = width * multiplier
+            self.up.append(stages)
+            resolution *= 2
+        self.norm_out = _norm(channels)
+        self.conv_out = _zero(nn.Conv2d(channels, 3 * patch**2, 3, padding=1))
+
+    def condition(self, noise_variance: Tensor, label: Tensor | None) -> Tensor:
+        """[batch, 4 width]: what every block is told."""
+        v = noise_variance.double()
+        # Near v = 0 and v = 1 the variance itself hardly moves while the task does: the angle of the cosine schedule,
+        # arcsin(sqrt(v)) / (pi/2), spreads both ends.
+        angle = torch.atan2(v.sqrt(), (1 - v).sqrt()) / (torch.pi / 2)
+        features = torch.cat([self.noise_embedding(v), self.noise_embedding(angle)], dim=1)
+        embedded = self.noise_mlp(features.to(self.conv_in.weight.dtype))
+        if self.class_embedding is not None:
+            if label is None:
+                label = torch.full_like(noise_variance, self.classes, dtype=torch.long)
+            embedded = embedded + self.class_embedding(label)
+        return F.silu(embedded)
+
+    def forward(self, x: Tensor, noise_variance: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict like x.
+
+        Args:
+            x: noisy images [batch, 3, image_size, image_size], of variance about one.
+            noise_variance: [batch] in [0, 1], float64 for full resolution near one.
+            label: class indices [batch]; `classes` (or None for all) means no class.
+        """
+        condition = self.condition(noise_variance, label)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        skips = [h]
+        for level, stages in enumerate(self.down):
+            if level > 0:
+                h = F.avg_pool2d(h, 2)
+            for stage in stages:
+                h = stage(h, condition)
+                skips.append(h)
+        for stage in self.middle:
+            h = stage(h, condition)
+        for level, stages in enumerate(self.up):
+            if level > 0:
+                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], dim=1), condition)
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out

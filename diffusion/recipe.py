@@ -1,0 +1,288 @@
+"""The recipe: everything that can change the weights or the scores, in one frozen value. The machine is not in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffusion.errors import RecipeError, nearest
+from diffusion.process.levels import Spacing
+from diffusion.process.objective import Error, Weighting
+from diffusion.process.prediction import Prediction
+from diffusion.process.samplers import SamplerName
+
+
+class Part(BaseModel):
+    """A part of the recipe: frozen, and without room for a misspelt key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Part):
+    """What a training step sees."""
+
+    image_size: Literal[16, 32, 64] = 64
+    """Height and width; below 64 the images are averaged down."""
+    images: int = Field(gt=0)
+    """The budget: images seen in all (an epoch of EuroSAT has 24,300)."""
+    batch_size: int = Field(gt=0)
+    """Images a step, over all processes together."""
+    lanes: int = Field(default=1, gt=0)
+    """Parts that a batch is cut into. A lane is one micro-batch; a process works on whole lanes."""
+    window_shards: int = Field(default=8, gt=0)
+    """Whole shards that are shuffled together."""
+    horizontal_flip: bool = True
+    """Mirror every second image left to right: the sun stands in the south, so only this symmetry is free."""
+
+
+class Network(Part):
+    """The U-Net's size."""
+
+    kind: Literal["unet", "seed"] = "unet"
+    """unet: residual blocks with adaptive group norm and attention. seed: the small batch-norm network of old."""
+    width: int = Field(default=64, gt=0, multiple_of=8)
+    """Channels at the highest resolution."""
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    """Channels of each resolution in units of `width`; the resolution halves from one to the next."""
+    blocks: int = Field(default=2, gt=0)
+    """Residual blocks at each resolution."""
+    attention_below: int = Field(default=16, ge=0)
+    """Resolutions up to this have attention."""
+    patch: int = Field(default=1, ge=1)
+    """Squares of this many pixels become channels before the first layer."""
+    class_conditional: bool = True
+    """Whether the network is told the class."""
+    label_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of images whose class is withheld, so that the network also learns to do without."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of activations dropped in each block."""
+
+
+class Process(Part):
+    """The forward process and what is predicted of it."""
+
+    schedule: Literal["cosine", "cosine_discrete", "linear"] = "cosine"
+    """cosine: continuous time between the two ends below. cosine_discrete, linear: the published tables of `steps`."""
+    log_snr_max: float = 10.0
+    """The clean end of the continuous schedule."""
+    log_snr_min: float = -10.0
+    """The noisy end of the continuous schedule."""
+    steps: int = Field(default=1000, ge=2, le=4000)
+    """T: the steps of the discrete tables, and of the chain whose bound is bits/dim."""
+    zero_terminal_snr: bool = False
+    """Make the last step of a discrete table pure noise."""
+    prediction: Prediction = "v"
+    """What the network predicts."""
+
+
+class Objective(Part):
+    """The loss."""
+
+    noise_levels: Literal["log_normal", "uniform"] = "log_normal"
+    """How training draws noise levels: log_snr from a normal, or time evenly over the schedule."""
+    log_snr_mean: float = 1.0
+    """Of the normal."""
+    log_snr_std: float = Field(default=2.4, gt=0)
+    """Of the normal."""
+    weighting: Weighting = "none"
+    """The weight on the error of the prediction."""
+    gamma: float = 5.0
+    """Parameter of the weights `min_snr` and `p2`."""
+    error: Error = "squared"
+    """Squared or absolute error."""
+
+
+class Optimizer(Part):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """After warm-up."""
+    warmup_images: int = Field(default=0, ge=0)
+    """Images over which the rate rises from zero."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """What the rate does after warm-up; cosine falls to zero at the end of the budget."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the two moments."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """The gradient is scaled down to this norm."""
+
+
+class MovingAverage(Part):
+    """The weights that are sampled from."""
+
+    half_life_images: float = Field(default=500_000, gt=0)
+    """Images after which an old weight counts half."""
+    ramp: float | None = Field(default=0.05, gt=0)
+    """The half-life is at most this share of the images seen so far; null: never shortened."""
+
+
+class Evaluation(Part):
+    """How a checkpoint is scored."""
+
+    every_images: int = Field(gt=0)
+    """A milestone, with an evaluation, each time this many images have been seen (and at the end)."""
+    samples: int = Field(default=10_000, ge=2)
+    """Images generated for FID and KID at the last milestone."""
+    interim_samples: int | None = Field(default=None, ge=2)
+    """The same at the milestones before; null: as many."""
+    likelihood_images: int = Field(default=512, ge=1)
+    """Held-out images whose bound is measured."""
+    sampler: SamplerName = "dpmpp"
+    """The sampler."""
+    sampler_steps: int = Field(default=20, ge=1)
+    """Its network evaluations."""
+    spacing: Spacing = "karras"
+    """Where it places them."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights are scored."""
+    extractors: tuple[Literal["eurosat", "inception"], ...] = ("eurosat",)
+    """Feature extractors; the first decides about promotion."""
+    batch: int = Field(default=100, gt=0)
+    """Images that the network sees at once. It belongs to the recipe: another batch may round differently."""
+
+
+class Recipe(Part):
+    """A whole recipe. `load_recipe` makes one from a preset and overrides."""
+
+    name: str
+    """The preset that it came from."""
+    seed: int = Field(default=0, ge=0)
+    """Key of every random stream: order, noise, noise levels, initial weights."""
+    data: Data
+    network: Network
+    process: Process = Process()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    ema: MovingAverage = MovingAverage()
+    evaluation: Evaluation
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network's activations; weights, losses and statistics are float32 or better."""
+    reduction: Literal["exact", "fast"] = "exact"
+    """How gradients are added. exact: along a fixed tree over the lanes, the same bits on any number of processes that
+    divides them. fast: DistributedDataParallel's own order, which overlaps with the backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        data, network = self.data, self.network
+        if data.batch_size % data.lanes:
+            raise ValueError(f"data.batch_size {data.batch_size} is not a multiple of data.lanes {data.lanes}")
+        if data.lanes & (data.lanes - 1):
+            raise ValueError(f"data.lanes {data.lanes} is not a power of two")
+        smallest = network.patch * 2 ** (len(network.multipliers) - 1)
+        if data.image_size % smallest:
+            raise ValueError(
+                f"data.image_size {data.image_size} can't be halved {len(network.multipliers) - 1} times after "
+                f"patches of {network.patch}"
+            )
+        if network.kind == "seed" and data.lanes != 1:
+            raise ValueError("network.kind seed has batch norm, which mixes the images of a batch: set data.lanes to 1")
+        if network.kind == "seed" and network.class_conditional:
+            raise ValueError("network.kind seed knows no classes: set network.class_conditional to false")
+        if self.process.zero_terminal_snr and self.process.prediction == "epsilon":
+            raise ValueError("process.zero_terminal_snr needs process.prediction v or x0: epsilon says nothing there")
+        if self.process.zero_terminal_snr and self.process.schedule == "cosine":
+            raise ValueError("process.zero_terminal_snr is for the discrete schedules; lower process.log_snr_min instead")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the recipe's canonical JSON; equal recipes train equal weights from equal data."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps in the whole training."""
+        return -(-self.data.images // self.data.batch_size)
+
+    @property
+    def milestones(self) -> tuple[int, ...]:
+        """The steps after which the model is evaluated, the last step among them."""
+        every = max(1, round(self.evaluation.every_images / self.data.batch_size))
+        inner = range(every, self.total_steps, every)
+        # A last stretch of less than half a segment is not worth an evaluation of its own before it.
+        return (*(step for step in inner if self.total_steps - step >= every / 2), self.total_steps)
+
+    def milestones_after(self, step: int) -> tuple[int, ...]:
+        """The milestones still to come once `step` steps are done."""
+        return tuple(milestone for milestone in self.milestones if milestone > step)
+
+    def samples_at(self, step: int) -> int:
+        """Images to generate for the scores of one milestone."""
+        interim = self.evaluation.interim_samples
+        return self.evaluation.samples if step >= self.total_steps or interim is None else interim
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in files("diffusion").joinpath("presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int | None = None) -> Recipe:
+    """The recipe of a preset, with single values replaced: `{"network.width": 96, "data.images": 1_000_000}`.
+
+    Raises RecipeError for an unknown preset or key, with the nearest valid name, and for a value that does not fit.
+    """
+    if preset not in preset_names():
+        raise RecipeError(f"There is no preset '{preset}': {nearest(preset, preset_names())}")
+    values = yaml.safe_load(files("diffusion").joinpath("presets", f"{preset}.yaml").read_text())
+    values["name"] = preset
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    if seed is not None:
+        values["seed"] = seed
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
+        )
+        raise RecipeError(f"The recipe '{preset}' with these overrides can't be used: {problems}.") from error
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    keys = recipe_keys()
+    if key not in keys:
+        raise RecipeError(f"There is no recipe value '{key}': {nearest(key, keys)}")
+    *parts, last = key.split(".")
+    for part in parts:
+        values = values.setdefault(part, {})
+    # A value typed as text (a command line, a form) means what it would mean in a YAML file.
+    values[last] = yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def recipe_keys() -> list[str]:
+    """Every key that an override may name, dotted."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, Part):
+            keys += [f"{name}.{inner}" for inner in part.model_fields]
+        elif name != "name":
+            keys.append(name)
+    return keys
+
+
+def flatten(recipe: Recipe) -> dict[str, str]:
+    """The recipe as dotted keys and texts, in its own order."""
+    flat = {}
+    for name, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": _text(content) for inner, content in value.items()}
+        else:
+            flat[name] = _text(value)
+    return flat
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

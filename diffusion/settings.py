@@ -1,0 +1,53 @@
+"""What the environment decides: where things lie and which servers are used. The one place that reads it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where this installation keeps and finds things. None of it can change a weight."""
+
+    home: Path
+    """Folder of everything that is made here (`TRAIN_DIFFUSION_HOME`, default `var` in the current folder)."""
+    store_uri: str
+    """Datasets, checkpoints and evaluations (`TRAIN_DIFFUSION_STORE`: a folder or s3://bucket/prefix)."""
+    tracking_uri: str
+    """MLflow (`MLFLOW_TRACKING_URI`: an http(s) URL, or sqlite:////absolute/path)."""
+    archive: Path | None
+    """EuroSAT as a zip or folder (`EUROSAT_ARCHIVE`); None: look in `downloads`, then download."""
+
+    @property
+    def downloads(self) -> Path:
+        """Where downloaded archives lie."""
+        return self.home / "downloads"
+
+    @property
+    def runs(self) -> Path:
+        """Working folders of the runs: job files, journals, logs."""
+        return self.home / "runs"
+
+    @property
+    def shard_copies(self) -> Path:
+        """Local copies of a remote store's shards."""
+        return self.home / "shards"
+
+    @property
+    def artifacts(self) -> Path:
+        """MLflow's artifacts where there is no MLflow server."""
+        return self.home / "mlflow" / "artifacts"
+
+
+def settings() -> Settings:
+    """Read the environment."""
+    home = Path(os.environ.get("TRAIN_DIFFUSION_HOME", "var")).absolute()
+    archive = os.environ.get("EUROSAT_ARCHIVE")
+    return Settings(
+        home=home,
+        store_uri=os.environ.get("TRAIN_DIFFUSION_STORE", str(home / "store")),
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
+        archive=Path(archive).expanduser() if archive else None,
+    )

@@ -1,0 +1,1 @@
+"""The training job: batches by lanes, the loop, checkpoints, the journal."""
