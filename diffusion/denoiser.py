@@ -13,9 +13,10 @@ from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet
 from diffusion.process import schedule as schedules
 from diffusion.process.bound import PixelBins
-from diffusion.process.levels import Spacing, sampling_levels
+from diffusion.process.levels import sampling_levels
+from diffusion.process.names import SamplerName, Spacing
 from diffusion.process.prediction import to_x0
-from diffusion.process.samplers import SAMPLERS, SamplerName
+from diffusion.process.samplers import SAMPLERS
 from diffusion.process.schedule import Schedule, noise_variance
 from diffusion.randomness import stream
 from diffusion.recipe import Process, Recipe
@@ -157,7 +158,8 @@ class Denoiser:
 
         def noise(purpose: str, step: int) -> Tensor:
             draws = [
-                stream(seed, purpose, index, step).standard_normal((3, size, size), dtype=np.float32) for index in indices
+                stream(seed, purpose, index, step).standard_normal((3, size, size), dtype=np.float32)
+                for index in indices
             ]
             return torch.from_numpy(np.stack(draws)).to(self.device)
 

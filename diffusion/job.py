@@ -16,13 +16,16 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
 
 from diffusion import errors
+from diffusion.recipe import Recipe
+from diffusion.settings import InceptionSource
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SPEC, ERROR = "job.json", "error.json"
 PR_SET_PDEATHSIG = 1
@@ -43,6 +46,34 @@ class JobSpec(BaseModel):
     """Folder for local copies of a remote store's shards."""
 
 
+class TrainingJob(JobSpec):
+    """What the training job is told."""
+
+    recipe: Recipe
+    until: int
+    """Step to train to."""
+    checkpoint_every: int
+    """Steps between checkpoints on the way."""
+
+
+class ReferenceJob(JobSpec):
+    """What the job that measures the real images is told."""
+
+    image_size: int
+    extractor: str
+    inception: InceptionSource | None = None
+
+
+class EvaluationJob(JobSpec):
+    """What the evaluation job is told."""
+
+    step: int
+    """Step of the checkpoint to score."""
+    samples: int
+    """Images to generate."""
+    inception: InceptionSource | None = None
+
+
 S = TypeVar("S", bound=JobSpec)
 
 
@@ -51,6 +82,9 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
 
     An error is written to `error.json` as {"kind", "message", "rank"}, and ends the process with code 1.
     """
+    import torch
+    from accelerate import Accelerator
+
     end_with_parent()
     folder = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))

@@ -11,10 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffusion.errors import RecipeError, nearest
-from diffusion.process.levels import Spacing
-from diffusion.process.objective import Error, Weighting
-from diffusion.process.prediction import Prediction
-from diffusion.process.samplers import SamplerName
+from diffusion.process.names import Error, Prediction, SamplerName, Spacing, Weighting
 
 
 class Part(BaseModel):
@@ -188,7 +185,9 @@ class Recipe(Part):
         if self.process.zero_terminal_snr and self.process.prediction == "epsilon":
             raise ValueError("process.zero_terminal_snr needs process.prediction v or x0: epsilon says nothing there")
         if self.process.zero_terminal_snr and self.process.schedule == "cosine":
-            raise ValueError("process.zero_terminal_snr is for the discrete schedules; lower process.log_snr_min instead")
+            raise ValueError(
+                "process.zero_terminal_snr is for the discrete schedules; lower process.log_snr_min instead"
+            )
         return self
 
     @property

@@ -6,6 +6,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
+
+class InceptionSource(BaseModel):
+    """Where the Inception network of FID lies, and which file it must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    location: str
+    """Path or https URL of a TorchScript file: bytes [n, 3, height, width] in, `return_features=True` -> [n, 2048]."""
+    sha256: str
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,6 +31,10 @@ class Settings:
     """MLflow (`MLFLOW_TRACKING_URI`: an http(s) URL, or sqlite:////absolute/path)."""
     archive: Path | None
     """EuroSAT as a zip or folder (`EUROSAT_ARCHIVE`); None: look in `downloads`, then download."""
+    inception: InceptionSource | None
+    """The Inception network (`TRAIN_DIFFUSION_INCEPTION`, `TRAIN_DIFFUSION_INCEPTION_SHA256`)."""
+    commit: str | None
+    """Git commit of the code where it does not lie in a repository (`TRAIN_DIFFUSION_COMMIT`)."""
 
     @property
     def downloads(self) -> Path:
@@ -45,9 +61,14 @@ def settings() -> Settings:
     """Read the environment."""
     home = Path(os.environ.get("TRAIN_DIFFUSION_HOME", "var")).absolute()
     archive = os.environ.get("EUROSAT_ARCHIVE")
+    inception = os.environ.get("TRAIN_DIFFUSION_INCEPTION")
     return Settings(
         home=home,
         store_uri=os.environ.get("TRAIN_DIFFUSION_STORE", str(home / "store")),
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
         archive=Path(archive).expanduser() if archive else None,
+        inception=InceptionSource(location=inception, sha256=os.environ.get("TRAIN_DIFFUSION_INCEPTION_SHA256", ""))
+        if inception
+        else None,
+        commit=os.environ.get("TRAIN_DIFFUSION_COMMIT"),
     )

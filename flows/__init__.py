@@ -1,0 +1,1 @@
+"""The workflow: the Prefect flow, its tasks, the jobs that they start, and what makes the command line convenient."""

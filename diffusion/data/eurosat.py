@@ -161,7 +161,9 @@ def _zip_files(path: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]
 def _refuse_unsafe(path: Path, members: list[zipfile.ZipInfo]) -> None:
     for member in members:
         if member.filename.startswith(("/", "\\")) or ".." in PurePosixPath(member.filename.replace("\\", "/")).parts:
-            raise DataError(f"{path} has a member that points outside its folder: '{member.filename}'. Do not trust it.")
+            raise DataError(
+                f"{path} has a member that points outside its folder: '{member.filename}'. Do not trust it."
+            )
         if member.file_size > MAX_FILE_BYTES and member.filename.lower().endswith(".jpg"):
             raise DataError(
                 f"{path}: '{member.filename}' would expand to {member.file_size:,} bytes, "

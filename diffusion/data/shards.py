@@ -57,7 +57,9 @@ def read_shard(data: bytes, where: str) -> list[Sample]:
                 else:
                     samples.append(Sample(key, jpegs.pop(key), int(content)))
     except (tarfile.TarError, KeyError, ValueError) as error:
-        raise DataError(f"The shard {where} is damaged ({error}). Delete its dataset's folder and ingest again.") from error
+        raise DataError(
+            f"The shard {where} is damaged ({error}). Delete its dataset's folder and ingest again."
+        ) from error
     return samples
 
 
@@ -72,7 +74,9 @@ def decode(jpeg: bytes, where: str, expected_size: int, image_size: int) -> NDAr
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"The image {where} does not decode ({error}). Replace it by a whole copy.") from error
     if image.size != (expected_size, expected_size):
-        raise DataError(f"The image {where} has {image.size[0]} x {image.size[1]} pixels, expected {expected_size} x {expected_size}.")
+        raise DataError(
+            f"The image {where} has {image.size[0]} x {image.size[1]} pixels, expected {expected_size} x {expected_size}."
+        )
     image = image.convert("RGB")
     if image_size != expected_size:
         image = image.reduce(expected_size // image_size)

@@ -136,7 +136,10 @@ class S3Store:
             from botocore.config import Config
 
             config = Config(
-                connect_timeout=5, read_timeout=30, retries={"mode": "standard", "max_attempts": 5}, max_pool_connections=16
+                connect_timeout=5,
+                read_timeout=30,
+                retries={"mode": "standard", "max_attempts": 5},
+                max_pool_connections=16,
             )
             self._client = boto3.client("s3", config=config)
         return self._client
@@ -165,7 +168,9 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix
+            )
             keys = [item.get("Key", "") for page in pages for item in page.get("Contents", [])]
         except (BotoCoreError, ClientError) as error:
             raise self._failure("listed", error) from error
@@ -209,5 +214,7 @@ class LocalCopy:
 def _checked(data: bytes, sha256: str, where: str) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise StoreError(f"{where} is damaged: its sha256 is {found[:16]}…, expected {sha256[:16]}…. Delete it and make it again.")
+        raise StoreError(
+            f"{where} is damaged: its sha256 is {found[:16]}…, expected {sha256[:16]}…. Delete it and make it again."
+        )
     return data

@@ -78,7 +78,8 @@ def fuse(network: EuroSATClassifier, classes: int) -> EuroSATClassifier:
     for source, target in zip(network.modules(), fused.modules(), strict=False):
         if not isinstance(source, Conv):
             continue
-        assert isinstance(target, Conv) and isinstance(source.norm, nn.BatchNorm2d)
+        assert isinstance(target, Conv)
+        assert isinstance(source.norm, nn.BatchNorm2d)
         target.conv = fuse_conv_bn_eval(source.conv.eval(), source.norm.eval())
     fused.head.load_state_dict(network.head.state_dict())
     return fused.eval()

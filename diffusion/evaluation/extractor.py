@@ -7,36 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import requests
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
 from diffusion.data.eurosat import CLASSES
 from diffusion.errors import RecipeError
 from diffusion.evaluation.classifier import EuroSATClassifier
-
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "eurosat-classifier-v1.safetensors"
-SHIPPED_SHA256 = "unset"
-
-
-@dataclass(frozen=True)
-class InceptionSource:
-    """Where the Inception network of FID lies, and which file it must be."""
-
-    location: str
-    """Path or https URL of a TorchScript file: bytes [n, 3, height, width] in, `return_features=True` -> [n, 2048]."""
-    sha256: str
+from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, required_inception
+from diffusion.settings import InceptionSource
 
 
 @dataclass(frozen=True)
@@ -59,18 +45,6 @@ def load_extractor(name: str, device: torch.device, inception: InceptionSource |
     return _inception(device, inception)
 
 
-def extractor_sha256(name: str, inception: InceptionSource | None) -> str:
-    """The digest that the extractor's weights must have, without loading them."""
-    return SHIPPED_SHA256 if name == "eurosat" else _required(inception).sha256
-
-
-@cache
-def shipped_report() -> dict[str, Any]:
-    """What the training of the shipped classifier reported: accuracy on the test split, dataset digest."""
-    with safe_open(SHIPPED_WEIGHTS, "pt") as file:
-        return json.loads(file.metadata()["report"])
-
-
 def _eurosat(device: torch.device) -> Extractor:
     weights = load(_verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS)))
     network = EuroSATClassifier(len(CLASSES), fused=True)
@@ -89,17 +63,8 @@ def _eurosat(device: torch.device) -> Extractor:
     return Extractor("eurosat", SHIPPED_SHA256, embed, classify)
 
 
-def _required(inception: InceptionSource | None) -> InceptionSource:
-    if inception is None:
-        raise RecipeError(
-            "The extractor 'inception' is not part of the package: set TRAIN_DIFFUSION_INCEPTION to the path or URL of its "
-            "TorchScript file and TRAIN_DIFFUSION_INCEPTION_SHA256 to its sha256, or use evaluation.extractors: [eurosat]."
-        )
-    return inception
-
-
 def _inception(device: torch.device, inception: InceptionSource | None) -> Extractor:
-    source = _required(inception)
+    source = required_inception(inception)
     network = torch.jit.load(io.BytesIO(_verified(_content(source.location), source.sha256, source.location)), device)
     network.eval()
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
@@ -18,94 +16,24 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store, open_store
 from diffusion.denoiser import Denoiser, Pixels, build_network
 from diffusion.errors import DataError, StoreError
-from diffusion.evaluation.extractor import InceptionSource, extractor_sha256, load_extractor
+from diffusion.evaluation.extractor import load_extractor
 from diffusion.evaluation.likelihood import bits_per_dim
+from diffusion.evaluation.names import extractor_sha256, reference_name
 from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, png
-from diffusion.evaluation.reference import load_reference, reference_name
+from diffusion.evaluation.reference import load_reference
+from diffusion.evaluation.scores import SampleScores, Scores, evaluation_folder
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.statistics import Moments, frechet_distance, kernel_distance
-from diffusion.job import JobSpec, ProgressFile, run_job
-from diffusion.training.checkpoint import State, load_ema, load_raw, load_state
-
-
-class EvaluationJob(JobSpec):
-    """What the evaluation job is told."""
-
-    step: int
-    """Step of the checkpoint to score."""
-    samples: int
-    """Images to generate."""
-    inception: InceptionSource | None = None
-
-
-class SampleScores(BaseModel):
-    """Distances between samples and the real training images under one extractor. Lower is better."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    extractor: str
-    extractor_sha256: str
-    samples: int
-    """How many samples were scored; FID falls with their number, so it is part of the figure."""
-    fid: float
-    kid: float
-    kid_error: float
-    """Standard error of `kid`."""
-    floor_samples: int
-    fid_floor: float
-    """FID of that many real test images: what a perfect model would get."""
-    kid_floor: float
-    class_accuracy: float | None
-    """Share of class-conditional samples that the extractor takes for their class."""
-
-
-class Scores(BaseModel):
-    """All that was measured of one checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: int
-    images_seen: int
-    checkpoint: str
-    """Digest of the checkpoint."""
-    bits_per_dim: float
-    """The variational bound on held-out images, in bits a subpixel."""
-    bits_per_dim_error: float
-    """Its standard error."""
-    likelihood_images: int
-    by_extractor: tuple[SampleScores, ...]
-    """In the recipe's order; the first decides about promotion."""
-
-    def metrics(self) -> dict[str, float]:
-        """Flat names for MLflow; an extractor's name is part of its figures' names."""
-        flat = {"bits_per_dim": self.bits_per_dim, "bits_per_dim_error": self.bits_per_dim_error}
-        for scores in self.by_extractor:
-            for key in ("fid", "kid", "kid_error", "fid_floor", "kid_floor", "class_accuracy", "samples"):
-                value = getattr(scores, key)
-                if value is not None:
-                    flat[f"{key}_{scores.extractor}"] = float(value)
-        return flat
-
-
-def evaluation_folder(run: str, step: int) -> str:
-    """Where the results of an evaluation lie in the store."""
-    return f"runs/{run}/evaluations/{step:09d}"
-
-
-def find_scores(store: Store, run: str, step: int, samples: int) -> Scores | None:
-    """The scores of a finished evaluation with that many samples, or None."""
-    try:
-        scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step)}/scores.json"))
-    except KeyError:
-        return None
-    return scores if all(by.samples == samples for by in scores.by_extractor) else None
+from diffusion.job import EvaluationJob, ProgressFile, run_job
+from diffusion.training.checkpoint import load_tensors
+from diffusion.training.state import State, load_state
 
 
 def load_denoiser(store: Store, state: State, manifest: Manifest, device: torch.device) -> Denoiser:
     """The denoiser of a checkpoint, with the weights that its recipe wants scored."""
     recipe = state.recipe
     network = build_network(recipe, len(manifest.classes))
-    network.load_state_dict(load_ema(store, state) if recipe.evaluation.weights == "ema" else load_raw(store, state))
+    network.load_state_dict(load_tensors(store, state, "ema" if recipe.evaluation.weights == "ema" else "model"))
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Denoiser(recipe, network, Pixels(manifest.pixel_mean, manifest.pixel_std))
 
@@ -165,7 +93,9 @@ def generate(
         progress.write("sampling", done, len(mine))
     if not blocks:  # more processes than blocks: this one has nothing to do but to take part in the gathering
         size = recipe.data.image_size
-        blocks[accelerator.process_index] = torch.empty((0, size, size, 3), dtype=torch.uint8, device=accelerator.device)
+        blocks[accelerator.process_index] = torch.empty(
+            (0, size, size, 3), dtype=torch.uint8, device=accelerator.device
+        )
     return gather_rows(accelerator, blocks, sizes).astype(np.uint8), labels
 
 
@@ -204,14 +134,6 @@ def score_samples(
         kid_floor=kernel_distance(floor, reference.train_features)[0],
         class_accuracy=accuracy,
     )
-
-
-def summary(scores: Scores) -> dict[str, Any]:
-    """The scores as a short table's row."""
-    row: dict[str, Any] = {"step": scores.step, "images": scores.images_seen, "bits/dim": round(scores.bits_per_dim, 3)}
-    for by in scores.by_extractor:
-        row[f"fid_{by.extractor} (n={by.samples:,})"] = round(by.fid, 2)
-    return row
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def bits_per_dim(
         total = prior_term(x0, log_snr[-1].expand(count))
         for draw in range(1 + TIMESTEPS_PER_IMAGE):
             noise = [
-                stream(SEED, "bound noise", start + image, draw).standard_normal((3, size, size)) for image in range(count)
+                stream(SEED, "bound noise", start + image, draw).standard_normal((3, size, size))
+                for image in range(count)
             ]
             epsilon = torch.from_numpy(np.stack(noise)).to(x0)
             if draw == 0:

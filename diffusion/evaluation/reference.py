@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +15,14 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
 from diffusion.data.store import Store, open_store
 from diffusion.errors import DataError
-from diffusion.evaluation.extractor import InceptionSource, extractor_sha256, load_extractor
+from diffusion.evaluation.extractor import load_extractor
+from diffusion.evaluation.names import extractor_sha256, reference_name
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
-from diffusion.job import JobSpec, ProgressFile
+from diffusion.job import ProgressFile, ReferenceJob, run_job
 
-FORMAT_VERSION = 1
 KEPT_FEATURES = 10_000  # of the train split, for the kernel distance; the moments are of all
 BATCH = 250
-
-
-class ReferenceJob(JobSpec):
-    """What the reference job is told."""
-
-    image_size: int
-    extractor: str
-    inception: InceptionSource | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +35,6 @@ class Reference:
     """Features of the first training images."""
     test_features: NDArray[np.float32]
     """Features of all test images."""
-
-
-def reference_name(dataset: str, extractor: str, sha256: str, image_size: int) -> str:
-    """Where the reference lies in the store: named by what it was computed from."""
-    key = json.dumps([FORMAT_VERSION, dataset, extractor, sha256, image_size])
-    return f"references/{extractor}-{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
 def load_reference(store: Store, name: str) -> Reference:
@@ -94,6 +78,4 @@ def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator)
 
 
 if __name__ == "__main__":
-    from diffusion.job import run_job
-
     run_job(ReferenceJob, measure_reference)

@@ -23,9 +23,7 @@ def gather_rows(accelerator: Accelerator, blocks: dict[int, Tensor], sizes: list
     for block, values in blocks.items():
         padded[block // processes, : len(values)] = values
     gathered = accelerator.gather(padded).reshape(processes, rounds, rows, *first.shape[1:]).cpu().numpy()
-    return np.concatenate(
-        [gathered[block % processes, block // processes, :size] for block, size in enumerate(sizes)]
-    )
+    return np.concatenate([gathered[block % processes, block // processes, :size] for block, size in enumerate(sizes)])
 
 
 def block_sizes(total: int, block: int) -> list[int]:

@@ -23,7 +23,7 @@ from diffusion.data.eurosat import CLASSES, read_eurosat
 from diffusion.data.ingest import split_by_hash
 from diffusion.data.shards import decode_all
 from diffusion.evaluation.classifier import INPUT_SIZE, EuroSATClassifier, fuse
-from diffusion.evaluation.extractor import SHIPPED
+from diffusion.evaluation.names import SHIPPED_WEIGHTS
 
 EPOCHS = 14
 BATCH = 128
@@ -59,7 +59,7 @@ def accuracy(network: EuroSATClassifier, images: Tensor, labels: Tensor) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", type=Path, required=True, help="the EuroSAT zip or folder")
-    parser.add_argument("--output", type=Path, default=SHIPPED.path, help="where the weights go")
+    parser.add_argument("--output", type=Path, default=SHIPPED_WEIGHTS, help="where the weights go")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     arguments = parser.parse_args()
 

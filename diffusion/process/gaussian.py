@@ -49,7 +49,9 @@ def prior_kl(x0: Tensor, log_snr_last: Tensor) -> Tensor:
     return gaussian_kl(alpha * x0, 2 * torch.log(sigma), zero, zero)
 
 
-def discretised_log_likelihood(x: Tensor, mean: Tensor, std: Tensor, bin_width: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def discretised_log_likelihood(
+    x: Tensor, mean: Tensor, std: Tensor, bin_width: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
     """log of the mass that N(mean, std^2) gives to the bin of each value of x, elementwise, in nats, <= 0.
 
     The bins are centred on the values and `bin_width` wide; those of the lowest and highest value reach to infinity

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.process.names import Spacing
 from diffusion.process.schedule import Schedule
-
-Spacing = Literal["karras", "uniform_time", "uniform_log_snr"]
 
 
 def stratified_uniforms(rng: np.random.Generator, count: int) -> NDArray[np.float64]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from diffusion.process.prediction import Prediction, loss_weight, target
+from diffusion.process.names import Error, Prediction, Weighting
+from diffusion.process.prediction import loss_weight, target
 from diffusion.process.schedule import noise_variance
-
-Weighting = Literal["none", "min_snr", "p2"]
-Error = Literal["squared", "absolute"]
 
 
 def weight(weighting: Weighting, prediction: Prediction, log_snr: Tensor, gamma: float) -> Tensor:
@@ -25,10 +21,11 @@ def weight(weighting: Weighting, prediction: Prediction, log_snr: Tensor, gamma:
     log_snr = log_snr.double()
     if weighting == "none":
         return torch.ones_like(log_snr)
-    if weighting == "min_snr":
-        of_x0 = torch.exp(log_snr).clamp(max=gamma)
-    else:
-        of_x0 = torch.exp(log_snr) * noise_variance(log_snr) ** gamma
+    of_x0 = (
+        torch.exp(log_snr).clamp(max=gamma)
+        if weighting == "min_snr"
+        else torch.exp(log_snr) * noise_variance(log_snr) ** gamma
+    )
     return loss_weight(prediction, of_x0, log_snr)
 
 

@@ -1,18 +1,15 @@
 """What the network predicts: x0, epsilon or v. Each converts exactly into the others, given x_t and its log_snr.
 
-    x_t = alpha x0 + sigma epsilon,    v = alpha epsilon - sigma x0    (Salimans & Ho 2022, arXiv:2202.00512, eq. 11)
+x_t = alpha x0 + sigma epsilon,    v = alpha epsilon - sigma x0    (Salimans & Ho 2022, arXiv:2202.00512, eq. 11)
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from diffusion.process.names import Prediction
 from diffusion.process.schedule import noise_variance, signal
-
-Prediction = Literal["epsilon", "x0", "v"]
 
 
 def coefficients(log_snr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion.process.gaussian import posterior
+from diffusion.process.names import SamplerName
 from diffusion.process.prediction import coefficients
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-SamplerName = Literal["ancestral", "ddim", "dpmpp"]
 
 
 def ancestral(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:

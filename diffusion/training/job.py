@@ -1,7 +1,7 @@
 """The training job: `torchrun … -m diffusion.training.job FOLDER`."""
 
-from diffusion.job import run_job
-from diffusion.training.loop import TrainingJob, train
+from diffusion.job import TrainingJob, run_job
+from diffusion.training.loop import train
 
 if __name__ == "__main__":
     run_job(TrainingJob, train)

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 JOURNAL, TIMING = "journal.jsonl", "timing.jsonl"
+COMMITTED = "committed.json"
+"""The step and digest of the newest checkpoint that is safely in the store: the journal up to there is final."""
+
+LOG_SNR_BIN_EDGES = tuple(range(-10, 11, 2))
+"""Bins of the records' `loss_by_log_snr`; the outer two reach to infinity."""
 
 
 class Journal:

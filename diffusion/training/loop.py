@@ -24,33 +24,22 @@ from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.store import Store, open_store
 from diffusion.denoiser import build_network
 from diffusion.errors import DataError, RecipeError, StoreError, TrainingDiverged
-from diffusion.job import JobSpec, ProgressFile
+from diffusion.job import ProgressFile, TrainingJob
 from diffusion.model.ema import EMA
 from diffusion.process.objective import simple_loss
 from diffusion.process.prediction import diffuse
 from diffusion.process.schedule import noise_variance
 from diffusion.recipe import Recipe
 from diffusion.training.batches import Batches, Lane
-from diffusion.training.checkpoint import FORMAT_VERSION, State, load_latest, write_checkpoint
-from diffusion.training.journal import JOURNAL, TIMING, Journal, drop_after
+from diffusion.training.checkpoint import Checkpoint, load_latest, write_checkpoint
+from diffusion.training.journal import COMMITTED, JOURNAL, LOG_SNR_BIN_EDGES, TIMING, Journal, drop_after
 from diffusion.training.reduction import GradientBuffer, Tree, sum_over_processes
+from diffusion.training.state import FORMAT_VERSION, State
 
 log = logging.getLogger(__name__)
 
-COMMITTED = "committed.json"
 JOURNAL_POINTS = 1000  # at most about this many records of metrics in a run
-LOG_SNR_BIN_EDGES = np.linspace(-10, 10, 11)
 PROGRESS_SECONDS = 5.0
-
-
-class TrainingJob(JobSpec):
-    """What the training job is told."""
-
-    recipe: Recipe
-    until: int
-    """Step to train to."""
-    checkpoint_every: int
-    """Steps between checkpoints on the way."""
 
 
 def lanes_of_process(recipe: Recipe, rank: int, processes: int) -> range:
@@ -63,7 +52,9 @@ def lanes_of_process(recipe: Recipe, rank: int, processes: int) -> range:
             "processes, or another data.lanes (which makes it another recipe)."
         )
     if recipe.reduction == "exact" and processes & (processes - 1):
-        raise RecipeError(f"reduction: exact needs a power of two of processes, not {processes}. Use fewer, or reduction: fast.")
+        raise RecipeError(
+            f"reduction: exact needs a power of two of processes, not {processes}. Use fewer, or reduction: fast."
+        )
     share = lanes // processes
     return range(rank * share, (rank + 1) * share)
 
@@ -89,7 +80,10 @@ class Trainer:
         self.network = build_network(recipe, classes).to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, recipe.ema.half_life_images, recipe.ema.ramp)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), betas=recipe.optimizer.betas, weight_decay=recipe.optimizer.weight_decay, fused=True
+            self.network.parameters(),
+            betas=recipe.optimizer.betas,
+            weight_decay=recipe.optimizer.weight_decay,
+            fused=True,
         )
         self.step = 0
         fast = recipe.reduction == "fast"
@@ -168,15 +162,15 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items()
         }
 
-    def restore(self, step: int, model: dict[str, Tensor], ema: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    def restore(self, step: int, content: Checkpoint) -> None:
         """Continue from a checkpoint."""
         self.step = step
-        self.network.load_state_dict(model)
-        self.ema.network.load_state_dict(ema)
+        self.network.load_state_dict(content.model)
+        self.ema.network.load_state_dict(content.ema)
         for name, parameter in self.network.named_parameters():
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = optimizer[f"{name}/{key}"].to(parameter.device)
+                value = content.optimizer[f"{name}/{key}"].to(parameter.device)
                 # The fused optimiser walks a parameter and its moments together: they share one memory layout.
                 state[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
             self.optimizer.state[parameter] = state
@@ -193,19 +187,16 @@ class CheckpointWriter:
     def save(self, trainer: Trainer, state: State, journal: bytes) -> None:
         """Copy the state and start writing it, after the one before has been written."""
         self.wait()
-        tensors = [
-            {name: value.detach().to("cpu", copy=True).contiguous() for name, value in part.items()}
-            for part in (
-                trainer.network.state_dict(),
-                trainer.ema.network.state_dict(),
-                trainer.optimizer_tensors(),
-            )
-        ]
-        self._pending = self._pool.submit(self._write, state, tensors, journal)
+        content = Checkpoint(
+            _host_copy(trainer.network.state_dict()),
+            _host_copy(trainer.ema.network.state_dict()),
+            _host_copy(trainer.optimizer_tensors()),
+            journal,
+        )
+        self._pending = self._pool.submit(self._write, state, content)
 
-    def _write(self, state: State, tensors: list[dict[str, Tensor]], journal: bytes) -> None:
-        model, ema, optimizer = tensors
-        written = write_checkpoint(self.store, state, model, ema, optimizer, journal)
+    def _write(self, state: State, content: Checkpoint) -> None:
+        written = write_checkpoint(self.store, state, content)
         part = self.folder / f"{COMMITTED}.part"
         part.write_text(json.dumps({"step": written.step, "digest": written.digest}))
         part.replace(self.folder / COMMITTED)
@@ -226,6 +217,10 @@ class CheckpointWriter:
         self._pool.shutdown()
 
 
+def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
 class Recorder:
     """Collects what the steps report and writes a journal record for every stretch of them."""
 
@@ -239,7 +234,9 @@ class Recorder:
         self._since, self._waited, self._steps = time.monotonic(), 0.0, 0
         self._progress, self._printed = ProgressFile(folder, self.main), 0.0
 
-    def record(self, step: int, lanes: list[Lane], losses: list[Tensor], norm: Tensor, rate: float, waited: float) -> None:
+    def record(
+        self, step: int, lanes: list[Lane], losses: list[Tensor], norm: Tensor, rate: float, waited: float
+    ) -> None:
         """Take in one step, and write a record if the stretch ends with it. Raises TrainingDiverged."""
         self._lanes.append(torch.stack([_by_noise(lane, loss) for lane, loss in zip(lanes, losses, strict=True)]))
         self._norms.append(norm.detach().double())
@@ -329,13 +326,16 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     trainer = Trainer(recipe, len(manifest.classes), accelerator)
     recorder = Recorder(recipe, accelerator, folder, job.until)
 
-    checkpoint = load_latest(store, job.run)
-    if checkpoint is not None:
-        if (checkpoint.state.recipe, checkpoint.state.dataset) != (recipe, manifest.digest):
-            raise RecipeError(f"The run {job.run} was begun with another recipe or dataset. Start a new run for this one.")
-        trainer.restore(checkpoint.state.step, checkpoint.model, checkpoint.ema, checkpoint.optimizer)
+    found = load_latest(store, job.run)
+    if found is not None:
+        state, content = found
+        if (state.recipe, state.dataset) != (recipe, manifest.digest):
+            raise RecipeError(
+                f"The run {job.run} was begun with another recipe or dataset. Start a new run for this one."
+            )
+        trainer.restore(state.step, content)
     if accelerator.is_main_process:
-        recorder.journal.roll_back(checkpoint.journal if checkpoint else b"")
+        recorder.journal.roll_back(content.journal if found else b"")
         drop_after(recorder.timing.path, trainer.step)
     accelerator.wait_for_everyone()
 

@@ -1,0 +1,70 @@
+"""The scores of a checkpoint, as they are kept in the store. No torch in here."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from diffusion.data.store import Store
+
+
+class SampleScores(BaseModel):
+    """Distances between samples and the real training images under one extractor. Lower is better."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    extractor: str
+    extractor_sha256: str
+    samples: int
+    """How many samples were scored; FID falls with their number, so it is part of the figure."""
+    fid: float
+    kid: float
+    kid_error: float
+    """Standard error of `kid`."""
+    floor_samples: int
+    fid_floor: float
+    """FID of that many real test images: what a perfect model would get."""
+    kid_floor: float
+    class_accuracy: float | None
+    """Share of class-conditional samples that the extractor takes for their class."""
+
+
+class Scores(BaseModel):
+    """All that was measured of one checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    images_seen: int
+    checkpoint: str
+    """Digest of the checkpoint."""
+    bits_per_dim: float
+    """The variational bound on held-out images, in bits a subpixel."""
+    bits_per_dim_error: float
+    """Its standard error."""
+    likelihood_images: int
+    by_extractor: tuple[SampleScores, ...]
+    """In the recipe's order; the first decides about promotion."""
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names for MLflow; an extractor's name is part of its figures' names."""
+        flat = {"bits_per_dim": self.bits_per_dim, "bits_per_dim_error": self.bits_per_dim_error}
+        for scores in self.by_extractor:
+            for key in ("fid", "kid", "kid_error", "fid_floor", "kid_floor", "class_accuracy", "samples"):
+                value = getattr(scores, key)
+                if value is not None:
+                    flat[f"{key}_{scores.extractor}"] = float(value)
+        return flat
+
+
+def evaluation_folder(run: str, step: int) -> str:
+    """Where the results of an evaluation lie in the store."""
+    return f"runs/{run}/evaluations/{step:09d}"
+
+
+def find_scores(store: Store, run: str, step: int, samples: int) -> Scores | None:
+    """The scores of a finished evaluation with that many samples, or None."""
+    try:
+        scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step)}/scores.json"))
+    except KeyError:
+        return None
+    return scores if all(by.samples == samples for by in scores.by_extractor) else None

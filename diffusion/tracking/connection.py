@@ -1,0 +1,97 @@
+"""Reaching MLflow, and finding out before any training that it can't be reached."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from diffusion.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ANSWER_SECONDS = 10
+
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # The sender repeats whole batches by itself; the client's own patience, minutes by default, would only hide an outage.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the tracking server that is known to answer.
+
+    Raises TrackingError within ANSWER_SECONDS if the server is dead, silent or refuses, or the database is unusable.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    scheme = urlsplit(uri).scheme
+    if scheme == "sqlite":
+        _check_database(Path(uri.split("///", 1)[-1]))
+    elif scheme not in ("http", "https"):
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI '{_public(uri)}' is neither http(s)://… nor sqlite:////absolute/path."
+        )
+
+    import mlflow
+    from mlflow import MlflowClient
+
+    # Model versions are made through the global address whatever the client's is.
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = MlflowClient(uri, uri)
+    with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_SECONDS)):
+        try:
+            client.search_experiments(max_results=1)
+        except Exception as error:  # MLflow lets the errors of requests, urllib3 and SQLAlchemy through
+            reason = str(error).splitlines()[0][:300]
+            raise TrackingError(
+                f"The MLflow server at {_public(uri)} does not answer as it should ({reason}). Start it (make up), or correct "
+                "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            ) from None
+    return client
+
+
+def _check_database(path: Path) -> None:
+    if not path.is_absolute():
+        raise TrackingError(f"MLFLOW_TRACKING_URI names the relative path '{path}': give an absolute one, sqlite:////…")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with sqlite3.connect(path, timeout=5) as database:
+            database.execute("begin immediate")
+            database.rollback()
+        database.close()
+    except (sqlite3.Error, OSError) as error:
+        raise TrackingError(
+            f"The MLflow database {path} can't be used ({error}). Move it away or make it writable."
+        ) from error
+
+
+def _public(uri: str) -> str:
+    """The URI without the user and password that it may hold."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

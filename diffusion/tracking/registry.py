@@ -1,0 +1,233 @@
+"""Model versions: publishing one with its lineage, and deciding which one is the champion."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import diffusion
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import Store
+from diffusion.errors import UserError
+from diffusion.evaluation.scores import Scores
+from diffusion.tracking.run import TrackedRun
+from diffusion.training.state import State, checkpoint_file
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from mlflow import MlflowClient
+
+MODEL_NAME = "eurosat-ddpm"
+CHAMPION, CHALLENGER = "champion", "challenger"
+ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
+"""`mlflow/` of the project: files that MLflow takes by path."""
+REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which alias a version got, and why."""
+
+    version: str
+    alias: str
+    reason: str
+
+
+def publish(
+    run: TrackedRun, store: Store, state: State, scores: Scores, dataset: Manifest, grid: bytes, tags: dict[str, str]
+) -> ModelVersion:
+    """Make a model version of a checkpoint, or return the one that this run has already made of it.
+
+    The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
+    """
+    import mlflow.pyfunc
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+
+    client = run.client
+    tags = {**tags, "checkpoint.digest": state.digest, "checkpoint.step": str(state.step)}
+    for version in client.search_model_versions(f"name = '{MODEL_NAME}' and run_id = '{run.run_id}'"):
+        if version.tags.get("checkpoint.digest") == state.digest:
+            return version
+    _ensure_registered(client)
+    card = model_card(state, scores, dataset, tags)
+    logged = client.create_logged_model(
+        run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
+    )
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the missing input example: the model takes no input
+            files = _write_files(Path(folder), store, state, dataset, grid)
+            model_folder = Path(folder, "model")
+            mlflow.pyfunc.save_model(
+                path=str(model_folder),
+                mlflow_model=Model(
+                    artifact_path=logged.artifact_location,
+                    run_id=run.run_id,
+                    model_id=logged.model_id,
+                    model_uuid=logged.model_id,
+                ),
+                python_model=str(ASSETS / "sampler.py"),
+                artifacts=files,
+                code_paths=[str(Path(diffusion.__file__).resolve().parent)],
+                signature=ModelSignature(inputs=None, outputs=_output_schema(state), params=_params(state)),
+                pip_requirements=_pinned_requirements(),
+            )
+            Path(model_folder, "README.md").write_text(card)
+            client.log_model_artifacts(logged.model_id, str(model_folder))
+        status = "READY"
+    finally:
+        client.finalize_logged_model(logged.model_id, status)
+    client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=state.step)])
+    run.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()], logged.model_id)
+    # The tags come with the version, not after it: a version without them could not be judged.
+    return client.create_model_version(
+        MODEL_NAME,
+        source=f"models:/{logged.model_id}",
+        run_id=run.run_id,
+        model_id=logged.model_id,
+        tags={**tags, "scores": scores.model_dump_json()},
+        description=card,
+        await_creation_for=0,
+    )
+
+
+def promote(client: MlflowClient, version: str) -> Decision:
+    """Compare a version with the champion and give it the alias `champion` or `challenger`.
+
+    The first version becomes champion; a later one if its FID, by the recipe's first extractor and over as many samples,
+    is lower. Running it again for the same version changes nothing.
+    """
+    challenger = client.get_model_version(MODEL_NAME, version)
+    champion = champion_version(client)
+    if champion is None:
+        return _decide(client, version, CHAMPION, "It is the first version.")
+    if champion.version == version:
+        return Decision(version, CHAMPION, challenger.tags.get("decision", "It is the champion already."))
+    new, old = (Scores.model_validate_json(v.tags["scores"]).by_extractor[0] for v in (challenger, champion))
+    name = f"fid_{new.extractor}"
+    if (new.extractor_sha256, new.samples) != (old.extractor_sha256, old.samples):
+        reason = (
+            f"Its {name} over {new.samples:,} samples can't be compared with fid_{old.extractor} over {old.samples:,} samples "
+            f"of version {champion.version}."
+        )
+        return _decide(client, version, CHALLENGER, reason)
+    figures = (
+        f"{name} over {new.samples:,} samples is {new.fid:.2f}; that of version {champion.version} is {old.fid:.2f}"
+    )
+    if new.fid < old.fid:
+        return _decide(client, version, CHAMPION, f"Better: its {figures}.")
+    return _decide(client, version, CHALLENGER, f"Not better: its {figures}.")
+
+
+def champion_version(client: MlflowClient) -> ModelVersion | None:
+    """The version that is live, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(MODEL_NAME, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+
+
+def _decide(client: MlflowClient, version: str, alias: str, reason: str) -> Decision:
+    client.set_model_version_tag(MODEL_NAME, version, "decision", reason)
+    client.set_registered_model_alias(MODEL_NAME, alias, version)
+    return Decision(version, alias, reason)
+
+
+def _ensure_registered(client: MlflowClient) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(MODEL_NAME, description="Diffusion models of EuroSAT satellite patches.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _write_files(folder: Path, store: Store, state: State, dataset: Manifest, grid: bytes) -> dict[str, str]:
+    """The model's artifacts: weights, what is needed to use them, and the grid."""
+    weights = "ema" if state.recipe.evaluation.weights == "ema" else "model"
+    contents = {
+        "weights": ("weights.safetensors", checkpoint_file(store, state, f"{weights}.safetensors")),
+        "recipe": ("recipe.json", state.recipe.model_dump_json(indent=1).encode()),
+        "dataset": ("dataset.json", dataset.to_json()),
+        "grid": ("grid.png", grid),
+    }
+    for name, content in contents.values():
+        (folder / name).write_bytes(content)
+    return {key: str(folder / name) for key, (name, _) in contents.items()}
+
+
+def _params(state: State):  # type: ignore[no-untyped-def]  # MLflow's classes are imported late
+    from mlflow.types import ParamSchema, ParamSpec
+
+    steps = state.recipe.evaluation.sampler_steps
+    return ParamSchema(
+        [
+            ParamSpec("n", "long", 8),
+            ParamSpec("steps", "long", steps),
+            ParamSpec("seed", "long", 0),
+            ParamSpec("label", "string", ""),
+        ]
+    )
+
+
+def _output_schema(state: State):  # type: ignore[no-untyped-def]
+    import numpy as np
+    from mlflow.types import Schema, TensorSpec
+
+    size = state.recipe.data.image_size
+    return Schema([TensorSpec(np.dtype("uint8"), (-1, size, size, 3))])
+
+
+def _pinned_requirements() -> list[str]:
+    from importlib.metadata import version
+
+    # A local build tag (+cpu, +cu130) names a build that package indexes do not have.
+    return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+
+
+def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str]) -> str:
+    """The card of a version, as Markdown."""
+    template = ASSETS / "model_card.md"
+    if not template.exists():
+        raise UserError(f"{template} is missing: run the flow from a checkout of the project, which has it.")
+    recipe = state.recipe
+    rows = [
+        f"| bits/dim ({scores.likelihood_images:,} test images) | {scores.bits_per_dim:.3f} ± {scores.bits_per_dim_error:.3f} | |"
+    ]
+    for by in scores.by_extractor:
+        count = f"n = {by.samples:,}"
+        rows.append(f"| fid_{by.extractor} ({count}) | {by.fid:.2f} | {by.fid_floor:.2f} (n = {by.floor_samples:,}) |")
+        rows.append(f"| kid_{by.extractor} ({count}) | {by.kid:.4f} ± {by.kid_error:.4f} | {by.kid_floor:.4f} |")
+        if by.class_accuracy is not None:
+            rows.append(f"| class accuracy of samples, {by.extractor} | {by.class_accuracy:.1%} | |")
+    return Template(template.read_text()).substitute(
+        name=MODEL_NAME,
+        preset=recipe.name,
+        size=recipe.data.image_size,
+        dataset=dataset.source,
+        licence=dataset.licence,
+        train_images=f"{dataset.splits['train']:,}",
+        images_seen=f"{state.images_seen:,}",
+        steps=f"{state.step:,}",
+        scores="\n".join(rows),
+        classes=", ".join(dataset.classes) if recipe.network.class_conditional else "none: the model is unconditional",
+        sampler=f"{recipe.evaluation.sampler}, {recipe.evaluation.sampler_steps} steps",
+        commit=tags["git.commit"],
+        dataset_digest=dataset.digest,
+        recipe_digest=recipe.digest,
+        checkpoint_digest=state.digest,
+        recipe=json.dumps(recipe.model_dump(mode="json"), indent=1),
+    )

@@ -1,0 +1,181 @@
+"""The MLflow run of a flow run: found again on a retry, filled from the journal, closed by its owner."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+from diffusion.data.manifest import Manifest, manifest_path
+from diffusion.evaluation.scores import Scores
+from diffusion.recipe import Recipe, flatten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mlflow import MlflowClient
+
+EXPERIMENT = "train-diffusion"
+RUN_KEY = "train_diffusion.run"
+GRID_KEY = "samples"
+THUMBNAIL = (256, 256)
+MLFLOW_DIGEST_LENGTH = 36
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a run came from."""
+
+    run: str
+    """The key by which the run is found again: one for each flow run."""
+    commit: str
+    """Git commit of the code, with `-dirty` if files differ from it."""
+    flow_run_id: str
+    flow_run_url: str
+
+
+class TrackedRun:
+    """One MLflow run. Everything that is logged twice is there once."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, started: int) -> None:
+        self.client, self.run_id, self.experiment_id, self.started = client, run_id, experiment_id, started
+
+    @classmethod
+    def open(
+        cls,
+        client: MlflowClient,
+        artifacts: Path | None,
+        name: str,
+        lineage: Lineage,
+        recipe: Recipe,
+        dataset: Manifest,
+        store_uri: str,
+    ) -> TrackedRun:
+        """The run of that key: a new one, or the one that an earlier attempt began.
+
+        Args:
+            artifacts: folder for artifacts where there is no server to keep them.
+        """
+        from mlflow.entities import Param, RunTag
+
+        experiment_id = _experiment(client, artifacts)
+        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
+        if found:
+            run = found[0]
+            client.update_run(run.info.run_id, "RUNNING")
+        else:
+            run = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: lineage.run})
+        self = cls(client, run.info.run_id, experiment_id, run.info.start_time)
+        tags = {
+            "mlflow.source.name": "train-diffusion",
+            "mlflow.source.git.commit": lineage.commit,
+            "git.commit": lineage.commit,
+            "dataset.name": dataset.source,
+            "dataset.digest": dataset.digest,
+            "recipe.digest": recipe.digest,
+            "prefect.flow_run_id": lineage.flow_run_id,
+            "prefect.flow_run_url": lineage.flow_run_url,
+            "mlflow.note.content": _note(recipe, dataset, lineage),
+        }
+        client.log_batch(
+            self.run_id,
+            params=[Param(key, value) for key, value in flatten(recipe).items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+        self._log_dataset(dataset, store_uri)
+        return self
+
+    def _log_dataset(self, dataset: Manifest, store_uri: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        columns = [("binary", "jpg"), ("long", "cls")]
+        where = f"{store_uri}/{manifest_path(dataset.digest)}"
+        entity = Dataset(
+            name=dataset.source,
+            digest=dataset.digest[:MLFLOW_DIGEST_LENGTH],
+            source_type="s3" if store_uri.startswith("s3://") else "local",
+            source=json.dumps({"uri": where}),
+            schema=json.dumps({"mlflow_colspec": [{"type": t, "name": n, "required": True} for t, n in columns]}),
+            profile=json.dumps(
+                {**{f"{k} images": n for k, n in dataset.splits.items()}, "shards": len(dataset.shards)}
+            ),
+        )
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("digest", dataset.digest)]
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, tags)])
+
+    def log_metrics(self, rows: list[tuple[str, float, int]], model_id: str | None = None) -> None:
+        """Log (name, value, step) rows in as few calls as can be.
+
+        A point's time is the run's start plus its step in milliseconds, so that MLflow knows a repeated row for the
+        same one and keeps it once.
+        """
+        from mlflow.entities import Metric
+
+        for start in range(0, len(rows), 1000):
+            metrics = [
+                Metric(name, value, self.started + step, step, model_id=model_id)
+                for name, value, step in rows[start : start + 1000]
+            ]
+            self.client.log_batch(self.run_id, metrics=metrics)
+
+    def log_scores(self, scores: Scores, grid: bytes) -> None:
+        """Log an evaluation: its metrics, and its grid as the next image of the series that the UI shows with a slider."""
+        self.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()])
+        self._log_image(GRID_KEY, scores.step, grid)
+        self.client.log_text(self.run_id, scores.model_dump_json(indent=1), f"scores/{scores.step:09d}.json")
+
+    def _log_image(self, key: str, step: int, png: bytes) -> None:
+        """As `MlflowClient.log_image` does it, but under a name that the content decides: a repetition overwrites."""
+        image = Image.open(io.BytesIO(png))
+        name = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.run_id}/{key}/{step}")
+        stem = f"{key}+step+{step}+timestamp+{self.started + step}+{name}"
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, f"{stem}.png").write_bytes(png)
+            image.thumbnail(THUMBNAIL)
+            image.save(Path(folder, f"{stem}+compressed.webp"))
+            self.client.log_artifacts(self.run_id, folder, "images")
+        self.client.set_tag(self.run_id, "mlflow.loggedImages", "True")
+
+    def log_figure(self, figure: Figure, path: str) -> None:
+        """Log a figure as an artifact."""
+        self.client.log_figure(self.run_id, figure, path)
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
+        """End the run, with the reason if it did not finish."""
+        if reason:
+            self.client.set_tag(self.run_id, "failure", reason[:5000])
+        self.client.set_terminated(self.run_id, status)
+
+
+def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        location = None
+        if artifacts is not None:
+            artifacts.mkdir(parents=True, exist_ok=True)
+            location = artifacts.as_uri()
+        try:
+            return client.create_experiment(EXPERIMENT, artifact_location=location)
+        except MlflowException:  # another run made it meanwhile
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def _note(recipe: Recipe, dataset: Manifest, lineage: Lineage) -> str:
+    """What the run's page says at its top."""
+    return (
+        f"**{recipe.name}** on **{dataset.source}** ({dataset.splits['train']:,} training images, {recipe.data.image_size} x "
+        f"{recipe.data.image_size}), seed {recipe.seed}, {recipe.data.images:,} images in {recipe.total_steps:,} steps.\n\n"
+        f"Code `{lineage.commit[:12]}`, dataset `{dataset.digest[:12]}`, recipe `{recipe.digest[:12]}`"
+        + (f", [flow run]({lineage.flow_run_url})." if lineage.flow_run_url else ".")
+    )

@@ -1,0 +1,98 @@
+"""The sender: fills the MLflow run from the journal, in the background, each point once.
+
+Only what lies behind a safely stored checkpoint is sent: a resumed training may repeat what came after it, but never
+changes what was sent. The points' times make repetition harmless (see `TrackedRun.log_metrics`), so a restarted sender
+begins at the beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import TrackingError
+from diffusion.tracking.run import TrackedRun
+from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, records
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+RETRY_SECONDS = 5.0
+FLUSH_SECONDS = 600.0
+
+
+class MetricsSender:
+    """A thread that sends what is committed; use it as a context. Leaving it waits until all is sent."""
+
+    def __init__(self, run: TrackedRun, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self._sent = 0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._loop, name="metrics-sender", daemon=True)
+
+    def __enter__(self) -> MetricsSender:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            wait = POLL_SECONDS
+            try:
+                self.send_committed()
+            except Exception as error:  # whatever the server's trouble is, training must not notice
+                log.warning("MLflow does not take the metrics (%s); trying again in %.0f s.", error, RETRY_SECONDS)
+                wait = RETRY_SECONDS
+            self._stop.wait(wait)
+
+    def send_committed(self) -> None:
+        """Send what was committed since the last call. Raises what the client raises; nothing is lost then."""
+        with self._lock:
+            committed = _committed_step(self.folder)
+            if committed <= self._sent:
+                return
+            rows: list[tuple[str, float, int]] = []
+            for name, convert in ((JOURNAL, _journal_rows), (TIMING, _timing_rows)):
+                for record in records((self.folder / name).read_bytes()):
+                    if self._sent < record["step"] <= committed:
+                        rows += convert(record)
+            self.run.log_metrics(rows)
+            self._sent = committed
+
+    def flush(self) -> None:
+        """Send all that is committed, however long the server takes to come back. Raises TrackingError after ten minutes."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while True:
+            try:
+                return self.send_committed()
+            except Exception as error:
+                if time.monotonic() > deadline:
+                    raise TrackingError(f"MLflow has not taken the metrics for ten minutes: {error}") from error
+                log.warning("MLflow does not take the metrics (%s); trying again in %.0f s.", error, RETRY_SECONDS)
+                time.sleep(RETRY_SECONDS)
+
+
+def _committed_step(folder: Path) -> int:
+    path = folder / COMMITTED
+    return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+
+
+def _journal_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
+    keys = ("loss", "learning_rate", "gradient_norm") if record["kind"] == "metrics" else ()
+    return [(f"train/{key}", record[key], record["step"]) for key in keys]
+
+
+def _timing_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
+    return [
+        ("speed/images_per_second", record["images_per_second"], record["step"]),
+        ("speed/data_wait_share", record["data_wait_share"], record["step"]),
+        ("speed/peak_memory_mib", record["peak_memory_bytes"] / 2**20, record["step"]),
+    ]

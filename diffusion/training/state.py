@@ -1,0 +1,73 @@
+"""What a checkpoint says of itself: `checkpoints/<run>/<step>/state.json`. No torch in here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffusion.data.store import Store
+from diffusion.errors import StoreError
+from diffusion.recipe import Recipe
+
+FORMAT_VERSION = 1
+STATE = "state.json"
+
+
+class State(BaseModel):
+    """The content of `state.json`. All randomness is keyed by (recipe.seed, position): the step is the random state."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    run: str
+    step: int
+    images_seen: int
+    dataset: str
+    """Digest of the dataset."""
+    recipe: Recipe
+    sha256: dict[str, str]
+    """Of every other file of the folder."""
+
+    @property
+    def digest(self) -> str:
+        """The checkpoint's digest: of all its files together."""
+        return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()
+
+
+def folder(run: str, step: int) -> str:
+    """Where a checkpoint lies in the store. The step is padded so that names sort by it."""
+    return f"checkpoints/{run}/{step:09d}"
+
+
+def steps_with_checkpoint(store: Store, run: str) -> list[int]:
+    """The steps of a run that have a checkpoint, rising, without checking the files."""
+    names = store.names(f"checkpoints/{run}/")
+    return sorted(int(name.split("/")[-2]) for name in names if name.endswith(f"/{STATE}"))
+
+
+def load_state(store: Store, run: str, step: int) -> State:
+    """The state of one checkpoint. Raises StoreError if there is none, or it is damaged."""
+    where = f"{folder(run, step)}/{STATE}"
+    try:
+        state = State.model_validate_json(store.read(where))
+    except KeyError:
+        raise StoreError(f"There is no checkpoint of run {run} at step {step} in {store.uri}.") from None
+    except ValidationError as error:
+        raise StoreError(f"The checkpoint {store.uri}/{where} is damaged: {error}.") from error
+    if (state.format_version, state.run, state.step) != (FORMAT_VERSION, run, step):
+        raise StoreError(f"The checkpoint {store.uri}/{where} is another one: {state.run} at step {state.step}.")
+    return state
+
+
+def checkpoint_file(store: Store, state: State, name: str) -> bytes:
+    """The content of a checkpoint's file, verified. Raises StoreError that names the file if it is missing or damaged."""
+    where = f"{folder(state.run, state.step)}/{name}"
+    try:
+        content = store.read(where)
+    except KeyError:
+        raise StoreError(f"The checkpoint file {store.uri}/{where} is missing.") from None
+    if hashlib.sha256(content).hexdigest() != state.sha256.get(name):
+        raise StoreError(f"The checkpoint file {store.uri}/{where} is damaged: its sha256 is not the one in {STATE}.")
+    return content

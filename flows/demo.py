@@ -1,0 +1,110 @@
+"""`make demo`: the flow once, by hand, with embedded defaults, and what came out of it in a table.
+
+python -m flows.demo [--preset demo] [--set data.images=4096] [--seed 0] [--processes 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+# Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
+EMBEDDED = {
+    "PREFECT_API_URL": "",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_PLUGINS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "1",
+}
+WARNING = "!" * 100
+
+
+def main() -> int:
+    """Run the flow and print its report. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a value of the recipe")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--source", default="eurosat", help="eurosat, generated, or the path of an archive")
+    parser.add_argument("--processes", type=int)
+    arguments = parser.parse_args()
+    wrong = [item for item in arguments.set if "=" not in item]
+    if wrong:
+        parser.error(f"--set takes KEY=VALUE, not '{wrong[0]}'")
+
+    from diffusion.errors import UserError
+    from diffusion.settings import settings
+
+    environment = settings()
+    os.environ.update(EMBEDDED)
+    os.environ.setdefault("PREFECT_HOME", str(environment.home / "prefect"))
+    os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
+    (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
+
+    from flows.stopwatch import stopwatch
+
+    try:
+        source = _source_or_generated(arguments.source)
+        before = time.monotonic()
+        from flows.train_diffusion import train_diffusion
+
+        stopwatch.add("imports", time.monotonic() - before)
+        overrides = dict(item.split("=", 1) for item in arguments.set)
+        report = train_diffusion(arguments.preset, overrides, arguments.seed, source, arguments.processes)
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    _print_table(report.rows)
+    parts = stopwatch.parts()
+    total, own = parts["total"], parts["flow's own"]
+    print("\ntime: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items()))
+    print(f"The flow's own share of it is {own / total:.0%}: Prefect, MLflow, registration, start and end.")
+    print("\nmake ui    opens MLflow on what is here: metrics, the sample grids as a series, the model versions")
+    return 0
+
+
+def _source_or_generated(source: str) -> str:
+    """The demo alone may go on without EuroSAT, when no archive is given and none can be downloaded; and says so."""
+    from diffusion.data.find import EUROSAT, GENERATED, find_archive
+    from diffusion.errors import DataError
+    from diffusion.settings import settings
+
+    if source != EUROSAT or settings().archive is not None:
+        return source
+    try:
+        find_archive(source, settings(), _print_download)
+    except DataError as error:
+        print(f"{error}\n\n{WARNING}", file=sys.stderr)
+        print(
+            "NOT EUROSAT: no archive is here and none can be downloaded, so this demo runs on generated patches.",
+            file=sys.stderr,
+        )
+        print(f"Its figures and pictures say nothing about satellite images.\n{WARNING}\n", file=sys.stderr, flush=True)
+        return GENERATED
+    return source
+
+
+def _print_download(done: int, total: int | None) -> None:
+    if sys.stderr.isatty() or done == total:
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(
+            f"Downloading EuroSAT: {done / 1e6:.0f} of {(total or 0) / 1e6:.0f} MB",
+            file=sys.stderr,
+            end=end,
+            flush=True,
+        )
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    print()
+    for label, text in rows.items():
+        print(f"{label:>{width}}  {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

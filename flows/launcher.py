@@ -1,0 +1,93 @@
+"""Start a job under torchrun, watch it, and leave nothing of it behind.
+
+The job gets a session of its own, so that its whole tree is one group to signal; it is told to end when this process
+dies; and it writes to a file, so that nobody waits for the end of a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusion.job import ERROR, SPEC, JobSpec, ProgressFile, end_with_parent, error_of
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 20.0  # Prefect kills the flow 30 s after it asked it to end
+LOG = "output.log"
+TAIL_LINES = 30
+
+
+def run_job(
+    module: str,
+    spec: JobSpec,
+    folder: Path,
+    processes: int,
+    on_progress: Callable[[dict[str, Any]], None],
+    on_line: Callable[[str], None],
+) -> None:
+    """Run `module` on `processes` processes until it ends; raise the error that it left if it failed.
+
+    Whatever ends this call early (a cancellation, a crash) ends the job's whole tree first: SIGTERM, on which the
+    training leaves a checkpoint, then SIGKILL.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ERROR, ProgressFile.NAME):
+        (folder / name).unlink(missing_ok=True)
+    (folder / SPEC).write_text(spec.model_dump_json(indent=1))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    command += ["-m", module, str(folder)]
+    with (folder / LOG).open("w") as log, (folder / LOG).open() as output:
+        job = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            while job.poll() is None:
+                _forward(output, on_line)
+                _report(folder, on_progress)
+                time.sleep(POLL_SECONDS)
+            _forward(output, on_line)
+            _report(folder, on_progress)
+        finally:
+            _end(job)
+    if job.returncode != 0:
+        tail = "\n".join((folder / LOG).read_text().splitlines()[-TAIL_LINES:])
+        raise error_of(folder) or RuntimeError(f"{module} ended with code {job.returncode}:\n{tail}")
+
+
+def _end(job: subprocess.Popen[bytes]) -> None:
+    """End the job's process group, and the ranks, whose sessions end with the agent's life."""
+    if job.poll() is not None:
+        return
+    os.killpg(job.pid, signal.SIGTERM)
+    try:
+        job.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+def _forward(output: Any, on_line: Callable[[str], None]) -> None:
+    for line in output.read().splitlines():
+        if line.strip():
+            on_line(line)
+
+
+def _report(folder: Path, on_progress: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / ProgressFile.NAME
+    if path.exists():
+        on_progress(json.loads(path.read_text()))

@@ -1,0 +1,95 @@
+"""Progress for people: a bar with the time left on a terminal, plain lines elsewhere, an artifact in the Prefect UI."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from uuid import UUID
+
+from prefect import get_run_logger, runtime
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 10.0
+
+
+class Stage:
+    """One stage of the flow. Use it as a context, and call `update` as often as is convenient.
+
+    Args:
+        name: what is being done, for people.
+        key: key of the artifact: lowercase letters, digits, dashes.
+    """
+
+    def __init__(self, name: str, key: str) -> None:
+        self.name, self._key = name, key
+        self._bar: Progress | None = None
+        self._artifact: UUID | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Stage:
+        self._started = time.monotonic()
+        if attended() and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._bar = Progress(
+                TextColumn("{task.description:32}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar_task = self._bar.add_task(self.name, total=None, note="")
+            self._bar.start()
+        else:
+            say(self.name)
+        return self
+
+    def update(self, done: int, total: int | None, note: str = "") -> None:
+        """Say how far the stage is, in units of its own."""
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        if now - self._last_line < LINE_SECONDS:
+            return
+        if self._last_line:
+            share = done / total if total else 0.0
+            elapsed = now - self._started
+            left = f", about {elapsed / share - elapsed:.0f} s left" if share else ""
+            if self._bar is None:
+                say(f"{self.name}: {share:.0%}{left}" + (f" ({note})" if note else ""))
+            self._show(100 * share, note)
+        self._last_line = now
+
+    def _show(self, percent: float, note: str) -> None:
+        if self._artifact is None:
+            self._artifact = create_progress_artifact(percent, key=self._key, description=self.name)  # type: ignore[assignment]
+        else:
+            update_progress_artifact(self._artifact, percent, description=f"{self.name}. {note}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            if kind is None:
+                self._bar.update(self._bar_task, completed=1, total=1)
+            self._bar.stop()
+        if self._artifact is not None and kind is None:
+            update_progress_artifact(self._artifact, 100.0, description=self.name)
+
+
+def say(line: str) -> None:
+    """One line for whoever watches: on the console of a run by hand, in the log of a deployed one."""
+    if attended():
+        print(line, file=sys.stderr, flush=True)
+    else:
+        get_run_logger().info(line)
+
+
+def attended() -> bool:
+    """Whether the flow was started by hand in this process, not by a worker."""
+    return runtime.deployment.id is None

@@ -1,0 +1,127 @@
+"""The run: what the tasks of one flow run share, from the MLflow run to the working folder."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import runtime
+
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import Store, open_store
+from diffusion.job import JobSpec
+from diffusion.recipe import Recipe
+from diffusion.settings import Settings, settings
+from diffusion.tracking.connection import connect
+from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.sender import MetricsSender
+from flows.launcher import run_job
+from flows.progress import Stage, attended, say
+from flows.request import TrainingRequest, usable_processes
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training from its dataset to its model version."""
+
+    name: str
+    request: TrainingRequest
+    recipe: Recipe
+    dataset: Manifest
+    tracked: TrackedRun
+    sender: MetricsSender
+    lineage: Lineage
+    settings: Settings
+
+    @property
+    def store(self) -> Store:
+        """Where checkpoints and evaluations go."""
+        return open_store(self.settings.store_uri)
+
+    @property
+    def folder(self) -> Path:
+        """Working folder on this machine."""
+        return self.settings.runs / self.name
+
+    def job_fields(self) -> dict[str, Any]:
+        """What every job of this run is told."""
+        return job_fields(self.name, self.dataset, self.settings)
+
+
+def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any]:
+    """The fields that every job spec has."""
+    return {
+        "run": run,
+        "store": settings.store_uri,
+        "dataset": dataset.digest,
+        "shard_copies": settings.shard_copies,
+    }
+
+
+def run_stage(title: str, key: str, module: str, spec: JobSpec, folder: Path, processes: int) -> None:
+    """Run a job as one stage of the flow, with its progress shown. Raises the job's error."""
+    with Stage(title, key) as stage:
+
+        def on_progress(progress: dict[str, Any]) -> None:
+            note = progress["note"] or f"{progress['stage']}, {progress['done']:,} of {progress['total']:,}"
+            stage.update(progress["done"], progress["total"], note)
+
+        # At a terminal the bar tells enough; the whole output is in the folder either way.
+        on_line: Callable[[str], None] = (lambda line: None) if attended() else say
+        run_job(module, spec, folder, processes, on_progress, on_line)
+
+
+@contextmanager
+def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> Iterator[Run]:
+    """The run of this flow run, with its MLflow run open and fed; closed as finished, failed or killed.
+
+    A retry of the flow run finds the same run again.
+    """
+    environment = settings()
+    flow_run_id, name = str(runtime.flow_run.id), str(runtime.flow_run.name)
+    lineage = Lineage(
+        run=f"{name}-{flow_run_id[:8]}",
+        commit=git_commit(),
+        flow_run_id=flow_run_id,
+        flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
+    )
+    client = connect(environment.tracking_uri)
+    artifacts = environment.artifacts if environment.tracking_uri.startswith("sqlite") else None
+    tracked = TrackedRun.open(client, artifacts, name, lineage, recipe, dataset, environment.store_uri)
+    with MetricsSender(tracked, environment.runs / lineage.run) as sender:
+        run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
+        try:
+            yield run
+        except Exception as error:
+            tracked.close("FAILED", f"{type(error).__name__}: {error}")
+            raise
+        except BaseException as error:  # a cancellation, an interrupt
+            tracked.close("KILLED", type(error).__name__)
+            raise
+    tracked.close("FINISHED")
+
+
+def processes_of(request: TrainingRequest, recipe: Recipe) -> int:
+    """How many processes the jobs of this request run on here."""
+    return usable_processes(recipe, request.processes)
+
+
+def git_commit() -> str:
+    """The commit of the code, with `-dirty` if files differ from it; TRAIN_DIFFUSION_COMMIT where there is no repository."""
+    given = settings().commit
+    if given:
+        return given
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        dirty = subprocess.run(status, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if dirty else commit

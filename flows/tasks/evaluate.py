@@ -1,0 +1,49 @@
+"""Checkpoint -> scores and a grid of samples."""
+
+from __future__ import annotations
+
+import base64
+
+from prefect import task
+from prefect.artifacts import create_image_artifact
+from prefect.cache_policies import NO_CACHE
+
+from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
+from diffusion.job import EvaluationJob
+from diffusion.training.state import State
+from flows.run import Run, run_stage
+from flows.tasks.retrying import worth_retrying
+
+
+@task(
+    name="evaluate",
+    task_run_name="evaluate step {state.step}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=worth_retrying,
+)
+def evaluate(run: Run, state: State, processes: int) -> Scores:
+    """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""
+    step, samples = state.step, run.recipe.samples_at(state.step)
+    scores = find_scores(run.store, run.name, step, samples)
+    if scores is None:
+        spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
+        folder = run.folder / f"evaluation-{step:09d}"
+        title = f"Evaluating step {step:,} ({samples:,} samples)"
+        run_stage(title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, processes)
+        scores = find_scores(run.store, run.name, step, samples)
+        assert scores is not None
+    grid = sample_grid(run, step)
+    run.tracked.log_scores(scores, grid)
+    create_image_artifact(
+        image_url=f"data:image/png;base64,{base64.b64encode(grid).decode()}",
+        key="samples",
+        description=f"{run.name}: samples at step {step:,}, {state.images_seen:,} images seen.",
+    )
+    return scores
+
+
+def sample_grid(run: Run, step: int) -> bytes:
+    """The grid of an evaluation, as PNG."""
+    return run.store.read(f"{evaluation_folder(run.name, step)}/grid.png")

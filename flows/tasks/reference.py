@@ -1,0 +1,37 @@
+"""Shards -> features of the real images."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import open_store
+from diffusion.evaluation.names import extractor_sha256, reference_name
+from diffusion.job import ReferenceJob
+from diffusion.recipe import Recipe
+from diffusion.settings import settings
+from flows.run import job_fields, run_stage
+from flows.tasks.retrying import worth_retrying
+
+
+@task(name="measure reference", cache_policy=NO_CACHE, retries=1, retry_condition_fn=worth_retrying)
+def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None:
+    """Features and moments of the real images, once per dataset version, extractor and image size."""
+    environment = settings()
+    store = open_store(environment.store_uri)
+    size = recipe.data.image_size
+    for extractor in recipe.evaluation.extractors:
+        sha256 = extractor_sha256(extractor, environment.inception)
+        name = reference_name(dataset.digest, extractor, sha256, size)
+        if store.names(name):
+            continue
+        spec = ReferenceJob(
+            **job_fields("reference", dataset, environment),
+            image_size=size,
+            extractor=extractor,
+            inception=environment.inception,
+        )
+        folder = environment.runs / name.removesuffix(".safetensors")
+        title = f"Measuring real images ({extractor})"
+        run_stage(title, f"reference-{extractor}", "diffusion.evaluation.reference", spec, folder, processes)

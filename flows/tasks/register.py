@@ -1,0 +1,35 @@
+"""Checkpoint -> model version."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from diffusion.evaluation.scores import Scores
+from diffusion.tracking.registry import publish
+from diffusion.training.state import State
+from flows.run import Run
+from flows.tasks.evaluate import sample_grid
+from flows.tasks.retrying import worth_retrying
+
+
+@task(
+    name="register",
+    task_run_name="register step {state.step}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=worth_retrying,
+)
+def register(run: Run, state: State, scores: Scores) -> str:
+    """Make a model version of the checkpoint, with its lineage, and return its number."""
+    tags = {
+        "run": run.name,
+        "preset": run.recipe.name,
+        "git.commit": run.lineage.commit,
+        "dataset.name": run.dataset.source,
+        "dataset.digest": run.dataset.digest,
+        "recipe.digest": run.recipe.digest,
+        "prefect.flow_run_id": run.lineage.flow_run_id,
+    }
+    return publish(run.tracked, run.store, state, scores, run.dataset, sample_grid(run, state.step), tags).version

@@ -1,0 +1,54 @@
+"""What came out, for people: a Prefect artifact, and the table at the end of a run by hand."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel
+
+from diffusion.evaluation.scores import Scores, evaluation_folder
+from diffusion.tracking.registry import MODEL_NAME, Decision
+from diffusion.training.journal import JOURNAL, records
+from diffusion.training.state import State
+from flows.run import Run
+
+
+class Report(BaseModel):
+    """The end of a run in a table."""
+
+    rows: dict[str, str]
+    """Label and text, in the order to show them."""
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
+    """Write the report artifact and return its table."""
+    metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]
+    rows = {
+        "dataset": f"{run.dataset.source} {run.dataset.digest[:16]}, {run.dataset.splits['train']:,} training images",
+        "recipe": f"{run.recipe.name} {run.recipe.digest[:16]}, seed {run.recipe.seed}",
+        "steps": f"{state.step:,} of {run.recipe.data.batch_size} images",
+        "loss": f"{sum(r['loss'] for r in metrics[-50:]) / len(metrics[-50:]):.4f} (mean of the last records)",
+        "bits/dim": f"{scores.bits_per_dim:.3f} ± {scores.bits_per_dim_error:.3f} on {scores.likelihood_images:,} test images",
+    }
+    for by in scores.by_extractor:
+        floor = f"real images: {by.fid_floor:.2f} with n = {by.floor_samples:,}"
+        rows[f"fid_{by.extractor}"] = f"{by.fid:.2f} (n = {by.samples:,}; {floor})"
+        rows[f"kid_{by.extractor}"] = f"{by.kid:.4f} ± {by.kid_error:.4f} (real images: {by.kid_floor:.4f})"
+    rows["model version"] = f"{MODEL_NAME} {decision.version}, {decision.alias}. {decision.reason}"
+    rows["sample grid"] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
+
+    table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())
+    create_markdown_artifact(f"# {run.name}\n\n| what | value |\n| --- | --- |\n{table}\n", key="report")
+    uri = run.settings.tracking_uri
+    if uri.startswith("http"):
+        link = f"{uri.rstrip('/')}/#/experiments/{run.tracked.experiment_id}/runs/{run.tracked.run_id}"
+        create_link_artifact(link, "The run in MLflow: metrics, samples, model", key="mlflow-run")
+    return Report(rows=rows)
+
+
+def _journal(run: Run, state: State) -> list[dict[str, float]]:
+    from diffusion.training.state import checkpoint_file
+
+    return records(checkpoint_file(run.store, state, JOURNAL))

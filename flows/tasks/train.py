@@ -1,0 +1,38 @@
+"""Checkpoint -> the checkpoint at the next milestone."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from diffusion.job import TrainingJob
+from diffusion.tracking.figures import loss_by_noise_level
+from diffusion.training.journal import JOURNAL, records
+from diffusion.training.state import State, load_state, steps_with_checkpoint
+from flows.request import CHECKPOINT_EVERY_IMAGES
+from flows.run import Run, run_stage
+from flows.tasks.retrying import worth_retrying
+
+
+@task(
+    name="train",
+    task_run_name="train to step {until}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=worth_retrying,
+)
+def train(run: Run, until: int, processes: int) -> State:
+    """Train to step `until`, from the run's newest checkpoint."""
+    if until not in steps_with_checkpoint(run.store, run.name):
+        every = max(1, CHECKPOINT_EVERY_IMAGES // run.recipe.data.batch_size)
+        spec = TrainingJob(**run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=every)
+        title = f"Training to step {until:,} of {run.recipe.total_steps:,}"
+        run_stage(title, f"train-{until}", "diffusion.training.job", spec, run.folder, processes)
+    state = load_state(run.store, run.name, until)
+    run.sender.flush()
+    journal = run.folder / JOURNAL
+    if journal.exists():
+        run.tracked.log_figure(loss_by_noise_level(records(journal.read_bytes())), "figures/loss_by_noise_level.png")
+        run.tracked.client.log_artifact(run.tracked.run_id, str(journal))
+    return state

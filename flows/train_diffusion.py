@@ -1,0 +1,69 @@
+"""The flow `train-diffusion`: from the EuroSAT archive to a scored, registered model. This file is its table of contents."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from prefect import flow, runtime
+from pydantic import Field
+
+from diffusion.recipe import preset_names
+from diffusion.settings import settings
+from flows.checks import check_before_compute
+from flows.request import TrainingRequest, usable_processes
+from flows.run import tracked_run
+from flows.stopwatch import stopwatch
+from flows.tasks.evaluate import evaluate
+from flows.tasks.ingest import dataset_of, find_source, ingest_archive
+from flows.tasks.promote import promote
+from flows.tasks.reference import measure_reference
+from flows.tasks.register import register
+from flows.tasks.report import Report, report
+from flows.tasks.train import train
+
+
+def _name() -> str:
+    parameters = runtime.flow_run.parameters
+    return f"{parameters['preset']}-seed{parameters['seed']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+@flow(name="train-diffusion", flow_run_name=_name)
+def train_diffusion(
+    preset: Annotated[str, Field(json_schema_extra={"enum": preset_names()})] = "eurosat",
+    overrides: dict[str, Any] | None = None,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    source: str = "eurosat",
+    processes: Annotated[int, Field(ge=1)] | None = None,
+) -> Report:
+    """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
+
+    Args:
+        preset: The recipe to start from.
+        overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000}.
+        seed: Key of all randomness.
+        source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a EuroSAT archive, or "generated".
+        processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
+    """
+    request = TrainingRequest(preset=preset, overrides=overrides or {}, seed=seed, source=source, processes=processes)
+    recipe, store_uri = request.recipe(), settings().store_uri
+    workers = usable_processes(recipe, request.processes)
+    check_before_compute(recipe)
+    with stopwatch.part("ingest"):
+        archive = find_source(request.source)
+        dataset = dataset_of(ingest_archive(archive, store_uri), store_uri)
+    with stopwatch.part("reference"):
+        measure_reference(dataset, recipe, workers)
+    with tracked_run(request, recipe, dataset) as run:
+        for milestone in recipe.milestones:
+            with stopwatch.part("training"):
+                state = train(run, milestone, workers)
+            with stopwatch.part("evaluation"):
+                scores = evaluate(run, state, workers)
+        version = register(run, state, scores)
+        decision = promote(run, version)
+        return report(run, state, scores, decision)
+
+
+if __name__ == "__main__":
+    train_diffusion()
