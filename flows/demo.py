@@ -12,7 +12,6 @@ import time
 
 # Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
 EMBEDDED = {
-    "PREFECT_API_URL": "",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -41,6 +40,7 @@ def main() -> int:
 
     environment = settings()
     os.environ.update(EMBEDDED)
+    os.environ.pop("PREFECT_API_URL", None)
     os.environ.setdefault("PREFECT_HOME", str(environment.home / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
     (environment.home / "prefect").mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from flows.request import TrainingRequest, usable_processes
 from flows.run import tracked_run
 from flows.stopwatch import stopwatch
 from flows.tasks.evaluate import evaluate
-from flows.tasks.ingest import dataset_of, find_source, ingest_archive
+from flows.tasks.ingest import find_source, ingest_archive
 from flows.tasks.promote import promote
 from flows.tasks.reference import measure_reference
 from flows.tasks.register import register
@@ -46,12 +46,12 @@ def train_diffusion(
         processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
     """
     request = TrainingRequest(preset=preset, overrides=overrides or {}, seed=seed, source=source, processes=processes)
-    recipe, store_uri = request.recipe(), settings().store_uri
+    recipe = request.recipe()
     workers = usable_processes(recipe, request.processes)
     check_before_compute(recipe)
     with stopwatch.part("ingest"):
         archive = find_source(request.source)
-        dataset = dataset_of(ingest_archive(archive, store_uri), store_uri)
+        dataset = ingest_archive(archive, settings().store_uri)
     with stopwatch.part("reference"):
         measure_reference(dataset, recipe, workers)
     with tracked_run(request, recipe, dataset) as run:

@@ -38,13 +38,10 @@ def find_source(source: str) -> Archive:
         return Archive(source, str(path), read_source(source, path).digest)
 
 
-def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """Content, store and format decide. Without the manifest in the store there is nothing that a hit could point to."""
-    archive, store_uri = parameters["archive"], parameters["store_uri"]
-    if find_dataset(open_store(store_uri), archive.digest) is None:
-        return None
-    store_key = hashlib.sha256(store_uri.encode()).hexdigest()[:16]
-    return f"ingest-{FORMAT_VERSION}-{archive.digest}-{store_key}"
+def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Content, format and store decide."""
+    store_key = hashlib.sha256(parameters["store_uri"].encode()).hexdigest()[:16]
+    return f"ingest-{FORMAT_VERSION}-{parameters['archive'].digest}-{store_key}"
 
 
 @task(
@@ -56,7 +53,7 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
     retry_delay_seconds=5,
     retry_condition_fn=worth_retrying,
 )
-def ingest_archive(archive: Archive, store_uri: str) -> str:
+def _ingest(archive: Archive, store_uri: str) -> str:
     """Write the images as WebDataset shards into the store, and return the dataset's digest."""
     store = open_store(store_uri)
     check_writable(store)
@@ -65,8 +62,11 @@ def ingest_archive(archive: Archive, store_uri: str) -> str:
         return ingest(source, store, lambda done, total: stage.update(done, total, f"{done:,} images")).digest
 
 
-def dataset_of(digest: str, store_uri: str) -> Manifest:
-    """The manifest of a dataset that was ingested. Raises DataError if it is gone."""
+def ingest_archive(archive: Archive, store_uri: str) -> Manifest:
+    """The dataset of the archive's images in the store; a cache hit if these images have been ingested there before."""
+    # A hit must point to something: somebody may have emptied the store since.
+    gone = find_dataset(open_store(store_uri), archive.digest) is None
+    digest = _ingest.with_options(refresh_cache=gone)(archive, store_uri)
     manifest = find_dataset(open_store(store_uri), digest)
     if manifest is None:
         raise DataError(f"The dataset {digest} has vanished from the store {store_uri}. Start the flow again.")
