@@ -274,7 +274,7 @@ def recipe_keys() -> list[str]:
 
 def flatten(recipe: Recipe) -> dict[str, str]:
     """The recipe as dotted keys and texts, in its own order."""
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in recipe.model_dump(mode="json").items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": _text(content) for inner, content in value.items()}

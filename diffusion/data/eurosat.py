@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from diffusion.errors import DataError
@@ -151,7 +152,7 @@ def _zip_files(path: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]
             _refuse_unsafe(path, members)
             for member in members:
                 if not member.is_dir():
-                    yield PurePosixPath(member.filename), lambda member=member: archive.read(member)
+                    yield PurePosixPath(member.filename), partial(archive.read, member)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise DataError(
             f"{path} is not a whole zip archive ({error}). It was probably cut off while it was copied: get it again."

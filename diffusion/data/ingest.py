@@ -91,7 +91,8 @@ def split_by_hash(source: Source) -> dict[Split, list[Sample]]:
     for label, class_name in enumerate(CLASSES):
         images = sorted((image for image in source.images if image.class_name == class_name), key=_name_hash)
         cut = round(TEST_SHARE * len(images))
-        for split, chosen in (("test", images[:cut]), ("train", images[cut:])):
+        parts: dict[Split, list[SourceImage]] = {"test": images[:cut], "train": images[cut:]}
+        for split, chosen in parts.items():
             splits[split] += [Sample(image.file_name.rpartition(".")[0], image.jpeg, label) for image in chosen]
     for samples in splits.values():
         samples.sort(key=lambda sample: hashlib.sha256(f"{sample.key}.jpg".encode()).hexdigest())

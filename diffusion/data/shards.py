@@ -69,15 +69,13 @@ def decode(jpeg: bytes, where: str, expected_size: int, image_size: int) -> NDAr
     Raises DataError if it does not decode or is not `expected_size` x `expected_size`.
     """
     try:
-        image = Image.open(io.BytesIO(jpeg))
-        image.load()
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"The image {where} does not decode ({error}). Replace it by a whole copy.") from error
     if image.size != (expected_size, expected_size):
         raise DataError(
             f"The image {where} has {image.size[0]} x {image.size[1]} pixels, expected {expected_size} x {expected_size}."
         )
-    image = image.convert("RGB")
     if image_size != expected_size:
         image = image.reduce(expected_size // image_size)
     return np.asarray(image)

@@ -22,6 +22,7 @@ from diffusion.data.eurosat import CLASSES
 from diffusion.errors import RecipeError
 from diffusion.evaluation.classifier import EuroSATClassifier
 from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, required_inception
+from diffusion.model.placement import place
 from diffusion.settings import InceptionSource
 
 
@@ -49,7 +50,7 @@ def _eurosat(device: torch.device) -> Extractor:
     weights = load(_verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS)))
     network = EuroSATClassifier(len(CLASSES), fused=True)
     network.load_state_dict(weights)
-    network = network.float().eval().to(device, memory_format=torch.channels_last)
+    network = place(network.float().eval(), device)
 
     @torch.inference_mode()
     def embed(images: NDArray[np.uint8]) -> Tensor:

@@ -25,6 +25,7 @@ from diffusion.evaluation.scores import SampleScores, Scores, evaluation_folder
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.statistics import Moments, frechet_distance, kernel_distance
 from diffusion.job import EvaluationJob, ProgressFile, run_job
+from diffusion.model.placement import place
 from diffusion.training.checkpoint import load_tensors
 from diffusion.training.state import State, load_state
 
@@ -34,7 +35,7 @@ def load_denoiser(store: Store, state: State, manifest: Manifest, device: torch.
     recipe = state.recipe
     network = build_network(recipe, len(manifest.classes))
     network.load_state_dict(load_tensors(store, state, "ema" if recipe.evaluation.weights == "ema" else "model"))
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = place(network.eval().requires_grad_(False), device)
     return Denoiser(recipe, network, Pixels(manifest.pixel_mean, manifest.pixel_std))
 
 

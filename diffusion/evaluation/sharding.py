@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def gather_rows(accelerator: Accelerator, blocks: dict[int, Tensor], sizes: list[int]) -> NDArray[np.generic]:
+def gather_rows(accelerator: Accelerator, blocks: dict[int, Tensor], sizes: list[int]) -> NDArray[Any]:
     """The rows of all blocks, in the order of the blocks, on every process.
 
     Process p of P has computed the blocks p, p + P, p + 2P, …; block b has sizes[b] rows. The result is the same array

@@ -24,6 +24,7 @@ from diffusion.data.ingest import split_by_hash
 from diffusion.data.shards import decode_all
 from diffusion.evaluation.classifier import INPUT_SIZE, EuroSATClassifier, fuse
 from diffusion.evaluation.names import SHIPPED_WEIGHTS
+from diffusion.model.placement import place
 
 EPOCHS = 14
 BATCH = 128
@@ -73,7 +74,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
-    network = EuroSATClassifier(len(CLASSES), fused=False).to(memory_format=torch.channels_last)
+    network = place(EuroSATClassifier(len(CLASSES), fused=False), torch.device("cpu"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(

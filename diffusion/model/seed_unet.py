@@ -70,12 +70,14 @@ class SeedUNet(nn.Module):
         h = torch.cat([self.conv_in(x), told], dim=1)
         skips = []
         for stages in self.down:
+            assert isinstance(stages, nn.ModuleList)
             for block in stages:
                 h = block(h)
                 skips.append(h)
             h = F.avg_pool2d(h, 2)
         h = self.middle(h)
         for stages in self.up:
+            assert isinstance(stages, nn.ModuleList)
             h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
             for block in stages:
                 h = block(torch.cat([h, skips.pop()], dim=1))

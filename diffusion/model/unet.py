@@ -165,6 +165,7 @@ class UNet(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for level, stages in enumerate(self.down):
+            assert isinstance(stages, nn.ModuleList)
             if level > 0:
                 h = F.avg_pool2d(h, 2)
             for stage in stages:
@@ -173,6 +174,7 @@ class UNet(nn.Module):
         for stage in self.middle:
             h = stage(h, condition)
         for level, stages in enumerate(self.up):
+            assert isinstance(stages, nn.ModuleList)
             if level > 0:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             for stage in stages:

@@ -66,8 +66,8 @@ def load_latest(store: Store, run: str) -> tuple[State, Checkpoint] | None:
 def load_checkpoint(store: Store, run: str, step: int) -> tuple[State, Checkpoint]:
     """Load and verify one checkpoint. Raises StoreError that names the file that is missing or damaged."""
     state = load_state(store, run, step)
-    tensors = (load_tensors(store, state, part) for part in ("model", "ema", "optimizer"))
-    return state, Checkpoint(*tensors, journal=checkpoint_file(store, state, "journal.jsonl"))
+    model, ema, optimizer = (load_tensors(store, state, part) for part in ("model", "ema", "optimizer"))
+    return state, Checkpoint(model, ema, optimizer, checkpoint_file(store, state, "journal.jsonl"))
 
 
 def load_tensors(store: Store, state: State, part: str) -> Tensors:

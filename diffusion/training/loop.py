@@ -26,6 +26,7 @@ from diffusion.denoiser import build_network
 from diffusion.errors import DataError, RecipeError, StoreError, TrainingDiverged
 from diffusion.job import ProgressFile, TrainingJob
 from diffusion.model.ema import EMA
+from diffusion.model.placement import place
 from diffusion.process.objective import simple_loss
 from diffusion.process.prediction import diffuse
 from diffusion.process.schedule import noise_variance
@@ -77,7 +78,7 @@ class Trainer:
         self.recipe, self.accelerator = recipe, accelerator
         self.lanes = lanes_of_process(recipe, accelerator.process_index, accelerator.num_processes)
         device = accelerator.device
-        self.network = build_network(recipe, classes).to(device, memory_format=torch.channels_last)
+        self.network = place(build_network(recipe, classes), device)
         self.ema = EMA(self.network, recipe.ema.half_life_images, recipe.ema.ramp)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),

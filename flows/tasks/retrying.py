@@ -14,7 +14,7 @@ from diffusion.errors import StoreError, TrackingError, UserError
 async def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """A crash, or a server that did not answer; not what the user has to change first."""
     try:
-        await state.result()  # type: ignore[misc]
+        await state.result()
     except (StoreError, TrackingError):
         return True
     except UserError:

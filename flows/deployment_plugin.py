@@ -1,0 +1,113 @@
+"""The Prefect plugin: finds the servers of `make up`, and lets `prefect deployment run train-diffusion` do without a slash.
+
+Prefect calls `setup_environment` while it is imported, before its command line reads `sys.argv`. Nothing here imports
+more than the standard library: every `prefect` command in this environment pays for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prefect.plugins import HookContext, SetupResult, register_hook
+
+SERVERS = Path("var", "stack", "servers.json")
+"""Written by `make up`, relative to the project's folder: addresses and credentials as environment variables."""
+FLAGS = {"--watch", "--no-watch", "--help", "-h"}  # the options of `deployment run` that take no value
+SECONDS = 5
+
+
+@register_hook
+def setup_environment(*, ctx: HookContext) -> SetupResult | None:
+    """What is absent from the environment and known here; and, if a deployment is named bare, its full name in sys.argv."""
+    env = {key: value for key, value in _servers().items() if key not in os.environ}
+    if "PREFECT_HOME" not in os.environ and Path("var", "prefect").parent.is_dir():
+        # pyproject.toml has it relative to this folder; processes that start elsewhere need it absolute.
+        env["PREFECT_HOME"] = str(Path("var", "prefect").absolute())
+    position = bare_name_position(sys.argv)
+    if position is not None:
+        api = os.environ.get("PREFECT_API_URL") or env.get("PREFECT_API_URL") or ctx.api_url
+        auth = os.environ.get("PREFECT_API_AUTH_STRING") or env.get("PREFECT_API_AUTH_STRING") or _auth_of_profile()
+        sys.argv[position] = full_name(sys.argv[position], api, auth)
+    return SetupResult(env=env) if env else None
+
+
+def _servers() -> dict[str, str]:
+    try:
+        return json.loads(SERVERS.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        print(f"{SERVERS} can't be read ({error}): run make up again.", file=sys.stderr)
+        return {}
+
+
+def _auth_of_profile() -> str | None:
+    """The credentials of the active Prefect profile (`make profile` writes one)."""
+    from prefect.settings import get_current_settings
+
+    secret = get_current_settings().api.auth_string
+    return secret.get_secret_value() if secret else None
+
+
+def bare_name_position(arguments: list[str]) -> int | None:
+    """Where in `prefect … deployment run … NAME …` a name without a slash stands; None if this is another command."""
+    if not arguments or Path(arguments[0]).name not in ("prefect", "prefect.exe", "__main__.py", "-m"):
+        return None
+    if arguments[0] == "-m" and "prefect" not in sys.orig_argv:
+        return None
+    position = 1
+    while position < len(arguments) and arguments[position].startswith("-"):
+        position += 2 if arguments[position] in ("--profile", "-p") else 1
+    if arguments[position : position + 2] not in (["deployment", "run"], ["deployments", "run"]):
+        return None
+    position += 2
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument in ("--id", "--help", "-h") or argument.startswith("--id="):
+            return None
+        if not argument.startswith("-"):
+            return None if "/" in argument else position
+        position += 1 if argument in FLAGS or "=" in argument else 2
+    return None
+
+
+def full_name(name: str, api: str | None, auth: str | None) -> str:
+    """`flow/deployment` of the deployment that `name` means: of that name, or else the flow's only one.
+
+    Ends the command with a sentence if there is none, several, or no server to ask.
+    """
+    if not api:
+        _give_up("No Prefect server is known here. Start one with make up, or set PREFECT_API_URL.")
+    try:
+        deployments = _post(api, auth, "/deployments/filter", {"limit": 200})
+        flows = {flow["id"]: flow["name"] for flow in _post(api, auth, "/flows/filter", {"limit": 200})}
+    except (OSError, ValueError) as error:
+        _give_up(f"The Prefect server at {api} does not answer as it should ({error}). Is it up? make up starts one.")
+    names = sorted(f"{flows.get(deployment['flow_id'], '?')}/{deployment['name']}" for deployment in deployments)
+    found = [full for full in names if full.partition("/")[2] == name]
+    found = found or [full for full in names if full.partition("/")[0] == name]
+    if len(found) != 1:
+        known = ", ".join(found or names) or "none is registered"
+        _give_up(f"'{name}' is {'ambiguous' if found else 'no deployment'}. Deployments: {known}.")
+    return found[0]
+
+
+def _post(api: str, auth: str | None, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(  # noqa: S310  the address is the user's own API
+        api.rstrip("/") + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    if auth:
+        request.add_header("Authorization", f"Basic {base64.b64encode(auth.encode()).decode()}")
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:  # noqa: S310
+        return json.load(response)
+
+
+def _give_up(sentence: str) -> NoReturn:
+    print(sentence, file=sys.stderr)
+    raise SystemExit(1)

@@ -1,0 +1,246 @@
+"""The servers on this machine, without containers: `python infra/stack.py up | down | status`.
+
+up starts a Prefect server, an MLflow server and a worker on the loopback interface, with credentials of their own
+(AUTH=off: without), and registers the deployments of prefect.yaml. down stops these processes and no others.
+
+Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000). Databases: SQLite under var/, or what
+PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parent.parent
+HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", PROJECT / "var")).absolute()
+STACK = HOME / "stack"
+SERVERS = STACK / "servers.json"  # read by the Prefect plugin and by `make ui`
+BIN = Path(sys.executable).parent
+READY_SECONDS = 120
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the servers listen, and with what credentials."""
+
+    prefect: str
+    mlflow: str
+    password: str | None
+    """Of the user `admin` on both; None: no credentials."""
+
+    def client_environment(self) -> dict[str, str]:
+        """What a client needs to know."""
+        env = {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
+        if self.password:
+            env["PREFECT_API_AUTH_STRING"] = f"admin:{self.password}"
+            env |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": self.password}
+        return env
+
+
+def base_environment() -> dict[str, str]:
+    """For every process of the stack. Databases and homes lie in this project, never in the user's home folder."""
+    return {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "TRAIN_DIFFUSION_HOME": str(HOME),
+        "TRAIN_DIFFUSION_PROJECT": str(PROJECT),
+        "PREFECT_HOME": str(HOME / "prefect"),
+        "PREFECT_PLUGINS_ENABLED": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "MPLCONFIGDIR": str(HOME / "matplotlib"),
+    }
+
+
+def start(name: str, command: list[str], env: dict[str, str]) -> None:
+    """Start one process of the stack and remember it by pid and start time: a pid alone may be somebody else's one day."""
+    with (STACK / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    (STACK / f"{name}.pid").write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
+
+
+def find(name: str) -> psutil.Process | None:
+    """The running process of that name, or None."""
+    path = STACK / f"{name}.pid"
+    if not path.exists():
+        return None
+    pid, created = path.read_text().split()
+    try:
+        process = psutil.Process(int(pid))
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and process.create_time() == float(created) else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def stop(name: str) -> None:
+    """Stop one process of the stack and all that it started."""
+    process = find(name)
+    if process is not None:
+        tree = [process, *process.children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(tree, STOP_SECONDS)
+        for left in alive:
+            left.kill()
+        print(f"stopped {name}")
+    (STACK / f"{name}.pid").unlink(missing_ok=True)
+
+
+def wait_until_ready(name: str, url: str) -> None:
+    """Wait until the server answers; end with the last lines of its log if it dies or takes too long."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and find(name) is not None:
+        try:
+            with urllib.request.urlopen(url, timeout=2):  # noqa: S310  our own loopback address
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    log = (STACK / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
+    down()
+    raise SystemExit(f"{name} did not become ready at {url}. The end of {STACK / f'{name}.log'}:\n" + "\n".join(log))
+
+
+def check_port(port: int, name: str, variable: str) -> None:
+    """End with a sentence if the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise SystemExit(
+                f"Port {port}, for {name}, is taken. Choose another: make up {variable}={port + 100}"
+            ) from None
+
+
+def start_prefect(port: int, addresses: Addresses) -> None:
+    """The Prefect server."""
+    env = {
+        **base_environment(),
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_UI_API_URL": f"{addresses.prefect}/api",
+        # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    env.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{STACK / 'prefect.db'}")
+    if addresses.password:
+        env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
+    start("prefect-server", [str(BIN / "prefect"), "server", "start"], env)
+
+
+def start_mlflow(port: int, addresses: Addresses) -> None:
+    """The MLflow server. It shares database and artifact folder with `make demo`, so that the demo's runs are seen here."""
+    (HOME / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
+    # The job runner and its seven consumers, which only GenAI evaluations need, would take 2 GB.
+    env = {**base_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    backend = os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}")
+    artifacts = (HOME / "mlflow" / "artifacts").as_uri()
+    command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
+    if addresses.password:
+        config = STACK / "mlflow-auth.ini"
+        config.write_text(
+            "[mlflow]\ndefault_permission = READ\nadmin_username = admin\nauth_cache_ttl_seconds = 60\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            f"database_uri = sqlite:///{STACK / 'mlflow-auth.db'}\n"
+        )
+        command += ["--app-name", "basic-auth"]
+        env |= {
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": addresses.password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+        }
+    start("mlflow-server", command, env)
+
+
+def register_deployments(env: dict[str, str]) -> None:
+    """The work pool, and the deployments of prefect.yaml."""
+    prefect = [str(BIN / "prefect"), "--no-prompt"]
+    for command in (
+        ["work-pool", "create", "train-diffusion", "--type", "process", "--overwrite"],
+        ["deploy", "--all"],
+    ):
+        done = subprocess.run([*prefect, *command], cwd=PROJECT, env=env, capture_output=True, text=True)
+        if done.returncode != 0:
+            down()
+            raise SystemExit(f"prefect {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def known_password() -> str:
+    """The password of earlier starts: MLflow keeps the first one in its database."""
+    path = STACK / "password"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(12))
+    return path.read_text()
+
+
+def up() -> None:
+    """Start all that is not running."""
+    STACK.mkdir(parents=True, exist_ok=True)
+    (HOME / "prefect").mkdir(parents=True, exist_ok=True)
+    if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
+        down()
+    prefect_port, mlflow_port = int(os.environ.get("PREFECT_PORT", "4200")), int(os.environ.get("MLFLOW_PORT", "5000"))
+    check_port(prefect_port, "Prefect", "PREFECT_PORT")
+    check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
+    password = None if os.environ.get("AUTH") == "off" else known_password()
+    addresses = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}", password)
+
+    print("starting the Prefect server and the MLflow server …", flush=True)
+    start_prefect(prefect_port, addresses)
+    start_mlflow(mlflow_port, addresses)
+    wait_until_ready("prefect-server", f"{addresses.prefect}/api/health")
+    wait_until_ready("mlflow-server", f"{addresses.mlflow}/health")
+    env = {**base_environment(), **addresses.client_environment()}
+    print("registering the deployments …", flush=True)
+    register_deployments(env)
+    start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
+    SERVERS.unlink(missing_ok=True)
+    SERVERS.touch(mode=0o600)
+    SERVERS.write_text(json.dumps(addresses.client_environment(), indent=1))
+    print(f"\nPrefect  {addresses.prefect}\nMLflow   {addresses.mlflow}")
+    if password:
+        print(
+            f"both ask for user admin, password {password} (kept in {STACK / 'password'}; Prefect wants admin:{password})"
+        )
+    print(
+        "\nsource .venv/bin/activate\nprefect deployment run train-diffusion -p preset=demo --watch\n\nmake down stops it all."
+    )
+
+
+def down() -> None:
+    """Stop what `up` started."""
+    for name in ("worker", "mlflow-server", "prefect-server"):
+        stop(name)
+    SERVERS.unlink(missing_ok=True)
+
+
+def status() -> None:
+    """Say what is running."""
+    for name in ("prefect-server", "mlflow-server", "worker"):
+        process = find(name)
+        print(f"{name:15} {f'running, pid {process.pid}' if process else 'not running'}")
+
+
+if __name__ == "__main__":
+    commands = {"up": up, "down": down, "status": status}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        raise SystemExit(__doc__)
+    commands[sys.argv[1]]()
