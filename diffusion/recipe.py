@@ -65,8 +65,8 @@ class Process(Part):
 
     schedule: Literal["cosine", "cosine_discrete", "linear"] = "cosine"
     """cosine: continuous time between the two ends below. cosine_discrete, linear: the published tables of `steps`."""
-    log_snr_max: float = 10.0
-    """The clean end of the continuous schedule."""
+    log_snr_max: float = 7.5
+    """The clean end of the continuous schedule: noise of about one grey level, where the bound is tightest."""
     log_snr_min: float = -10.0
     """The noisy end of the continuous schedule."""
     steps: int = Field(default=1000, ge=2, le=4000)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,17 @@ TOP_FOLDERS = ("2750", "EuroSAT_RGB")
 MAX_FILES = 100_000
 MAX_FILE_BYTES = 1 << 20
 MAX_TOTAL_BYTES = 1 << 30
+
+# What zipfile raises for archives that are cut off, flipped, encrypted, or compressed in ways it does not know.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,12 @@ def read_archive(path: Path, name: str, licence: str) -> Source:
 def _images(path: Path, files: Iterator[tuple[PurePosixPath, Callable[[], bytes]]]) -> Iterator[SourceImage]:
     seen: set[tuple[str, str]] = set()
     for relative, read in files:
-        if relative.suffix.lower() != ".jpg" or len(relative.parts) < 2 or relative.parts[-2] not in CLASSES:
+        if (
+            relative.suffix.lower() != ".jpg"
+            or relative.name.startswith(".")
+            or len(relative.parts) < 2
+            or relative.parts[-2] not in CLASSES
+        ):
             continue
         if len(relative.parts) > 2 and relative.parts[-3] not in TOP_FOLDERS:
             continue
@@ -152,11 +169,22 @@ def _zip_files(path: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]
             _refuse_unsafe(path, members)
             for member in members:
                 if not member.is_dir():
-                    yield PurePosixPath(member.filename), partial(archive.read, member)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise DataError(
-            f"{path} is not a whole zip archive ({error}). It was probably cut off while it was copied: get it again."
-        ) from error
+                    yield PurePosixPath(member.filename), partial(_read_member, path, archive, member)
+    except ZIP_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(member)
+    except ZIP_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path} is not a whole zip archive ({error}). It was probably cut off while it was copied: get it again."
+    )
 
 
 def _refuse_unsafe(path: Path, members: list[zipfile.ZipInfo]) -> None:

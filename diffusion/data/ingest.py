@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion.data.eurosat import CLASSES, IMAGE_SIZE, Source, SourceImage
 from diffusion.data.manifest import FORMAT_VERSION, Manifest, Shard, Split, manifest_path, parse_manifest
-from diffusion.data.shards import Sample, decode_all, shard_bytes, write_shard
+from diffusion.data.shards import Sample, bytes_in_shard, decode_all, write_shard
 from diffusion.data.store import Store
 
 SHARD_BYTES = 4_000_000
@@ -29,7 +29,7 @@ def find_dataset(store: Store, digest: str) -> Manifest | None:
         return None
 
 
-def ingest(source: Source, store: Store, progress: Progress | None = None) -> Manifest:
+def ingest(source: Source, store: Store, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES) -> Manifest:
     """Write `source` into `store` as WebDataset shards and return its manifest. Writes nothing if it is there already.
 
     Every image is decoded once, so that a damaged one is found here and not in training. Raises DataError for an image
@@ -47,7 +47,7 @@ def ingest(source: Source, store: Store, progress: Progress | None = None) -> Ma
     with ThreadPoolExecutor(max_workers=4) as uploads:  # an upload waits for the network while the next shard is made
         pending = []
         for split, samples in splits.items():
-            for number, chunk in enumerate(_chunks(samples)):
+            for number, chunk in enumerate(_chunks(samples, shard_bytes)):
                 images = decode_all(chunk, IMAGE_SIZE, IMAGE_SIZE)
                 if split == "train":
                     levels = images.astype(np.float64).reshape(-1, 3)
@@ -103,12 +103,12 @@ def _name_hash(image: SourceImage) -> str:
     return hashlib.sha256(image.file_name.encode()).hexdigest()
 
 
-def _chunks(samples: list[Sample]) -> Iterator[list[Sample]]:
-    """Cut a split into shards of about SHARD_BYTES, as even as can be."""
+def _chunks(samples: list[Sample], shard_bytes: int) -> Iterator[list[Sample]]:
+    """Cut a split into shards of about that many bytes, as even as can be."""
     if not samples:
         return
-    sizes = np.cumsum([shard_bytes(sample) for sample in samples])
-    count = max(1, round(sizes[-1] / SHARD_BYTES))
+    sizes = np.cumsum([bytes_in_shard(sample) for sample in samples])
+    count = max(1, round(sizes[-1] / shard_bytes))
     bounds = np.searchsorted(sizes, np.linspace(0, sizes[-1], count + 1)[1:-1])
     start = 0
     for end in [*bounds.tolist(), len(samples)]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from diffusion.data.sealed import seal, unseal
 from diffusion.errors import DataError
 
 FORMAT_VERSION = 1
@@ -48,8 +49,8 @@ class Manifest(BaseModel):
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def to_json(self) -> bytes:
-        """The manifest's bytes; equal manifests have equal bytes."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        """The manifest's bytes, with a checksum of their own; equal manifests have equal bytes."""
+        return seal(self)
 
 
 def manifest_path(digest: str) -> str:
@@ -60,9 +61,9 @@ def manifest_path(digest: str) -> str:
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Read a manifest. Raises DataError if it is damaged, inconsistent, or of a format that this version can't read."""
     try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
-        raise DataError(f"The manifest {where} is damaged: {error}. Delete its folder and ingest again.") from error
+        manifest = unseal(Manifest, data)
+    except ValueError as error:
+        raise DataError(f"The manifest {where} is damaged ({error}). Delete its folder and ingest again.") from error
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(
             f"The manifest {where} has format {manifest.format_version}; this version reads {FORMAT_VERSION}. "

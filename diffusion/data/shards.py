@@ -38,7 +38,7 @@ def write_shard(samples: Iterable[Sample]) -> bytes:
     return buffer.getvalue()
 
 
-def shard_bytes(sample: Sample) -> int:
+def bytes_in_shard(sample: Sample) -> int:
     """How many bytes a sample adds to its shard: two headers and two contents, padded to whole tar blocks."""
     return 2 * BLOCK + -(-len(sample.jpeg) // BLOCK) * BLOCK + BLOCK
 

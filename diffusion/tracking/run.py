@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "train-diffusion"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
 RUN_KEY = "train_diffusion.run"
 GRID_KEY = "samples"
 THUMBNAIL = (256, 256)
@@ -163,7 +164,7 @@ def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
             artifacts.mkdir(parents=True, exist_ok=True)
             location = artifacts.as_uri()
         try:
-            return client.create_experiment(EXPERIMENT, artifact_location=location)
+            return client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException:  # another run made it meanwhile
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:

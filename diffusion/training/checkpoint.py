@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from safetensors.torch import load, save
 from torch import Tensor
 
+from diffusion.data.sealed import seal
 from diffusion.data.store import Store
 from diffusion.errors import StoreError
 from diffusion.training.state import STATE, State, checkpoint_file, folder, load_state, steps_with_checkpoint
@@ -49,7 +50,7 @@ def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
         store.write(f"{where}/{name}", data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     state = state.model_copy(update={"sha256": digests})
-    store.write(f"{where}/{STATE}", state.model_dump_json(indent=1).encode())
+    store.write(f"{where}/{STATE}", seal(state))
     return state
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from diffusion.data.sealed import unseal
 from diffusion.data.store import Store
 from diffusion.errors import StoreError
 from diffusion.recipe import Recipe
@@ -51,10 +52,12 @@ def load_state(store: Store, run: str, step: int) -> State:
     """The state of one checkpoint. Raises StoreError if there is none, or it is damaged."""
     where = f"{folder(run, step)}/{STATE}"
     try:
-        state = State.model_validate_json(store.read(where))
+        content = store.read(where)
     except KeyError:
         raise StoreError(f"There is no checkpoint of run {run} at step {step} in {store.uri}.") from None
-    except ValidationError as error:
+    try:
+        state = unseal(State, content)
+    except ValueError as error:
         raise StoreError(f"The checkpoint {store.uri}/{where} is damaged: {error}.") from error
     if (state.format_version, state.run, state.step) != (FORMAT_VERSION, run, step):
         raise StoreError(f"The checkpoint {store.uri}/{where} is another one: {state.run} at step {state.step}.")

@@ -1,0 +1,31 @@
+"""JSON documents that carry a checksum of their own: a changed byte is found when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+CHECKSUM = "checksum"
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def seal(document: BaseModel) -> bytes:
+    """The document as JSON, with its checksum; equal documents have equal bytes."""
+    fields = document.model_dump(mode="json")
+    return (json.dumps({**fields, CHECKSUM: _checksum(fields)}, indent=1) + "\n").encode()
+
+
+def unseal(kind: type[T], data: bytes) -> T:
+    """The document. Raises ValueError (pydantic's ValidationError is one) if it is not as it was sealed."""
+    fields = json.loads(data)
+    if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) != _checksum(fields):
+        raise ValueError("its checksum is not its own")
+    return kind.model_validate(fields)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

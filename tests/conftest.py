@@ -1,0 +1,214 @@
+"""What tests share: small datasets, real servers, and a home of their own for everything that is written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusion.data import generated
+from diffusion.data.eurosat import Source, read_archive
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import FolderStore
+from diffusion.recipe import Recipe, load_recipe
+
+BIN = Path(sys.executable).parent
+
+TINY: dict[str, Any] = {
+    "data.image_size": 16,
+    "data.images": 256,
+    "data.batch_size": 16,
+    "data.lanes": 4,
+    "data.window_shards": 2,
+    "network.width": 16,
+    "network.patch": 1,
+    "network.attention_below": 8,
+    "optimizer.warmup_images": 32,
+    "evaluation.every_images": 128,
+    "evaluation.samples": 80,
+    "evaluation.interim_samples": 40,
+    "evaluation.likelihood_images": 16,
+    "evaluation.sampler_steps": 3,
+    "evaluation.batch": 40,
+}
+
+
+def tiny_recipe(**overrides: Any) -> Recipe:
+    """A recipe that trains in seconds; overrides with `__` for the dot."""
+    return load_recipe("demo", TINY | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated archive with 12 images a class."""
+    return generated.write_archive(tmp_path_factory.mktemp("archive") / "generated.zip", images_per_class=12)
+
+
+@pytest.fixture(scope="session")
+def source(archive: Path) -> Source:
+    """Its images."""
+    return read_archive(archive, generated.NAME, generated.LICENCE)
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """A dataset in a folder store."""
+
+    store: FolderStore
+    manifest: Manifest
+
+
+@pytest.fixture(scope="session")
+def ingested(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Ingested:
+    """The generated images as shards, several of them."""
+    store = FolderStore(tmp_path_factory.mktemp("store"))
+    return Ingested(store, ingest(source, store, shard_bytes=60_000))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of the installation, for settings() in this process and in those that it starts."""
+    for name in ("EUROSAT_ARCHIVE", "TRAIN_DIFFUSION_STORE", "MLFLOW_TRACKING_URI", "TRAIN_DIFFUSION_INCEPTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRAIN_DIFFUSION_HOME", str(tmp_path / "var"))
+    return tmp_path / "var"
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A server process that a test started."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def start_server(
+    command: list[str], url: str, ready: str, folder: Path, env: dict[str, str] | None = None, seconds: float = 90
+) -> Server:
+    """Start a server and wait until `ready` answers with anything."""
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **(env or {})}, stdout=output, stderr=output)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(ready, timeout=2):
+                return Server(url, process, log)
+        except urllib.error.HTTPError:
+            return Server(url, process, log)
+        except OSError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.2)
+    process.kill()
+    raise RuntimeError(f"{command[0]} did not start:\n{log.read_text()[-3000:]}")
+
+
+def stop_server(server: Server) -> None:
+    """End a server."""
+    server.process.terminate()
+    try:
+        server.process.wait(15)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real MLflow server on SQLite."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    server = start_server(command, url, f"{url}/health", folder, env)
+    yield server
+    stop_server(server)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server with one user; gives the environment that a client needs."""
+    import json
+
+    folder, port, filer, volume, master = tmp_path_factory.mktemp("s3"), *(free_port() for _ in range(4))
+    key, secret = "tests", secrets.token_hex(8)
+    identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+    command += [
+        f"-s3.port={port}",
+        f"-s3.config={folder / 's3.json'}",
+        f"-filer.port={filer}",
+        f"-volume.port={volume}",
+    ]
+    command += [f"-master.port={master}", "-volume.max=20", "-master.volumeSizeLimitMB=256"]
+    server = start_server(command, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/", folder)
+    env = {
+        "AWS_ENDPOINT_URL_S3": server.url,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    import boto3
+
+    client = boto3.client(
+        "s3", endpoint_url=server.url, aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
+    )
+    for _ in range(100):
+        try:
+            client.create_bucket(Bucket="tests")
+            break
+        except Exception:  # the gateway answers before the volumes behind it do
+            time.sleep(0.2)
+    else:
+        raise RuntimeError(f"no bucket can be made:\n{server.log.read_text()[-2000:]}")
+    yield env
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prefect's own test harness: a temporary server for the flows of this process."""
+    home = tmp_path_factory.mktemp("prefect")
+    os.environ["PREFECT_HOME"], os.environ["PREFECT_LOCAL_STORAGE_PATH"] = str(home), str(home / "storage")
+    os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def random_images() -> Callable[[int, int], np.ndarray]:
+    """Makes bytes that look like images: [count, size, size, 3]."""
+    rng = np.random.default_rng(0)
+    return lambda count, size: rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8)

@@ -1,0 +1,135 @@
+"""The networks, their conditioning, and the moving average."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.denoiser import build_network
+from diffusion.model.ema import EMA
+from diffusion.model.seed_unet import SeedUNet
+from diffusion.model.unet import UNet
+from diffusion.recipe import load_recipe
+
+
+def small_unet(classes: int = 10, patch: int = 1) -> UNet:
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=16,
+        width=16,
+        multipliers=(1, 2),
+        blocks=1,
+        attention_below=8,
+        patch=patch,
+        classes=classes,
+        dropout=0.0,
+    )
+    for parameter in network.parameters():  # wake the zero-initialised layers
+        nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+@pytest.mark.parametrize("preset", ["demo", "eurosat", "seed"])
+def test_a_preset_s_network_predicts_like_its_input_and_starts_at_zero(preset: str) -> None:
+    recipe = load_recipe(preset)
+    size = recipe.data.image_size
+    network = build_network(recipe, 10)
+    out = network(torch.randn(2, 3, size, size), torch.tensor([0.1, 0.9], dtype=torch.float64), torch.tensor([0, 10]))
+    assert out.shape == (2, 3, size, size)
+    assert out.abs().max() == 0
+
+
+def test_the_seed_network_is_the_published_one() -> None:
+    network = SeedUNet(64, (32, 64, 96, 128), 2)
+    # Counted by hand from the published layers: widths 32/64/96/128, two blocks, 1 x 1 convolutions where widths change.
+    convs = sum(p.numel() for p in network.parameters())
+    assert convs == expected_seed_parameters((32, 64, 96, 128), 2)
+
+
+def expected_seed_parameters(widths: tuple[int, ...], blocks: int) -> int:
+    def block(inputs: int, width: int) -> int:
+        skip = 0 if inputs == width else inputs * width + width
+        return skip + 9 * inputs * width + width + 9 * width * width + width
+
+    total, channels, skips = 3 * 32 + 32, 64, []
+    for width in widths[:-1]:
+        for _ in range(blocks):
+            total, channels = total + block(channels, width), width
+            skips.append(width)
+    for _ in range(blocks):
+        total, channels = total + block(channels, widths[-1]), widths[-1]
+    for width in reversed(widths[:-1]):
+        for _ in range(blocks):
+            total, channels = total + block(channels + skips.pop(), width), width
+    return total + channels * 3 + 3
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_images_of_a_batch_do_not_leak_into_one_another(patch: int) -> None:
+    network = small_unet(patch=patch).double()
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    v, label = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), torch.tensor([1, 2, 10])
+    together = network(x, v, label)
+    changed = x.clone()
+    changed[1] += 1
+    v2, label2 = v.clone(), label.clone()
+    v2[1], label2[1] = 0.2, 7
+    others = network(changed, v2, label2)
+    torch.testing.assert_close(together[[0, 2]], others[[0, 2]], rtol=1e-12, atol=1e-12)
+    assert (together[1] - others[1]).abs().max() > 1e-3
+
+
+def test_the_network_is_told_noise_variance_and_class() -> None:
+    network = small_unet()
+    x, v = torch.randn(1, 3, 16, 16), torch.tensor([0.5], dtype=torch.float64)
+    base = network(x, v, torch.tensor([3]))
+    assert (network(x, v + 0.01, torch.tensor([3])) - base).abs().max() > 1e-4
+    assert (network(x, v, torch.tensor([4])) - base).abs().max() > 1e-4
+    assert torch.equal(network(x, v, None), network(x, v, torch.tensor([10])))
+
+
+def test_both_ends_of_the_noise_variance_stay_apart() -> None:
+    network = small_unet()
+    ends = torch.sigmoid(-torch.tensor([10.0, 9.0, -9.0, -10.0], dtype=torch.float64))
+    told = network.condition(ends, None)
+    distances = torch.cdist(told, told)
+    assert distances[distances > 0].min() > 0.01 * distances.max()
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(123)
+    first = build_network(load_recipe("demo", seed=4), 10).state_dict()
+    before = torch.random.get_rng_state()
+    second = build_network(load_recipe("demo", seed=4), 10).state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())  # the global generator is left alone
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = build_network(load_recipe("demo", seed=5), 10).state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_ema_halves_an_old_weight_in_its_half_life() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    ema = EMA(network, half_life_images=1000, ramp=None)
+    nn.init.zeros_(network.weight)
+    for step in range(1, 101):
+        ema.update(network, step * 10, batch_size=10)
+    assert ema.network.weight.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_ramped_ema_forgets_the_start() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    ema = EMA(network, half_life_images=1e9, ramp=0.05)
+    nn.init.zeros_(network.weight)
+    for step in range(1, 101):
+        ema.update(network, step * 10, batch_size=10)
+    assert abs(ema.network.weight.item()) < 1e-6
+
+
+def test_ema_averages_batch_norm_statistics_and_copies_counters() -> None:
+    network = nn.BatchNorm2d(2)
+    ema = EMA(network, half_life_images=10, ramp=None)
+    network.train()(torch.randn(8, 2, 4, 4) + 5)
+    ema.update(network, 10, 10)
+    torch.testing.assert_close(ema.network.running_mean, network.running_mean / 2)
+    assert ema.network.num_batches_tracked.item() == 1

@@ -1,0 +1,92 @@
+"""Recipes: presets, overrides with help for the misspelt, digests, milestones, and what can't be trained."""
+
+import pytest
+
+from diffusion.errors import RecipeError
+from diffusion.recipe import flatten, load_recipe, preset_names, recipe_keys
+from diffusion.training.loop import lanes_of_process, learning_rate
+from flows.request import usable_processes
+from tests.conftest import tiny_recipe
+
+
+def test_presets_load_and_their_digests_differ() -> None:
+    assert preset_names() == ["demo", "eurosat", "seed"]
+    assert len({load_recipe(name).digest for name in preset_names()}) == 3
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'eurosat'"):
+        load_recipe("eurosta")
+
+
+def test_an_unknown_override_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean 'network\.width'"):
+        load_recipe("demo", {"network.widht": 32})
+    with pytest.raises(RecipeError, match="valid names"):
+        load_recipe("demo", {"zzzzzzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.batch_size": 60, "data.lanes": 8}, "not a multiple"),
+        ({"data.lanes": 3, "data.batch_size": 60}, "power of two"),
+        ({"data.image_size": 48}, "image_size"),
+        ({"network.multipliers": [1, 2, 2, 2, 2, 2]}, "halved"),
+        ({"optimizer.learning_rate": -1}, "learning_rate"),
+        ({"optimizer.learning_rate": "fast"}, "learning_rate"),
+        ({"network.kind": "seed", "network.class_conditional": False}, "lanes to 1"),
+        ({"process.zero_terminal_snr": True}, "log_snr_min"),
+    ],
+)
+def test_a_recipe_that_can_t_be_trained_says_why(overrides: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("demo", overrides)
+
+
+def test_an_override_typed_as_text_means_what_it_means_in_yaml() -> None:
+    typed = load_recipe("demo", {"network.multipliers": "[1, 2]", "ema.ramp": "null", "data.horizontal_flip": "false"})
+    assert typed == load_recipe(
+        "demo", {"network.multipliers": [1, 2], "ema.ramp": None, "data.horizontal_flip": False}
+    )
+
+
+def test_every_key_can_be_overridden_and_is_a_parameter() -> None:
+    recipe = load_recipe("demo")
+    flat = flatten(recipe)
+    assert set(recipe_keys()) | {"name"} == set(flat)
+    assert load_recipe("demo", {key: value for key, value in flat.items() if key != "name"}) == recipe
+
+
+def test_the_seed_changes_the_digest() -> None:
+    assert load_recipe("demo", seed=1).digest != load_recipe("demo", seed=2).digest
+
+
+def test_milestones_end_at_the_last_step_and_leave_no_crumb_before_it() -> None:
+    assert tiny_recipe().milestones == (8, 16)
+    assert tiny_recipe(data__images=272).milestones == (8, 17)
+    assert tiny_recipe(data__images=255, evaluation__every_images=10_000).milestones == (16,)
+    assert tiny_recipe().milestones_after(8) == (16,)
+
+
+def test_the_learning_rate_rises_and_falls_by_images() -> None:
+    recipe = tiny_recipe(optimizer__learning_rate=1.0, optimizer__decay="cosine")
+    assert learning_rate(recipe, 16) < 1 / 2 + 1e-9
+    assert learning_rate(recipe, 32) == pytest.approx(0.5 * (1 + 0.9238795), rel=1e-6)
+    assert learning_rate(recipe, 256) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_lanes(processes: int) -> None:
+    recipe = tiny_recipe()
+    shares = [lanes_of_process(recipe, rank, processes) for rank in range(processes)]
+    assert [lane for share in shares for lane in share] == [0, 1, 2, 3]
+
+
+def test_lanes_that_processes_can_t_share_are_refused_with_what_would_fit() -> None:
+    with pytest.raises(RecipeError, match="1, 2, 4"):
+        lanes_of_process(tiny_recipe(), 0, 3)
+    with pytest.raises(RecipeError, match="1, 2, 4"):
+        usable_processes(tiny_recipe(), 3)
+    assert usable_processes(tiny_recipe(), 4) == 4
+    assert usable_processes(tiny_recipe(), None) in (1, 2, 4)

@@ -1,0 +1,101 @@
+"""Samplers on Gaussian data, where the optimal denoiser is known: they must reach its mean and variance, at their order."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.process.gaussian import posterior
+from diffusion.process.levels import sampling_levels
+from diffusion.process.samplers import ancestral, ddim, dpmpp
+from diffusion.process.schedule import Cosine, cosine, noise_variance, signal, zero_terminal_snr
+
+MEAN, STD = 0.7, 0.6
+SCHEDULE = Cosine(12.0, -12.0)
+
+
+def optimal(x: Tensor, log_snr: Tensor) -> Tensor:
+    """E[x_0 | x_t] for x_0 ~ N(MEAN, STD^2)."""
+    alpha, v = signal(log_snr), noise_variance(log_snr)
+    gain = alpha * STD**2 / (alpha**2 * STD**2 + v)
+    return MEAN + gain * (x - alpha * MEAN)
+
+
+def silent(step: int) -> Tensor:
+    raise AssertionError("a deterministic sampler drew noise")
+
+
+def exact_flow(x: Tensor, levels: Tensor) -> Tensor:
+    """The probability flow of a Gaussian is affine: x_t = alpha m + sqrt(alpha^2 s^2 + v) z with z fixed."""
+    first = levels[0]
+    z = (x - signal(first) * MEAN) / (signal(first) ** 2 * STD**2 + noise_variance(first)).sqrt()
+    last = levels[-1]
+    x_last = signal(last) * MEAN + (signal(last) ** 2 * STD**2 + noise_variance(last)).sqrt() * z
+    return optimal(x_last, last)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpmpp, 2)])
+def test_deterministic_samplers_converge_to_the_flow_at_their_order(sampler: Callable[..., Tensor], order: int) -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    errors = []
+    for steps in (40, 80, 160):
+        levels = sampling_levels(SCHEDULE, steps, "uniform_log_snr")
+        errors.append(float((sampler(optimal, x, levels, silent) - exact_flow(x, levels)).abs().max()))
+    measured = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert all(abs(m - order) < 0.35 for m in measured), (errors, measured)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "uniform_time", "uniform_log_snr"])
+def test_second_order_needs_few_steps(spacing) -> None:  # type: ignore[no-untyped-def]
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    levels = sampling_levels(Cosine(10.0, -10.0), 30, spacing)
+    assert float((dpmpp(optimal, x, levels, silent) - exact_flow(x, levels)).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("subset", [1000, 100])
+def test_ancestral_sampling_reaches_mean_and_variance(subset: int) -> None:
+    rng = torch.Generator().manual_seed(1)
+    levels = sampling_levels(SCHEDULE, subset, "uniform_log_snr")
+    x = torch.randn(40_000, generator=rng, dtype=torch.float64)
+    out = ancestral(optimal, x, levels, lambda step: torch.randn(len(x), generator=rng, dtype=torch.float64))
+    # Four standard errors of the two estimates, and a first-order term that shrinks with the steps.
+    bias = 3.0 / subset
+    assert float(out.mean()) == pytest.approx(MEAN, abs=4 * STD / 200 + bias)
+    assert float(out.std()) == pytest.approx(STD, abs=4 * STD / 200 / math.sqrt(2) + bias)
+
+
+def test_ddim_with_eta_one_has_the_ancestral_transitions() -> None:
+    levels = torch.tensor([-3.0, 0.5], dtype=torch.float64)
+    x = torch.tensor([0.3, -1.2], dtype=torch.float64)
+    mean, variance = posterior(optimal(x, levels[0]), x, levels[0], levels[1])
+    noise = torch.tensor([0.8, -0.4], dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def denoise(x_t: Tensor, log_snr: Tensor) -> Tensor:
+        seen.append(x_t)
+        return optimal(x_t, log_snr)
+
+    ddim(denoise, x, levels, lambda step: noise, eta=1.0)
+    torch.testing.assert_close(seen[1], mean + variance.sqrt() * noise)
+
+
+@pytest.mark.parametrize("sampler", [ancestral, ddim, dpmpp])
+def test_sampling_starts_at_pure_noise_with_zero_terminal_snr(sampler: Callable[..., Tensor]) -> None:
+    levels = sampling_levels(zero_terminal_snr(cosine(100)), 100, "uniform_time")
+    assert levels[0] == -math.inf
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=rng, dtype=torch.float64)
+    out = sampler(optimal, x, levels, lambda step: torch.randn(len(x), generator=rng, dtype=torch.float64))
+    assert float(out.mean()) == pytest.approx(MEAN, abs=0.05)
+    assert float(out.std()) == pytest.approx(STD, abs=0.05)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "uniform_time", "uniform_log_snr"])
+def test_levels_start_at_the_last_time_and_rise(spacing) -> None:  # type: ignore[no-untyped-def]
+    levels = sampling_levels(SCHEDULE, 20, spacing)
+    assert len(levels) == 20
+    assert float(levels[0]) == pytest.approx(-12, abs=1e-6)
+    assert (levels.diff() > 0).all()

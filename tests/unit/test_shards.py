@@ -1,0 +1,231 @@
+"""Shards, manifest, ingestion, loader and the folder store."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffusion.data.eurosat import Source
+from diffusion.data.ingest import ingest, split_by_hash
+from diffusion.data.loader import ShardImages, prefetch
+from diffusion.data.manifest import Manifest, manifest_path, parse_manifest
+from diffusion.data.order import Order
+from diffusion.data.shards import Sample, bytes_in_shard, decode, read_shard, write_shard
+from diffusion.data.store import FolderStore, check_writable, open_store
+from diffusion.errors import DataError, StoreError
+from tests.conftest import Ingested
+
+keys = st.from_regex(r"[A-Za-z_0-9]{1,40}", fullmatch=True)
+samples = st.lists(
+    st.builds(Sample, key=keys, jpeg=st.binary(min_size=1, max_size=2000), label=st.integers(0, 9)),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda sample: sample.key,
+)
+
+
+@given(samples)
+def test_a_shard_gives_back_its_samples_and_is_the_same_bytes_again(written: list[Sample]) -> None:
+    data = write_shard(written)
+    assert read_shard(data, "x") == written
+    assert data == write_shard(written)
+    assert sum(bytes_in_shard(sample) for sample in written) <= len(data)
+
+
+def test_stock_webdataset_reads_the_shards(ingested: Ingested) -> None:
+    import webdataset
+
+    urls = [
+        str(ingested.store.path(f"datasets/{ingested.manifest.digest}/{shard.name}"))
+        for shard in ingested.manifest.shards_of("train")
+    ]
+    assert len(urls) > 1
+    read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls"))
+    assert len(read) == ingested.manifest.splits["train"]
+    assert all(image.size == (64, 64) and 0 <= label <= 9 for image, label in read)
+
+
+def test_the_split_is_stratified_and_hangs_on_names_alone(source: Source) -> None:
+    splits = split_by_hash(source)
+    for split, expected in (("test", 1), ("train", 11)):
+        labels = [sample.label for sample in splits[split]]  # type: ignore[index]
+        assert [labels.count(label) for label in range(10)] == [expected] * 10
+    shuffled = dataclasses.replace(source, images=tuple(reversed(source.images)))
+    assert split_by_hash(shuffled) == splits
+
+
+def test_ingestion_made_twice_is_byte_identical(source: Source, ingested: Ingested, tmp_path: Path) -> None:
+    again = FolderStore(tmp_path / "again")
+    ingest(source, again, shard_bytes=60_000)
+    names = ingested.store.names("datasets/")
+    assert names == again.names("datasets/")
+    assert all(ingested.store.read(name) == again.read(name) for name in names)
+
+
+def test_ingestion_of_what_is_there_writes_nothing(source: Source, tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    first = ingest(source, store)
+    before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
+    assert ingest(source, store) == first
+    assert before == {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
+
+
+def test_pixel_statistics_are_those_of_the_training_images(source: Source, ingested: Ingested) -> None:
+    train = split_by_hash(source)["train"]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(s.jpeg))) for s in train]).astype(np.float64) / 127.5 - 1
+    np.testing.assert_allclose(ingested.manifest.pixel_mean, pixels.mean(axis=(0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(ingested.manifest.pixel_std, pixels.std(axis=(0, 1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["not a jpeg", "cut", "wrong size"])
+def test_an_image_that_does_not_decode_leaves_no_dataset(source: Source, tmp_path: Path, damage: str) -> None:
+    first = source.images[0]
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "JPEG")
+    jpeg = {"not a jpeg": b"hello", "cut": first.jpeg[:200], "wrong size": image.getvalue()}[damage]
+    bad = dataclasses.replace(source, images=(dataclasses.replace(first, jpeg=jpeg), *source.images[1:]))
+    store = FolderStore(tmp_path)
+    with pytest.raises(DataError, match=first.file_name.removesuffix(".jpg")):
+        ingest(bad, store)
+    assert not [name for name in store.names("") if name.endswith("manifest.json")]
+
+
+def test_decoding_averages_down_by_whole_blocks() -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[::2] = 200
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    small = decode(data.getvalue(), "x", 64, 32)
+    assert small.shape == (32, 32, 3)
+    assert (small == 100).all()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_shard_is_found_and_named(
+    ingested: Ingested, tmp_path: Path, position: int, bit: int
+) -> None:
+    shard = ingested.manifest.shards_of("train")[0]
+    name = f"datasets/{ingested.manifest.digest}/{shard.name}"
+    data = bytearray(ingested.store.read(name))
+    data[position % len(data)] ^= 1 << bit
+    damaged = FolderStore(tmp_path / "damaged")
+    damaged.write(name, bytes(data))
+    with pytest.raises(StoreError, match=shard.name):
+        ShardImages(damaged, ingested.manifest, "train", 64, tmp_path / "copies").shard(0)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_changed_byte_in_a_manifest_is_never_trained_on_unnoticed(
+    ingested: Ingested, position: int, value: int
+) -> None:
+    """Either the manifest is refused, or it still says the same (a line end became a space)."""
+    name = manifest_path(ingested.manifest.digest)
+    data = bytearray(ingested.store.read(name))
+    position %= len(data)
+    if data[position] == value:
+        return
+    data[position] = value
+    try:
+        changed = parse_manifest(bytes(data), name)
+    except DataError:
+        return
+    assert changed == ingested.manifest
+
+
+def test_the_loader_gives_the_samples_of_the_order(source: Source, ingested: Ingested, tmp_path: Path) -> None:
+    images = ShardImages(ingested.store, ingested.manifest, "train", 32, tmp_path)
+    order = Order(tuple(shard.samples for shard in images.shards), 2, seed=0)
+    pixels, labels = images.take(*order.at(5, 20))
+    for row, (shard, place) in enumerate(zip(*order.at(5, 20), strict=True)):
+        name = f"datasets/{ingested.manifest.digest}/{images.shards[shard].name}"
+        sample = read_shard(ingested.store.read(name), name)[place]
+        assert sample.label == labels[row]
+        assert np.array_equal(decode(sample.jpeg, "x", 64, 32), pixels[row])
+
+
+def test_the_loader_keeps_no_more_than_its_bound(ingested: Ingested, tmp_path: Path) -> None:
+    one = ShardImages(ingested.store, ingested.manifest, "train", 64, tmp_path, memory_bytes=0)
+    shards = [one.shard(index)[0] for index in range(len(one.shards))]
+    assert len(one._decoded) == 1
+    everything = ShardImages(ingested.store, ingested.manifest, "train", 64, tmp_path)
+    assert all(np.array_equal(everything.shard(i)[0], images) for i, images in enumerate(shards))
+    assert len(everything._decoded) == len(shards)
+
+
+def test_prefetching_keeps_the_order_and_passes_errors_on() -> None:
+    assert list(prefetch(lambda i: i * i, 3, 10, ahead=4)) == [i * i for i in range(3, 10)]
+    assert list(prefetch(lambda i: i, 5, 5)) == []
+
+    def fails(index: int) -> int:
+        if index == 2:
+            raise DataError("shard 2 is damaged")
+        return index
+
+    made = prefetch(fails, 0, 5)
+    assert list(itertools.islice(made, 2)) == [0, 1]
+    with pytest.raises(DataError, match="shard 2"):
+        next(made)
+
+
+def test_a_store_lists_reads_and_replaces(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "new"))
+    assert store.names("") == []
+    store.write("a/b/c", b"1")
+    store.write("a/bc", b"2")
+    store.write("a/b/c", b"3")
+    assert store.names("a/b") == ["a/b/c", "a/bc"]
+    assert store.read("a/b/c") == b"3"
+    store.delete("a/b/c")
+    store.delete("a/b/c")
+    with pytest.raises(KeyError):
+        store.read("a/b/c")
+    with pytest.raises(StoreError, match="neither a folder nor s3"):
+        open_store("ftp://somewhere")
+
+
+def test_a_store_that_can_t_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match=r"can't be written.*TRAIN_DIFFUSION_STORE"):
+        check_writable(FolderStore(tmp_path / "file" / "store"))
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_object_and_nothing_else(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.write("a/b", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # files end there, as on a full disk
+    try:
+        with pytest.raises(StoreError, match="can't be written"):
+            store.write("a/b", bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.read("a/b") == b"old"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_a_manifest_of_another_format_is_refused(ingested: Ingested) -> None:
+    fields = json.loads(ingested.manifest.to_json())
+    del fields["checksum"]
+    other = Manifest.model_validate(fields | {"format_version": 99})
+    with pytest.raises(DataError, match="format 99"):
+        parse_manifest(other.to_json(), "x")
+    lying = Manifest.model_validate(fields | {"splits": {"train": 7, "test": 10}})
+    with pytest.raises(DataError, match="contradicts"):
+        parse_manifest(lying.to_json(), "x")
+
+
+def test_the_manifest_names_every_shard_by_its_digest(ingested: Ingested) -> None:
+    for shard in ingested.manifest.shards:
+        data = ingested.store.read(f"datasets/{ingested.manifest.digest}/{shard.name}")
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)

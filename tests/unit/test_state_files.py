@@ -1,0 +1,130 @@
+"""Checkpoints and journals: whole or not there, and damage is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from diffusion.data.store import FolderStore
+from diffusion.errors import StoreError
+from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
+from diffusion.training.journal import Journal, drop_after, records
+from diffusion.training.state import FORMAT_VERSION, State, folder, load_state, steps_with_checkpoint
+from tests.conftest import tiny_recipe
+
+
+def content(step: int) -> Checkpoint:
+    tensors = {"weight": torch.full((3, 2), float(step)), "bias": torch.arange(2)}
+    return Checkpoint(tensors, {"weight": torch.zeros(3)}, {"weight/exp_avg": torch.ones(2)}, b'{"step": 1}\n')
+
+
+def write(store: FolderStore, step: int, run: str = "run") -> State:
+    state = State(
+        format_version=FORMAT_VERSION,
+        run=run,
+        step=step,
+        images_seen=step * 16,
+        dataset="d",
+        recipe=tiny_recipe(),
+        sha256={},
+    )
+    return write_checkpoint(store, state, content(step))
+
+
+def test_a_checkpoint_gives_back_what_was_written(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    written = write(store, 10)
+    state, read = load_checkpoint(store, "run", 10)
+    assert state == written
+    assert torch.equal(read.model["weight"], content(10).model["weight"])
+    assert read.model["bias"].dtype == torch.int64
+    assert read.journal == content(10).journal
+    assert set(state.sha256) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "journal.jsonl"}
+
+
+def test_the_newest_checkpoint_is_found_by_number_not_by_name(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    for step in (9, 10, 100, 1_000_000_000):
+        write(store, step)
+    write(store, 5, run="run-2")
+    assert steps_with_checkpoint(store, "run") == [9, 10, 100, 1_000_000_000]
+    found = load_latest(store, "run")
+    assert found is not None
+    assert found[0].step == 1_000_000_000
+    assert load_latest(store, "nobody") is None
+
+
+def test_without_its_state_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    write(store, 1)
+    write(store, 2)
+    store.delete(f"{folder('run', 2)}/state.json")
+    assert steps_with_checkpoint(store, "run") == [1]
+    with pytest.raises(StoreError, match="no checkpoint"):
+        load_state(store, "run", 2)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(
+    file=st.sampled_from(["model.safetensors", "ema.safetensors", "optimizer.safetensors", "journal.jsonl"]),
+    position=st.integers(0, 10**6),
+    bit=st.integers(0, 7),
+    cut=st.booleans(),
+)
+def test_damage_is_named_and_the_checkpoint_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, position: int, bit: int, cut: bool
+) -> None:
+    store = FolderStore(tmp_path)
+    write(store, 1)
+    write(store, 2)
+    name = f"{folder('run', 2)}/{file}"
+    data = bytearray(store.read(name))
+    position %= len(data)
+    if cut:
+        del data[position:]
+    else:
+        data[position] ^= 1 << bit
+    store.write(name, bytes(data))
+    with pytest.raises(StoreError, match=file):
+        load_checkpoint(store, "run", 2)
+    caplog.clear()
+    found = load_latest(store, "run")
+    assert found is not None
+    assert found[0].step == 1
+    assert file in caplog.text
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(position=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_a_changed_byte_in_the_state_is_never_resumed_from_unnoticed(tmp_path: Path, position: int, value: int) -> None:
+    store = FolderStore(tmp_path)
+    written = write(store, 1)
+    name = f"{folder('run', 1)}/state.json"
+    data = bytearray(store.read(name))
+    if data[position % len(data)] == value:
+        return
+    data[position % len(data)] = value
+    store.write(name, bytes(data))
+    try:
+        state, _ = load_checkpoint(store, "run", 1)
+    except StoreError:
+        return
+    assert state == written
+
+
+def test_a_journal_is_rolled_back_and_a_cut_line_does_not_count(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    for step in (1, 2, 3):
+        journal.append({"step": step, "loss": step / 3})
+    kept = journal.read()
+    journal.append({"step": 4})
+    journal.roll_back(kept)
+    assert journal.read() == kept
+    with journal.path.open("ab") as file:
+        file.write(b'{"step": 4, "lo')
+    assert [record["step"] for record in records(journal.read())] == [1, 2, 3]
+    drop_after(journal.path, 2)
+    assert [record["step"] for record in records(journal.read())] == [1, 2]
+    assert records(b"") == []
