@@ -31,8 +31,12 @@ def run_job(
     processes: int,
     on_progress: Callable[[dict[str, Any]], None],
     on_line: Callable[[str], None],
+    threads: int | None = None,
 ) -> None:
     """Run `module` on `processes` processes until it ends; raise the error that it left if it failed.
+
+    Each process computes with `threads` threads, by default its share of the machine's cores. The sums inside an
+    operation are cut by threads: the same bits need the same number.
 
     Whatever ends this call early (a cancellation, a crash) ends the job's whole tree first: SIGTERM, on which the
     training leaves a checkpoint, then SIGKILL.
@@ -41,7 +45,7 @@ def run_job(
     for name in (ERROR, ProgressFile.NAME):
         (folder / name).unlink(missing_ok=True)
     (folder / SPEC).write_text(spec.model_dump_json(indent=1))
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = threads or max(1, (os.cpu_count() or 1) // processes)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     command += ["-m", module, str(folder)]

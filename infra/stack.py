@@ -155,11 +155,8 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     command += ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
     if addresses.password:
         config = STACK / "mlflow-auth.ini"
-        config.write_text(
-            "[mlflow]\ndefault_permission = READ\nadmin_username = admin\nauth_cache_ttl_seconds = 60\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-            f"database_uri = sqlite:///{STACK / 'mlflow-auth.db'}\n"
-        )
+        template = (PROJECT / "mlflow" / "server.ini").read_text()
+        config.write_text(template.replace("= DATABASE_URI", f"= sqlite:///{STACK / 'mlflow-auth.db'}"))
         command += ["--app-name", "basic-auth"]
         env |= {
             "MLFLOW_AUTH_CONFIG_PATH": str(config),

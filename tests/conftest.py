@@ -88,10 +88,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, low enough that port + 10000 is one as well: the S3 server uses both."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        try:
+            with socket.socket() as probe, socket.socket() as second:
+                probe.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 10_000))
+                return port
+        except OSError:
+            continue
 
 
 @dataclass
@@ -160,8 +166,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
     folder, port, filer, volume, master = tmp_path_factory.mktemp("s3"), *(free_port() for _ in range(4))
     key, secret = "tests", secrets.token_hex(8)
-    identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    allowed = ["Read:tests", "Write:tests", "List:tests"]
+    identities = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": secret}], "actions": actions}
+        for name, actions in (("admin", ["Admin"]), (key, allowed))
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     command += [
         f"-s3.port={port}",
@@ -180,7 +190,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     import boto3
 
     client = boto3.client(
-        "s3", endpoint_url=server.url, aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
+        "s3", endpoint_url=server.url, aws_access_key_id="admin", aws_secret_access_key=secret, region_name="us-east-1"
     )
     for _ in range(100):
         try:

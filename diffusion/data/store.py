@@ -141,7 +141,8 @@ class S3Store:
                 retries={"mode": "standard", "max_attempts": 5},
                 max_pool_connections=16,
             )
-            self._client = boto3.client("s3", config=config)
+            # A session of its own: the default one would keep the credentials of whoever used boto3 first.
+            self._client = boto3.session.Session().client("s3", config=config)
         return self._client
 
     def read(self, name: str) -> bytes:

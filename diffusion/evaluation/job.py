@@ -92,12 +92,8 @@ def generate(
         drawn = denoiser.sample(indices, None if labels is None else labels[indices.start : indices.stop], recipe.seed)
         blocks[block] = torch.from_numpy(drawn).to(accelerator.device)
         progress.write("sampling", done, len(mine))
-    if not blocks:  # more processes than blocks: this one has nothing to do but to take part in the gathering
-        size = recipe.data.image_size
-        blocks[accelerator.process_index] = torch.empty(
-            (0, size, size, 3), dtype=torch.uint8, device=accelerator.device
-        )
-    return gather_rows(accelerator, blocks, sizes).astype(np.uint8), labels
+    size = recipe.data.image_size
+    return gather_rows(accelerator, blocks, sizes, torch.zeros((size, size, 3), dtype=torch.uint8)), labels
 
 
 def score_samples(

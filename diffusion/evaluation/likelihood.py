@@ -78,9 +78,7 @@ def bits_per_dim(
                 total = total + term / torch.from_numpy(share[chosen]).to(x0.device) / TIMESTEPS_PER_IMAGE
         blocks[block] = total
         progress.write("likelihood", done, len(mine))
-    if not blocks:
-        blocks[accelerator.process_index] = torch.empty(0, dtype=torch.float64, device=accelerator.device)
-    nats = gather_rows(accelerator, blocks, sizes).astype(np.float64)
+    nats = gather_rows(accelerator, blocks, sizes, torch.zeros((), dtype=torch.float64))
     return Bound(
         bits=float(nats.mean() / math.log(2)),
         error=float(nats.std(ddof=1) / math.sqrt(len(nats)) / math.log(2)) if len(nats) > 1 else math.inf,

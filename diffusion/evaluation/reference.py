@@ -53,6 +53,7 @@ def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator)
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
     extractor = load_extractor(job.extractor, accelerator.device, job.inception)
     progress = ProgressFile(folder, accelerator.is_main_process)
+    blank = extractor.embed(np.zeros((1, job.image_size, job.image_size, 3), np.uint8))[0]
     features = {}
     for split in ("train", "test"):
         images = ShardImages(store, manifest, split, job.image_size, job.shard_copies, memory_bytes=0)
@@ -63,7 +64,7 @@ def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator)
             parts = [extractor.embed(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
             blocks[shard] = torch.cat(parts)
             progress.write(f"features of real {split} images", done, len(mine))
-        features[split] = gather_rows(accelerator, blocks, [shard.samples for shard in images.shards])
+        features[split] = gather_rows(accelerator, blocks, [shard.samples for shard in images.shards], blank)
     if accelerator.is_main_process:
         train = Moments.of(features["train"])
         tensors = {

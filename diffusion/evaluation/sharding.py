@@ -11,20 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def gather_rows(accelerator: Accelerator, blocks: dict[int, Tensor], sizes: list[int]) -> NDArray[Any]:
+def gather_rows(accelerator: Accelerator, blocks: dict[int, Tensor], sizes: list[int], row: Tensor) -> NDArray[Any]:
     """The rows of all blocks, in the order of the blocks, on every process.
 
-    Process p of P has computed the blocks p, p + P, p + 2P, …; block b has sizes[b] rows. The result is the same array
-    for any number of processes. There must be at least as many blocks as processes.
+    Process p of P has computed the blocks p, p + P, p + 2P, …; block b has sizes[b] rows, each like `row`. The result is
+    the same array for any number of processes.
     """
     processes = accelerator.num_processes
-    first = next(iter(blocks.values()))
     rounds, rows = -(-len(sizes) // processes), max(sizes)
     # A collective needs equal shapes: every process sends as many blocks of as many rows, some of them padding.
-    padded = torch.zeros((rounds, rows, *first.shape[1:]), dtype=first.dtype, device=accelerator.device)
+    padded = torch.zeros((rounds, rows, *row.shape), dtype=row.dtype, device=accelerator.device)
     for block, values in blocks.items():
         padded[block // processes, : len(values)] = values
-    gathered = accelerator.gather(padded).reshape(processes, rounds, rows, *first.shape[1:]).cpu().numpy()
+    gathered = accelerator.gather(padded).reshape(processes, rounds, rows, *row.shape).cpu().numpy()
     return np.concatenate([gathered[block % processes, block // processes, :size] for block, size in enumerate(sizes)])
 
 

@@ -54,7 +54,7 @@ def connect(uri: str) -> MlflowClient:
         try:
             client.search_experiments(max_results=1)
         except Exception as error:  # MLflow lets the errors of requests, urllib3 and SQLAlchemy through
-            reason = str(error).splitlines()[0][:300]
+            reason = str(error).splitlines()[0].replace(uri, _public(uri))[:300]
             raise TrackingError(
                 f"The MLflow server at {_public(uri)} does not answer as it should ({reason}). Start it (make up), or correct "
                 "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."

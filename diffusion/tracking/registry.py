@@ -41,8 +41,8 @@ class Decision:
 
 def publish(
     run: TrackedRun, store: Store, state: State, scores: Scores, dataset: Manifest, grid: bytes, tags: dict[str, str]
-) -> ModelVersion:
-    """Make a model version of a checkpoint, or return the one that this run has already made of it.
+) -> str:
+    """Make a model version of a checkpoint and return its number; the one that this run has already made of it counts.
 
     The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
     """
@@ -54,7 +54,7 @@ def publish(
     tags = {**tags, "checkpoint.digest": state.digest, "checkpoint.step": str(state.step)}
     for version in client.search_model_versions(f"name = '{MODEL_NAME}' and run_id = '{run.run_id}'"):
         if version.tags.get("checkpoint.digest") == state.digest:
-            return version
+            return str(version.version)
     _ensure_registered(client)
     card = model_card(state, scores, dataset, tags)
     logged = client.create_logged_model(
@@ -88,7 +88,7 @@ def publish(
     client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=state.step)])
     run.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()], logged.model_id)
     # The tags come with the version, not after it: a version without them could not be judged.
-    return client.create_model_version(
+    version = client.create_model_version(
         MODEL_NAME,
         source=f"models:/{logged.model_id}",
         run_id=run.run_id,
@@ -97,6 +97,7 @@ def publish(
         description=card,
         await_creation_for=0,
     )
+    return str(version.version)
 
 
 def promote(client: MlflowClient, version: str) -> Decision:
@@ -109,7 +110,7 @@ def promote(client: MlflowClient, version: str) -> Decision:
     champion = champion_version(client)
     if champion is None:
         return _decide(client, version, CHAMPION, "It is the first version.")
-    if champion.version == version:
+    if str(champion.version) == version:  # a database gives the number, a server its text
         return Decision(version, CHAMPION, challenger.tags.get("decision", "It is the champion already."))
     new, old = (Scores.model_validate_json(v.tags["scores"]).by_extractor[0] for v in (challenger, champion))
     name = f"fid_{new.extractor}"

@@ -32,4 +32,4 @@ def register(run: Run, state: State, scores: Scores) -> str:
         "recipe.digest": run.recipe.digest,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
-    return publish(run.tracked, run.store, state, scores, run.dataset, sample_grid(run, state.step), tags).version
+    return publish(run.tracked, run.store, state, scores, run.dataset, sample_grid(run, state.step), tags)

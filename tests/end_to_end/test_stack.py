@@ -1,0 +1,203 @@
+"""`make up` and the literal commands of the README, typed as a user types them, against the real servers it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.deployment_plugin import bare_name_position
+from tests.conftest import BIN, TINY, free_port
+
+pytestmark = pytest.mark.slow
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project in a fresh folder with its servers up, and a shell in which only the environment is active."""
+
+    folder: Path
+    env: dict[str, str]
+    printed: str
+
+    def shell(self, *command: str, folder: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=folder or self.folder, env=self.env | env, capture_output=True, text=True, timeout=300
+        )
+
+    def stack(self, verb: str) -> subprocess.CompletedProcess[str]:
+        return self.shell(sys.executable, "infra/stack.py", verb)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
+    folder = tmp_path_factory.mktemp("stack") / "project"
+    folder.mkdir()
+    for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml"):
+        source = PROJECT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    downloads = folder / "var" / "downloads"
+    downloads.mkdir(parents=True)
+    shutil.copy(archive, downloads / "generated-fields-and-water-1.zip")
+    home = folder.parent / "home"
+    home.mkdir()
+    env = {
+        "HOME": str(home),
+        "PATH": f"{BIN}{os.pathsep}/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PREFECT_PORT": str(free_port()),
+        "MLFLOW_PORT": str(free_port()),
+    }
+    made = Project(folder, env, "")
+    up = made.stack("up")
+    assert up.returncode == 0, up.stdout + up.stderr
+    for port in ("PREFECT_PORT", "MLFLOW_PORT"):
+        del env[port]  # a fresh shell knows nothing of them
+    yield Project(folder, env, up.stdout)
+    made.stack("down")
+
+
+def stack_processes(project: Project) -> list[psutil.Process]:
+    names = ("prefect-server", "mlflow-server", "worker")
+    roots = [psutil.Process(int((project.folder / f"var/stack/{name}.pid").read_text().split()[0])) for name in names]
+    return [process for root in roots for process in (root, *root.children(recursive=True))]
+
+
+def test_the_literal_command_trains_a_model(project: Project) -> None:
+    parameters = ["-p", "preset=demo", "-p", "source=generated", "--param", f"overrides={json.dumps(TINY)}"]
+    done = project.shell("prefect", "deployment", "run", "train-diffusion", *parameters, "--tag", "by-hand", "--watch")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "train-diffusion/train-diffusion" in done.stdout
+    assert "Completed" in done.stdout
+    servers = json.loads((project.folder / "var/stack/servers.json").read_text())
+    code = (
+        "from mlflow import MlflowClient; c = MlflowClient(); r = c.search_runs([c.get_experiment_by_name('train-diffusion')"
+        ".experiment_id])[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
+        "print(c.get_model_version_by_alias('eurosat-ddpm', 'champion').version)"
+    )
+    found = project.shell(sys.executable, "-c", code, MLFLOW_DISABLE_TELEMETRY="true", **servers)
+    assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr
+
+
+def test_nothing_is_written_to_the_home_folder(project: Project) -> None:
+    project.shell("prefect", "deployment", "ls")
+    left = {path.name for path in Path(project.env["HOME"]).rglob("*")}
+    assert not {name for name in left if "prefect" in name or "mlflow" in name}, left
+
+
+def test_both_deployments_are_there_and_the_nightly_one_refuses_to_overlap(project: Project) -> None:
+    code = """
+import asyncio, json
+from prefect import get_client
+async def main():
+    async with get_client() as client:
+        for d in await client.read_deployments():
+            schedule = [s.schedule.cron for s in d.schedules]
+            limit = d.global_concurrency_limit.limit, d.concurrency_options.collision_strategy.value
+            keys = list(d.parameter_openapi_schema["properties"])
+            print(json.dumps([d.name, schedule, limit, keys]))
+asyncio.run(main())
+"""
+    servers = json.loads((project.folder / "var/stack/servers.json").read_text())
+    done = project.shell(sys.executable, "-c", code, **servers)
+    found = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
+    keys = ["preset", "overrides", "seed", "source", "processes"]
+    assert found == {
+        "train-diffusion": [[], [1, "CANCEL_NEW"], keys],
+        "nightly": [["0 2 * * *"], [1, "CANCEL_NEW"], keys],
+    }, done.stderr
+
+
+def test_other_names_are_resolved_left_alone_or_refused_with_help(project: Project) -> None:
+    inspected = project.shell("prefect", "deployment", "inspect", "train-diffusion/nightly")
+    assert inspected.returncode == 0, inspected.stderr
+    refused = project.shell("prefect", "deployment", "run", "nothing-like-it")
+    assert refused.returncode == 1
+    assert "train-diffusion/nightly, train-diffusion/train-diffusion" in refused.stderr
+    wrong = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
+    assert wrong.returncode == 1
+    assert "not one of" in wrong.stdout + wrong.stderr
+    module = project.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
+    assert "no deployment" in module.stderr
+    elsewhere = project.shell(
+        "prefect", "deployment", "run", "train-diffusion", PREFECT_API_URL="http://127.0.0.1:9/api"
+    )
+    assert elsewhere.returncode == 1
+    assert "does not answer" in elsewhere.stderr
+
+
+def test_the_servers_want_credentials_and_listen_on_loopback_only(project: Project) -> None:
+    servers = json.loads((project.folder / "var/stack/servers.json").read_text())
+    password = servers["MLFLOW_TRACKING_PASSWORD"]
+    assert password in project.printed
+    assert oct((project.folder / "var/stack/servers.json").stat().st_mode & 0o777) == "0o600"
+    for url in (servers["PREFECT_API_URL"] + "/admin/version", servers["MLFLOW_TRACKING_URI"] + "/version"):
+        denied = project.shell(
+            sys.executable,
+            "-c",
+            f"import requests; print(requests.get({url!r}).status_code, "
+            f"requests.get({url!r}, auth=('admin', {password!r})).status_code)",
+        )
+        assert denied.stdout.split() == ["401", "200"], denied.stdout + denied.stderr
+    listening = {c.laddr.ip for p in stack_processes(project) for c in p.net_connections("tcp") if c.status == "LISTEN"}
+    assert listening == {"127.0.0.1"}
+    for log in (project.folder / "var/stack").glob("*.log"):
+        assert password not in log.read_text()
+
+
+def test_a_profile_makes_the_command_work_from_any_folder(project: Project, tmp_path: Path) -> None:
+    before = project.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
+    assert "no deployment" not in before.stderr
+    made = project.shell(sys.executable, "infra/profile.py")
+    assert made.returncode == 0, made.stderr
+    after = project.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
+    assert "train-diffusion/train-diffusion" in after.stderr, after.stdout + after.stderr
+    profiles = Path(project.env["HOME"]) / ".prefect" / "profiles.toml"
+    assert oct(profiles.stat().st_mode & 0o777) == "0o600"
+
+
+def test_down_stops_all_of_it_and_only_it(project: Project) -> None:
+    processes = stack_processes(project)
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        assert project.stack("down").returncode == 0
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert alive == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+    assert "not running" in project.stack("status").stdout
+    gone = project.shell("prefect", "deployment", "run", "train-diffusion", folder=project.folder.parent)
+    assert gone.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("line", "position"),
+    [
+        ("prefect deployment run train-diffusion", 3),
+        ("prefect deployment run -p preset=demo --watch train-diffusion", 6),
+        ("/x/bin/prefect --profile other deployments run --param=a=b train-diffusion --tag x", 6),
+        ("prefect deployment run train-diffusion/nightly", None),
+        ("prefect deployment run --id 123", None),
+        ("prefect deployment run --help", None),
+        ("prefect deployment ls", None),
+        ("prefect flow-run ls", None),
+        ("python script.py deployment run x", None),
+        ("pytest deployment run x", None),
+    ],
+)
+def test_only_a_bare_name_of_deployment_run_is_touched(line: str, position: int | None) -> None:
+    assert bare_name_position(line.split()) == position

@@ -1,0 +1,113 @@
+"""The launcher: errors travel, output is forwarded, and nothing of a job's tree is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diffusion.errors import DataError
+from diffusion.job import JobSpec
+from flows.launcher import run_job
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A job module on the path of this process and those that it starts; what it does is in its spec's `run`."""
+    (tmp_path / "job_of_the_test.py").write_text(
+        textwrap.dedent(
+            """
+            import os, time
+            from diffusion.errors import DataError
+            from diffusion.job import JobSpec, ProgressFile, run_job
+
+            def body(spec, folder, accelerator):
+                (folder / f"pid-{accelerator.process_index}").write_text(str(os.getpid()))
+                print(f"hello from rank {accelerator.process_index}", flush=True)
+                ProgressFile(folder, accelerator.is_main_process).write("working", 1, 1)
+                if spec.run == "user error":
+                    raise DataError("shard 3 is damaged")
+                if spec.run == "crash" and accelerator.process_index == 1:
+                    raise ZeroDivisionError("rank one divides by zero")
+                if spec.run == "for ever" or spec.run == "crash":
+                    time.sleep(600)
+
+            if __name__ == "__main__":
+                run_job(JobSpec, body)
+            """
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "job_of_the_test"
+
+
+def spec(what: str, tmp_path: Path) -> JobSpec:
+    return JobSpec(run=what, store="x", dataset="x", shard_copies=tmp_path)
+
+
+def test_output_and_progress_reach_the_caller(job_module: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    progress: list[dict[str, object]] = []
+    run_job(job_module, spec("well", tmp_path), tmp_path / "job", 2, progress.append, lines.append)
+    assert {"hello from rank 0", "hello from rank 1"} <= set(lines)
+    assert progress[-1] == {"stage": "working", "done": 1, "total": 1, "note": ""}
+
+
+def test_an_error_for_the_user_stays_what_it_is(job_module: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="shard 3 is damaged"):
+        run_job(job_module, spec("user error", tmp_path), tmp_path / "job", 1, lambda p: None, lambda line: None)
+
+
+def test_a_crash_brings_the_rank_and_its_traceback(job_module: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 failed[\s\S]*rank one divides by zero"):
+        run_job(job_module, spec("crash", tmp_path), tmp_path / "job", 2, lambda p: None, lambda line: None)
+    assert_gone(tmp_path / "job")
+
+
+def test_whatever_ends_the_caller_s_wait_ends_the_job(job_module: str, tmp_path: Path) -> None:
+    class EnoughError(BaseException):
+        pass
+
+    def stop_at_once(progress: object) -> None:
+        raise EnoughError
+
+    with pytest.raises(EnoughError):
+        run_job(job_module, spec("for ever", tmp_path), tmp_path / "job", 2, stop_at_once, lambda line: None)
+    assert_gone(tmp_path / "job")
+
+
+def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from diffusion.job import JobSpec
+        from flows.launcher import run_job
+        spec = JobSpec(run="for ever", store="x", dataset="x", shard_copies=Path("."))
+        run_job({job_module!r}, spec, Path({str(tmp_path / "job")!r}), 2, lambda p: None, lambda line: None)
+        """
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], env=os.environ.copy())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "job" / "pid-1").exists() or not (tmp_path / "job" / "pid-0").exists():
+        assert time.monotonic() < deadline, "the job did not start"
+        time.sleep(0.05)
+    tree = psutil.Process(caller.pid).children(recursive=True)
+    assert len(tree) >= 3  # the agent and two ranks
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    _, alive = psutil.wait_procs(tree, timeout=40)
+    assert alive == []
+
+
+def assert_gone(folder: Path) -> None:
+    for file in folder.glob("pid-*"):
+        assert not psutil.pid_exists(int(file.read_text())), f"{file.name} lives on"

@@ -1,0 +1,282 @@
+"""Tracking against a real MLflow server: each point once, models that load where this project is not importable."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusion.data.store import FolderStore
+from diffusion.denoiser import build_network
+from diffusion.errors import TrackingError
+from diffusion.evaluation.pictures import class_grid, png
+from diffusion.evaluation.scores import SampleScores, Scores
+from diffusion.tracking.connection import connect
+from diffusion.tracking.figures import loss_by_noise_level
+from diffusion.tracking.registry import MODEL_NAME, champion_version, promote, publish
+from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.sender import MetricsSender
+from diffusion.training.checkpoint import Checkpoint, write_checkpoint
+from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
+from diffusion.training.state import FORMAT_VERSION, State
+from mlflow import MlflowClient
+from tests.conftest import Ingested, Server, tiny_recipe
+
+LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1")
+
+
+@pytest.fixture
+def client(mlflow_server: Server) -> MlflowClient:
+    return connect(mlflow_server.url)
+
+
+@pytest.fixture
+def run(client: MlflowClient, ingested: Ingested, request: pytest.FixtureRequest) -> TrackedRun:
+    return open_run(client, ingested, request.node.name)
+
+
+def open_run(client: MlflowClient, ingested: Ingested, key: str) -> TrackedRun:
+    lineage = replace(LINEAGE, run=key)
+    return TrackedRun.open(client, None, f"run {key}", lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
+
+
+def write_records(folder: Path, steps: range, committed: int) -> None:
+    journal, timing = Journal(folder / JOURNAL), Journal(folder / TIMING)
+    for step in steps:
+        metrics = {"loss": 1 / step, "learning_rate": 0.1, "gradient_norm": 2.0, "loss_by_log_snr": [None] * 9 + [1.0]}
+        journal.append({"step": step, "kind": "metrics", **metrics})
+        timing.append({"step": step, "images_per_second": 9.5, "data_wait_share": 0.1, "peak_memory_bytes": 2**20})
+    (folder / COMMITTED).write_text(json.dumps({"step": committed}))
+
+
+def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, key)]
+
+
+def test_a_run_holds_recipe_lineage_and_dataset(run: TrackedRun, ingested: Ingested) -> None:
+    logged = run.client.get_run(run.run_id)
+    assert logged.data.params["network.width"] == "16"
+    assert logged.data.params["optimizer.betas"] == "[0.9, 0.99]"
+    tags = logged.data.tags
+    assert tags["dataset.digest"] == ingested.manifest.digest
+    assert tags["recipe.digest"] == tiny_recipe().digest
+    assert (tags["git.commit"], tags["prefect.flow_run_id"]) == ("c" * 40, "f1")
+    (dataset,) = logged.inputs.dataset_inputs
+    assert dataset.dataset.name == "generated-fields-and-water"
+    assert dataset.dataset.digest == ingested.manifest.digest[:36]
+
+
+def test_a_retry_finds_the_run_of_its_flow_run(
+    run: TrackedRun, ingested: Ingested, request: pytest.FixtureRequest
+) -> None:
+    run.close("FAILED", "killed")
+    again = open_run(run.client, ingested, request.node.name)
+    assert again.run_id == run.run_id
+    assert run.client.get_run(run.run_id).info.status == "RUNNING"
+    assert open_run(run.client, ingested, "another").run_id != run.run_id
+
+
+def test_points_arrive_once_however_often_they_are_sent(run: TrackedRun, tmp_path: Path) -> None:
+    write_records(tmp_path, range(1, 41), committed=30)
+    MetricsSender(run, tmp_path).send_committed()
+    assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 31)]
+    write_records(tmp_path, range(41, 51), committed=50)
+    MetricsSender(run, tmp_path).send_committed()  # one that knows nothing of what was sent
+    assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 51)]
+    assert history(run, "speed/peak_memory_mib") == [(step, 1.0) for step in range(1, 51)]
+
+
+def test_the_sender_follows_in_the_background_and_survives_an_outage(run: TrackedRun, tmp_path: Path) -> None:
+    class Unplugged(TrackedRun):
+        failures = 0
+
+        def log_metrics(self, rows: list[tuple[str, float, int]], model_id: str | None = None) -> None:
+            if self.failures < 2:
+                type(self).failures += 1
+                raise ConnectionError("unplugged")
+            super().log_metrics(rows, model_id)
+
+    unplugged = Unplugged(run.client, run.run_id, run.experiment_id, run.started)
+    write_records(tmp_path, range(1, 11), committed=10)
+    with MetricsSender(unplugged, tmp_path) as sender:
+        deadline = time.monotonic() + 30
+        while Unplugged.failures < 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        sender.flush()
+    assert Unplugged.failures == 2
+    assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 11)]
+
+
+def scores(step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str = "x") -> Scores:
+    by = SampleScores(
+        extractor="eurosat",
+        extractor_sha256="e",
+        samples=samples,
+        fid=fid,
+        kid=1.0,
+        kid_error=0.1,
+        floor_samples=80,
+        fid_floor=0.5,
+        kid_floor=0.0,
+        class_accuracy=0.5,
+    )
+    return Scores(
+        step=step,
+        images_seen=32,
+        checkpoint=checkpoint,
+        bits_per_dim=4.0,
+        bits_per_dim_error=0.1,
+        likelihood_images=16,
+        by_extractor=(by,),
+    )
+
+
+def grid() -> bytes:
+    return png(class_grid(np.zeros((20, 16, 16, 3), np.uint8), [f"class {row}" for row in range(10)], cell=16))
+
+
+def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: TrackedRun) -> None:
+    for step, fid in ((8, 20.0), (16, 12.5), (16, 12.5)):
+        run.log_scores(scores(step, fid), grid())
+    assert history(run, "score/fid_eurosat") == [(8, 20.0), (16, 12.5)]
+    assert history(run, "score/bits_per_dim") == [(8, 4.0), (16, 4.0)]
+    images = [item.path for item in run.client.list_artifacts(run.run_id, "images")]
+    assert len([path for path in images if path.endswith(".png")]) == 2
+    assert all("samples+step+" in path for path in images)
+    assert run.client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_the_figure_of_the_loss_by_noise_level_is_logged(run: TrackedRun, tmp_path: Path) -> None:
+    write_records(tmp_path, range(1, 13), committed=12)
+    rows = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    run.log_figure(loss_by_noise_level(rows), "figures/loss_by_noise_level.png")
+    assert [item.path for item in run.client.list_artifacts(run.run_id, "figures")] == [
+        "figures/loss_by_noise_level.png"
+    ]
+
+
+def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
+    """Publish an untrained model: what it says is another matter."""
+    recipe = tiny_recipe(seed=fields.pop("seed", 0))
+    network = build_network(recipe, 10).state_dict()
+    state = State(
+        format_version=FORMAT_VERSION,
+        run=name,
+        step=2,
+        images_seen=32,
+        dataset=ingested.manifest.digest,
+        recipe=recipe,
+        sha256={},
+    )
+    state = write_checkpoint(store, state, Checkpoint(network, network, {"x": network["conv_in.bias"]}, b""))
+    tags = {"git.commit": "c" * 40, "dataset.digest": ingested.manifest.digest}
+    made = scores(checkpoint=state.digest, **fields)
+    return publish(run, store, state, made, ingested.manifest, grid(), tags)
+
+
+@pytest.mark.slow
+def test_versions_compete_and_the_champion_samples_where_the_project_is_not_importable(
+    run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
+) -> None:
+    client, store = run.client, FolderStore(tmp_path / "store")
+    assert champion_version(client) is None
+    first = make_version(run, ingested, store, "a", fid=20.0)
+    assert promote(client, first).alias == "champion"
+    assert make_version(run, ingested, store, "a", fid=20.0) == first, "the same checkpoint became another version"
+
+    worse = make_version(run, ingested, store, "b", seed=1, fid=25.0)
+    decision = promote(client, worse)
+    assert decision.alias == "challenger"
+    assert "25.00" in decision.reason
+    assert "20.00" in decision.reason
+    other = make_version(run, ingested, store, "c", seed=2, fid=1.0, samples=40)
+    assert "can't be compared" in promote(client, other).reason
+    better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
+    assert promote(client, better).alias == "champion"
+    assert promote(client, better).alias == "champion", "a repetition changed the decision"
+    champion = champion_version(client)
+    assert champion is not None
+    assert champion.version == better
+    assert champion.tags["dataset.digest"] == ingested.manifest.digest
+    assert "fid_eurosat (n = 80) | 15.00" in champion.description
+
+    # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder.
+    code = f"""
+import sys
+sys.path.append({sysconfig.get_paths()["purelib"]!r})
+import importlib.util
+assert importlib.util.find_spec("diffusion") is None, "the project is importable"
+import mlflow, numpy as np
+model = mlflow.pyfunc.load_model("models:/{MODEL_NAME}@champion")
+params = {{"n": 3, "steps": 2, "seed": 5, "label": "Forest"}}
+images = model.predict([], params=params)
+assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8, images.shape
+assert np.array_equal(images, model.predict([], params=params))
+assert np.array_equal(images[:2], model.predict([], params=params | {{"n": 2}}))
+assert np.array_equal(images, model.predict([], params=params | {{"n": 11}})[:3])
+assert not np.array_equal(images, model.predict([], params=params | {{"seed": 6}}))
+assert model.predict([]).shape == (8, 16, 16, 3)
+for wrong in ({{"label": "Desert"}}, {{"n": 0}}, {{"steps": 0}}, {{"n": "many"}}, {{"seed": -1}}):
+    try:
+        model.predict([], params=wrong)
+    except mlflow.MlflowException as error:
+        print(error)
+    else:
+        raise AssertionError(f"accepted {{wrong}}")
+"""
+    env = {**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.url}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "-S", "-P", "-c", code], cwd="/", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "label is 'Desert'; it must be empty or one of AnnualCrop" in done.stdout
+
+
+def test_a_dead_server_is_said_at_once() -> None:
+    with pytest.raises(TrackingError, match="does not answer"):
+        connect("http://127.0.0.1:9")
+
+
+def test_a_silent_server_is_said_before_its_user_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.tracking.connection.ANSWER_SECONDS", 2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        accepted = threading.Thread(target=silent.accept, daemon=True)
+        accepted.start()
+        with pytest.raises(TrackingError, match="does not answer"):
+            connect(f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("sqlite:///relative.db", "absolute"),
+        ("sqlite:////dev/null/mlflow.db", "can't be used"),
+        ("file:///somewhere", "neither"),
+        ("http://user:secret@127.0.0.1:9", "does not answer"),
+    ],
+)
+def test_an_unusable_address_says_why_and_keeps_its_secret(uri: str, said: str) -> None:
+    with pytest.raises(TrackingError, match=said) as error:
+        connect(uri)
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_that_is_no_database_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_text("these are my notes, not a database " * 100)
+    before = path.read_bytes()
+    with pytest.raises(TrackingError, match="can't be used"):
+        connect(f"sqlite:///{path}")
+    assert path.read_bytes() == before

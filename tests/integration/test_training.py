@@ -1,0 +1,172 @@
+"""The training job under torchrun: one process or several, killed and resumed, must end with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion.data.store import FolderStore
+from diffusion.errors import RecipeError, TrainingDiverged
+from diffusion.job import SPEC, EvaluationJob, JobSpec, ReferenceJob, TrainingJob
+from diffusion.recipe import Recipe
+from diffusion.training.journal import records
+from diffusion.training.state import folder, steps_with_checkpoint
+from flows.launcher import run_job
+from tests.conftest import Ingested, tiny_recipe
+
+pytestmark = pytest.mark.slow
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+class Trainer:
+    """Runs training jobs of one recipe into a store."""
+
+    def __init__(self, ingested: Ingested, tmp_path: Path, recipe: Recipe) -> None:
+        self.store, self.tmp_path, self.recipe, self.dataset = (
+            ingested.store,
+            tmp_path,
+            recipe,
+            ingested.manifest.digest,
+        )
+
+    def common(self, run: str) -> dict[str, Any]:
+        return {
+            "run": run,
+            "store": self.store.uri,
+            "dataset": self.dataset,
+            "shard_copies": self.tmp_path / "copies",
+        }
+
+    def spec(self, run: str, until: int, every: int = 1000) -> TrainingJob:
+        return TrainingJob(**self.common(run), recipe=self.recipe, until=until, checkpoint_every=every)
+
+    def folder(self, run: str) -> Path:
+        return self.tmp_path / run
+
+    def train(self, run: str, until: int, processes: int) -> str:
+        """Train and return the digest of everything that the checkpoint holds."""
+        start(self.folder(run), self.spec(run, until), "diffusion.training.job", processes)
+        return digest(self.store, run, until)
+
+
+def start(where: Path, spec: JobSpec, module: str, processes: int) -> None:
+    run_job(module, spec, where, processes, lambda progress: None, lambda line: None, threads=1)
+
+
+def digest(store: FolderStore, run: str, step: int) -> str:
+    names = [name for name in store.names(f"{folder(run, step)}/") if not name.endswith("state.json")]
+    assert len(names) == 4
+    return hashlib.sha256(b"".join(store.read(name) for name in names)).hexdigest()
+
+
+@pytest.fixture
+def unique(request: pytest.FixtureRequest) -> str:
+    """A run name of the test's own, in the store that all share."""
+    return str(abs(hash(request.node.name)))
+
+
+def test_exact_reduction_gives_the_same_bits_on_1_2_and_4_processes_and_across_a_resume(
+    ingested: Ingested, tmp_path: Path, unique: str
+) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(network__dropout=0.1))
+    expected = trainer.train(f"one-{unique}", 8, processes=1)
+    assert trainer.train(f"two-{unique}", 8, processes=2) == expected
+    trainer.train(f"mixed-{unique}", 3, processes=4)
+    assert trainer.train(f"mixed-{unique}", 8, processes=1) == expected
+    journals = {(tmp_path / f"{name}-{unique}" / "journal.jsonl").read_bytes() for name in ("one", "two", "mixed")}
+    assert len(journals) == 1
+    assert [record["step"] for record in records(journals.pop())] == list(range(1, 9))
+
+
+def test_fast_reduction_gives_the_same_losses_to_rounding(ingested: Ingested, tmp_path: Path, unique: str) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast"))
+    for processes in (1, 2):
+        trainer.train(f"fast{processes}-{unique}", 8, processes)
+    one, two = (
+        [record["loss"] for record in records((tmp_path / f"fast{n}-{unique}" / "journal.jsonl").read_bytes())]
+        for n in (1, 2)
+    )
+    assert one == pytest.approx(two, rel=1e-4)
+    assert len(one) == 8
+
+
+def test_killed_between_checkpoints_it_ends_with_the_same_bits(ingested: Ingested, tmp_path: Path, unique: str) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=1600))
+    expected = trainer.train(f"whole-{unique}", 60, processes=1)
+    run = f"killed-{unique}"
+    where = trainer.folder(run)
+    where.mkdir()
+    (where / SPEC).write_text(trainer.spec(run, 60, every=5).model_dump_json())
+    command = [sys.executable, "-m", "diffusion.training.job", str(where)]
+    job = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(steps_with_checkpoint(trainer.store, run)) < 2:
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.02)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert max(steps_with_checkpoint(trainer.store, run)) < 60
+    assert trainer.train(run, 60, processes=1) == expected
+
+
+def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp_path: Path, unique: str) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=160_000))
+    run = f"asked-{unique}"
+    where = trainer.folder(run)
+    where.mkdir()
+    (where / SPEC).write_text(trainer.spec(run, 10_000).model_dump_json())
+    job = subprocess.Popen([sys.executable, "-m", "diffusion.training.job", str(where)], stdout=subprocess.PIPE)
+    assert job.stdout is not None
+    for line in job.stdout:  # the first line of progress: it trains
+        if line.startswith(b"step "):
+            break
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    steps = steps_with_checkpoint(trainer.store, run)
+    assert len(steps) == 1
+    assert 0 < steps[0] < 10_000
+    # The journal ends where the checkpoint is, at the end of a record's stretch.
+    assert records((where / "journal.jsonl").read_bytes())[-1]["step"] == steps[0]
+
+
+def test_divergence_stops_the_run_with_step_rate_and_advice(ingested: Ingested, tmp_path: Path, unique: str) -> None:
+    recipe = tiny_recipe(optimizer__learning_rate=1e30, optimizer__warmup_images=0)
+    trainer = Trainer(ingested, tmp_path, recipe)
+    with pytest.raises(TrainingDiverged, match=r"at step \d+, with learning rate .*Lower optimizer\.learning_rate"):
+        trainer.train(f"nan-{unique}", 16, processes=2)
+    assert steps_with_checkpoint(trainer.store, f"nan-{unique}") == []
+
+
+def test_a_run_can_t_be_continued_with_another_recipe(ingested: Ingested, tmp_path: Path, unique: str) -> None:
+    Trainer(ingested, tmp_path, tiny_recipe()).train(f"other-{unique}", 2, processes=1)
+    with pytest.raises(RecipeError, match="another recipe"):
+        Trainer(ingested, tmp_path, tiny_recipe(ema__ramp=0.1)).train(f"other-{unique}", 4, processes=1)
+
+
+@pytest.mark.parametrize(
+    "preset", [{}, {"network__kind": "seed", "network__class_conditional": False, "data__lanes": 1}]
+)
+def test_evaluation_gives_the_same_scores_and_grid_on_1_and_2_processes(
+    ingested: Ingested, tmp_path: Path, unique: str, preset: dict[str, Any]
+) -> None:
+    run = f"evaluated-{unique}"
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(**preset))
+    trainer.train(run, 2, processes=1)
+    reference = ReferenceJob(**trainer.common(run), image_size=16, extractor="eurosat")
+    start(tmp_path / "reference", reference, "diffusion.evaluation.reference", 2)
+    results = []
+    for processes in (1, 2):
+        spec = EvaluationJob(**trainer.common(run), step=2, samples=90)
+        start(tmp_path / f"evaluation{processes}", spec, "diffusion.evaluation.job", processes)
+        where = f"runs/{run}/evaluations/{2:09d}"
+        results.append([trainer.store.read(f"{where}/{name}") for name in ("scores.json", "grid.png")])
+    assert results[0] == results[1]

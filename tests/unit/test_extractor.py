@@ -1,0 +1,85 @@
+"""Feature extractors: which file they are, what they give, and that nothing else is loaded."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion.data.eurosat import CLASSES
+from diffusion.errors import RecipeError
+from diffusion.evaluation import extractor as extractors
+from diffusion.evaluation.classifier import EuroSATClassifier, fuse
+from diffusion.evaluation.extractor import load_extractor
+from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, extractor_sha256
+from diffusion.settings import InceptionSource
+
+CPU = torch.device("cpu")
+
+
+def test_the_shipped_weights_are_the_ones_that_the_code_names_and_small() -> None:
+    data = SHIPPED_WEIGHTS.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == SHIPPED_SHA256 == extractor_sha256("eurosat", None)
+    assert len(data) < 3_000_000
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_features_do_not_depend_on_the_batch(size: int, random_images) -> None:  # type: ignore[no-untyped-def]
+    extractor = load_extractor("eurosat", CPU, None)
+    images = random_images(6, size)
+    features = extractor.embed(images)
+    assert features.shape == (6, 128)
+    torch.testing.assert_close(torch.cat([extractor.embed(images[:1]), extractor.embed(images[1:])]), features)
+    assert extractor.classify is not None
+    assert set(extractor.classify(features).tolist()) <= set(range(len(CLASSES)))
+
+
+def test_fusing_the_batch_norms_changes_nothing() -> None:
+    torch.manual_seed(0)
+    network = EuroSATClassifier(10, fused=False)
+    for _ in range(3):
+        network(torch.randn(8, 3, 64, 64))
+    x = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(fuse(network, 10)(x), network.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_damaged_shipped_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = bytearray(SHIPPED_WEIGHTS.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(damaged)
+    monkeypatch.setattr(extractors, "SHIPPED_WEIGHTS", tmp_path / "w.safetensors")
+    with pytest.raises(RecipeError, match="not the file that it should be"):
+        load_extractor("eurosat", CPU, None)
+
+
+class StandInInception(nn.Module):
+    """The calling convention of the published TorchScript file, with a function that is easy to check."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        return images.float().mean(dim=[2, 3]) if return_features else images.float()
+
+
+@pytest.fixture
+def inception_file(tmp_path: Path) -> Path:
+    path = tmp_path / "inception.pt"
+    torch.jit.script(StandInInception()).save(str(path))
+    return path
+
+
+def test_inception_is_a_torchscript_file_of_a_known_digest(inception_file: Path, random_images) -> None:  # type: ignore[no-untyped-def]
+    sha256 = hashlib.sha256(inception_file.read_bytes()).hexdigest()
+    extractor = load_extractor("inception", CPU, InceptionSource(location=str(inception_file), sha256=sha256))
+    images = random_images(4, 32)
+    np.testing.assert_allclose(extractor.embed(images).numpy(), images.mean(axis=(1, 2)), rtol=1e-5)
+    assert (extractor.name, extractor.sha256, extractor.classify) == ("inception", sha256, None)
+
+
+def test_inception_of_another_digest_is_not_loaded(inception_file: Path) -> None:
+    with pytest.raises(RecipeError, match="It was not loaded"):
+        load_extractor("inception", CPU, InceptionSource(location=str(inception_file), sha256="0" * 64))
+    with pytest.raises(RecipeError, match="can't be read"):
+        load_extractor("inception", CPU, InceptionSource(location="/no/such/file.pt", sha256="0" * 64))
+    with pytest.raises(RecipeError, match="TRAIN_DIFFUSION_INCEPTION"):
+        load_extractor("inception", CPU, None)
