@@ -30,9 +30,8 @@ def run_flow(prefect_server: None, home: Path, archive: Path) -> Any:
         from flows.train_diffusion import train_diffusion
 
         overrides = TINY | parameters.pop("overrides", {})
-        return train_diffusion(
-            **({"preset": "demo", "source": "generated", "processes": 1} | parameters), overrides=overrides
-        )
+        chosen: dict[str, Any] = {"preset": "demo", "source": "generated", "processes": 1} | parameters
+        return train_diffusion(**chosen, overrides=overrides)
 
     return run
 
