@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.manifest import Manifest, Shard, Split, manifest_path
-from diffusion.data.shards import decode_all, read_shard
+from diffusion.data.shards import Sample, decode_all, read_shard
 from diffusion.data.store import LocalCopy, Store
 
 MEMORY_BYTES = 1 << 30
@@ -50,15 +50,22 @@ class ShardImages:
     def shard(self, index: int) -> tuple[Images, Labels]:
         """All images and labels of one shard. Raises DataError or StoreError if its bytes are not the manifest's."""
         if index not in self._decoded:
-            shard = self.shards[index]
-            name = f"{manifest_path(self.manifest.digest).rpartition('/')[0]}/{shard.name}"
-            samples = read_shard(self._files.read(name, shard.sha256), name)
+            samples = self._samples(index)
             images = decode_all(samples, self.manifest.image_size, self.image_size)
             self._decoded[index] = images, np.array([sample.label for sample in samples])
             while len(self._decoded) > 1 and sum(i.nbytes for i, _ in self._decoded.values()) > self.memory_bytes:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(index)
         return self._decoded[index]
+
+    def labels(self, index: int) -> Labels:
+        """The labels of one shard, without decoding its images."""
+        return np.array([sample.label for sample in self._samples(index)])
+
+    def _samples(self, index: int) -> list[Sample]:
+        shard = self.shards[index]
+        name = f"{manifest_path(self.manifest.digest).rpartition('/')[0]}/{shard.name}"
+        return read_shard(self._files.read(name, shard.sha256), name)
 
     def take(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[Images, Labels]:
         """The images at these shards and places, in that order."""

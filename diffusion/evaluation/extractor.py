@@ -35,7 +35,7 @@ class Extractor:
     """Of its weights: two figures are comparable only if this is equal."""
     embed: Callable[[NDArray[np.uint8]], Tensor]
     """Images [n, height, width, 3] -> features [n, dimensions], float32, on the device."""
-    classify: Callable[[Tensor], Tensor] | None
+    classify: Callable[[NDArray[np.float32]], NDArray[np.int64]] | None
     """Features -> class indices, where the extractor knows the classes."""
 
 
@@ -58,8 +58,8 @@ def _eurosat(device: torch.device) -> Extractor:
         return network.features(pixels.contiguous(memory_format=torch.channels_last))
 
     @torch.inference_mode()
-    def classify(features: Tensor) -> Tensor:
-        return network.head(features).argmax(dim=1)
+    def classify(features: NDArray[np.float32]) -> NDArray[np.int64]:
+        return network.head(torch.from_numpy(features).to(device)).argmax(dim=1).cpu().numpy()
 
     return Extractor("eurosat", SHIPPED_SHA256, embed, classify)
 

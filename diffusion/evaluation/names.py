@@ -12,7 +12,7 @@ from diffusion.settings import InceptionSource
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "eurosat-classifier-v1.safetensors"
 SHIPPED_SHA256 = "0d556bac26d9b28c583a765016e12bfe683a80150bb7e05f78a6d1b1b65f3a17"
 
-REFERENCE_VERSION = 1
+REFERENCE_VERSION = 2
 
 
 def extractor_sha256(name: str, inception: InceptionSource | None) -> str:

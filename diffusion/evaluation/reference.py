@@ -21,7 +21,7 @@ from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
 from diffusion.job import ProgressFile, ReferenceJob, run_job
 
-KEPT_FEATURES = 10_000  # of the train split, for the kernel distance; the moments are of all
+KEPT_BYTES = 64_000_000  # of the train split's features: all under `eurosat`; the moments are of all in any case
 BATCH = 250
 
 
@@ -32,7 +32,9 @@ class Reference:
     train: Moments
     """Moments of all training images."""
     train_features: NDArray[np.float32]
-    """Features of the first training images."""
+    """Features of the first training images, all where they fit."""
+    train_labels: NDArray[np.int64]
+    """Their classes."""
     test_features: NDArray[np.float32]
     """Features of all test images."""
 
@@ -41,7 +43,7 @@ def load_reference(store: Store, name: str) -> Reference:
     """Read a reference. Raises KeyError if there is none."""
     tensors = load(store.read(name))
     moments = Moments(int(tensors["count"][0]), tensors["mean"], tensors["scatter"])
-    return Reference(moments, tensors["train_features"], tensors["test_features"])
+    return Reference(moments, tensors["train_features"], tensors["train_labels"], tensors["test_features"])
 
 
 def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator) -> None:
@@ -67,11 +69,15 @@ def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator)
         features[split] = gather_rows(accelerator, blocks, [shard.samples for shard in images.shards], blank)
     if accelerator.is_main_process:
         train = Moments.of(features["train"])
+        kept = KEPT_BYTES // features["train"][0].nbytes
+        train_images = ShardImages(store, manifest, "train", job.image_size, job.shard_copies, memory_bytes=0)
+        labels = np.concatenate([train_images.labels(index) for index in range(len(train_images.shards))])
         tensors = {
             "count": np.array([train.count]),
             "mean": train.mean,
             "scatter": train.scatter,
-            "train_features": features["train"][:KEPT_FEATURES],
+            "train_features": features["train"][:kept],
+            "train_labels": labels[:kept],
             "test_features": features["test"],
         }
         store.write(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))

@@ -6,6 +6,25 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.store import Store
 
+METRICS = (
+    "fid",
+    "fid_error",
+    "fid_extrapolated",
+    "fid_floor",
+    "kid",
+    "kid_error",
+    "kid_floor",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "memorisation",
+    "memorisation_error",
+    "class_accuracy",
+    "samples",
+)
+"""Fields of `SampleScores` that become MLflow metrics."""
+
 
 class SampleScores(BaseModel):
     """Distances between samples and the real training images under one extractor. Lower is better."""
@@ -17,15 +36,29 @@ class SampleScores(BaseModel):
     samples: int
     """How many samples were scored; FID falls with their number, so it is part of the figure."""
     fid: float
+    fid_error: float
+    """Standard deviation of `fid` over bootstrap draws of the samples."""
+    fid_extrapolated: float
+    """`fid` of infinitely many samples, by extrapolation."""
     kid: float
     kid_error: float
     """Standard error of `kid`."""
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    memorisation: float
+    """Share of samples closer to a training image than all but 5 % of the test images are, over these 5 %: 1 is right."""
+    memorisation_error: float
+    """Its standard error."""
     floor_samples: int
     fid_floor: float
     """FID of that many real test images: what a perfect model would get."""
     kid_floor: float
     class_accuracy: float | None
     """Share of class-conditional samples that the extractor takes for their class."""
+    class_fid: dict[str, float] | None
+    """FID of each class's samples against its real images: n a class is a tenth, so these figures lie higher."""
 
 
 class Scores(BaseModel):
@@ -49,10 +82,12 @@ class Scores(BaseModel):
         """Flat names for MLflow; an extractor's name is part of its figures' names."""
         flat = {"bits_per_dim": self.bits_per_dim, "bits_per_dim_error": self.bits_per_dim_error}
         for scores in self.by_extractor:
-            for key in ("fid", "kid", "kid_error", "fid_floor", "kid_floor", "class_accuracy", "samples"):
+            for key in METRICS:
                 value = getattr(scores, key)
                 if value is not None:
                     flat[f"{key}_{scores.extractor}"] = float(value)
+            if scores.class_fid:
+                flat[f"fid_worst_class_{scores.extractor}"] = max(scores.class_fid.values())
         return flat
 
 

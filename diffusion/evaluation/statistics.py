@@ -14,6 +14,12 @@ Features = NDArray[np.floating]
 
 KID_SUBSETS = 50
 KID_SUBSET_SIZE = 500
+BOOTSTRAP_DRAWS = 50
+EXTRAPOLATION_SIZES = 8
+NEIGHBOURS = 5
+MANIFOLD_SAMPLES = 4000
+HELD_OUT_QUANTILE = 0.05
+ROWS = 512  # of a distance matrix held at once
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,114 @@ def _squared_mmd(x: Features, y: Features) -> float:
     xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
     within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
     return float(within - 2 * xy.mean())
+
+
+def frechet_error(features: Features, reference: Moments, seed: int = 0) -> float:
+    """Standard deviation of the Fréchet distance over bootstrap draws of the samples.
+
+    A draw repeats samples, which shifts the distance upwards; its spread is what is wanted, not its mean.
+    """
+    draws = []
+    for draw in range(BOOTSTRAP_DRAWS):
+        chosen = stream(seed, "fid bootstrap", draw).integers(0, len(features), len(features))
+        draws.append(frechet_distance(Moments.of(features[chosen]), reference))
+    return float(np.std(draws, ddof=1))
+
+
+def frechet_extrapolated(features: Features, reference: Moments, seed: int = 0) -> float:
+    """The Fréchet distance of infinitely many samples: it is linear in 1 / n to first order, so a line is fitted to
+    random subsets from a third of the samples up to all (Chong & Forsyth 2020, arXiv:1911.07023)."""
+    order = stream(seed, "fid extrapolation").permutation(len(features))
+    sizes = np.linspace(len(features) / 3, len(features), EXTRAPOLATION_SIZES).astype(int)
+    # Each subset is drawn afresh: nested ones would share their fluctuations.
+    starts = [int(stream(seed, "fid extrapolation", 1, k).integers(0, len(features))) for k in range(len(sizes))]
+    distances = [
+        frechet_distance(Moments.of(features[np.roll(order, start)[:size]]), reference)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    slope_and_limit = np.polyfit(1 / sizes, distances, 1)
+    return float(slope_and_limit[1])
+
+
+@dataclass(frozen=True)
+class Manifold:
+    """How samples and real images cover one another in feature space, each in [0, 1] but density."""
+
+    precision: float
+    """Share of samples within the neighbourhood of a real image (Kynkäänniemi et al. 2019, arXiv:1904.06991)."""
+    recall: float
+    """Share of real images within the neighbourhood of a sample."""
+    density: float
+    """How many neighbourhoods of real images a sample lies in, over k: about 1 for equal distributions
+    (Naeem et al. 2020, arXiv:2002.09797)."""
+    coverage: float
+    """Share of real images with a sample in their neighbourhood."""
+
+
+def manifold(real: Features, samples: Features) -> Manifold:
+    """Precision, recall, density and coverage with the `NEIGHBOURS`-th neighbour's distance, over as many of each set."""
+    count = min(MANIFOLD_SAMPLES, len(real), len(samples))
+    real, samples = real[:count].astype(np.float64), samples[:count].astype(np.float64)
+    # The nearest of its own set is the point itself.
+    real_radius = _nearest(real, real, NEIGHBOURS + 1)[0][:, -1]
+    sample_radius = _nearest(samples, samples, NEIGHBOURS + 1)[0][:, -1]
+    in_real = np.zeros(count)
+    in_samples = np.zeros(count, dtype=bool)
+    covered = np.zeros(count, dtype=bool)
+    for start in range(0, count, ROWS):
+        rows = slice(start, start + ROWS)
+        distance = _distances(real[rows], samples)
+        inside = distance <= real_radius[rows, None]
+        in_real += inside.sum(axis=0)
+        covered[rows] = inside.any(axis=1)
+        in_samples[rows] = (distance <= sample_radius[None, :]).any(axis=1)
+    return Manifold(
+        precision=float((in_real > 0).mean()),
+        recall=float(in_samples.mean()),
+        density=float(in_real.mean() / NEIGHBOURS),
+        coverage=float(covered.mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Whether samples lie closer to training images than new real images do."""
+
+    ratio: float
+    """Share of samples that lie closer to a training image than all but 5 % of the held-out real images do, over these
+    5 %: 1 for new images of the same distribution, 20 if everything is copied."""
+    error: float
+    """Standard error of the ratio from both sets' sizes."""
+    nearest: NDArray[np.int64]
+    """Index of the nearest training image of each sample."""
+    distances: NDArray[np.float64]
+    """Its distance."""
+
+
+def memorisation(train: Features, held_out: Features, samples: Features) -> Memorisation:
+    """Compare the distances to the nearest training image of samples and of held-out real images."""
+    train = train.astype(np.float64)
+    distances, nearest = _nearest(samples.astype(np.float64), train, 1)
+    threshold = np.quantile(_nearest(held_out.astype(np.float64), train, 1)[0][:, 0], HELD_OUT_QUANTILE)
+    share = float((distances[:, 0] < threshold).mean())
+    spread = HELD_OUT_QUANTILE * (1 - HELD_OUT_QUANTILE) * (1 / len(samples) + 1 / len(held_out))
+    return Memorisation(
+        share / HELD_OUT_QUANTILE, float(np.sqrt(spread) / HELD_OUT_QUANTILE), nearest[:, 0], distances[:, 0]
+    )
+
+
+def _distances(a: Features, b: Features) -> NDArray[np.float64]:
+    squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :] - 2 * a @ b.T
+    return np.sqrt(np.clip(squared, 0, None))
+
+
+def _nearest(queries: Features, points: Features, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Distances and indices of the `count` nearest points of each query, nearest first: [queries, count] each."""
+    distances, indices = [], []
+    for start in range(0, len(queries), ROWS):
+        block = _distances(queries[start : start + ROWS], points)
+        found = np.argpartition(block, count - 1, axis=1)[:, :count]
+        found = np.take_along_axis(found, np.take_along_axis(block, found, 1).argsort(axis=1), 1)
+        indices.append(found)
+        distances.append(np.take_along_axis(block, found, 1))
+    return np.concatenate(distances), np.concatenate(indices)

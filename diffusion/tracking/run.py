@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 EXPERIMENT = "train-diffusion"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
 RUN_KEY = "train_diffusion.run"
-GRID_KEY = "samples"
 THUMBNAIL = (256, 256)
 MLFLOW_DIGEST_LENGTH = 36
 
@@ -125,10 +124,11 @@ class TrackedRun:
             ]
             self.client.log_batch(self.run_id, metrics=metrics)
 
-    def log_scores(self, scores: Scores, grid: bytes) -> None:
-        """Log an evaluation: its metrics, and its grid as the next image of the series that the UI shows with a slider."""
+    def log_scores(self, scores: Scores, grid: bytes, closest: bytes) -> None:
+        """Log an evaluation: its metrics, and its pictures as the next of the series that the UI shows with a slider."""
         self.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()])
-        self._log_image(GRID_KEY, scores.step, grid)
+        self._log_image("samples", scores.step, grid)
+        self._log_image("closest_training_images", scores.step, closest)
         self.client.log_text(self.run_id, scores.model_dump_json(indent=1), f"scores/{scores.step:09d}.json")
 
     def _log_image(self, key: str, step: int, png: bytes) -> None:

@@ -34,8 +34,8 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         run_stage(title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, processes)
         scores = find_scores(run.store, run.name, step, samples)
         assert scores is not None
-    grid = sample_grid(run, step)
-    run.tracked.log_scores(scores, grid)
+    grid = evaluation_picture(run, step, "grid")
+    run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"))
     create_image_artifact(
         image_url=f"data:image/png;base64,{base64.b64encode(grid).decode()}",
         key="samples",
@@ -44,6 +44,6 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
     return scores
 
 
-def sample_grid(run: Run, step: int) -> bytes:
-    """The grid of an evaluation, as PNG."""
-    return run.store.read(f"{evaluation_folder(run.name, step)}/grid.png")
+def evaluation_picture(run: Run, step: int, name: str) -> bytes:
+    """A picture of an evaluation (`grid`, `closest`), as PNG."""
+    return run.store.read(f"{evaluation_folder(run.name, step)}/{name}.png")

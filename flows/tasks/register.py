@@ -9,7 +9,7 @@ from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import publish
 from diffusion.training.state import State
 from flows.run import Run
-from flows.tasks.evaluate import sample_grid
+from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import worth_retrying
 
 
@@ -32,4 +32,6 @@ def register(run: Run, state: State, scores: Scores) -> str:
         "recipe.digest": run.recipe.digest,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
-    return publish(run.tracked, run.store, state, scores, run.dataset, sample_grid(run, state.step), tags)
+    return publish(
+        run.tracked, run.store, state, scores, run.dataset, evaluation_picture(run, state.step, "grid"), tags
+    )

@@ -64,7 +64,16 @@ def test_the_flow_trains_scores_registers_and_competes(run_flow: Any, home: Path
     assert [metric.step for metric in losses] == list(range(1, 17))
     assert losses[-1].value < losses[0].value
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "score/fid_eurosat")] == [8, 16]
-    assert len([i for i in client.list_artifacts(run.info.run_id, "images") if i.path.endswith(".png")]) == 2
+    assert (
+        len(
+            [
+                i
+                for i in client.list_artifacts(run.info.run_id, "images")
+                if "/samples+" in i.path and i.path.endswith(".png")
+            ]
+        )
+        == 2
+    )
     assert client.list_artifacts(run.info.run_id, "figures")
     assert run.data.tags["dataset.name"] == "generated-fields-and-water"
     tasks = states_by_task()

@@ -124,12 +124,21 @@ def scores(step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str 
         extractor_sha256="e",
         samples=samples,
         fid=fid,
+        fid_error=0.5,
+        fid_extrapolated=fid - 1,
         kid=1.0,
         kid_error=0.1,
+        precision=0.5,
+        recall=0.5,
+        density=0.5,
+        coverage=0.5,
+        memorisation=1.0,
+        memorisation_error=0.1,
         floor_samples=80,
         fid_floor=0.5,
         kid_floor=0.0,
         class_accuracy=0.5,
+        class_fid={"Forest": 30.0},
     )
     return Scores(
         step=step,
@@ -148,12 +157,12 @@ def grid() -> bytes:
 
 def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: TrackedRun) -> None:
     for step, fid in ((8, 20.0), (16, 12.5), (16, 12.5)):
-        run.log_scores(scores(step, fid), grid())
+        run.log_scores(scores(step, fid), grid(), grid())
     assert history(run, "score/fid_eurosat") == [(8, 20.0), (16, 12.5)]
     assert history(run, "score/bits_per_dim") == [(8, 4.0), (16, 4.0)]
     images = [item.path for item in run.client.list_artifacts(run.run_id, "images")]
-    assert len([path for path in images if path.endswith(".png")]) == 2
-    assert all("samples+step+" in path for path in images)
+    for series in ("samples", "closest_training_images"):
+        assert len([path for path in images if f"/{series}+step+" in path and path.endswith(".png")]) == 2
     assert run.client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
 
 

@@ -168,5 +168,5 @@ def test_evaluation_gives_the_same_scores_and_grid_on_1_and_2_processes(
         spec = EvaluationJob(**trainer.common(run), step=2, samples=90)
         start(tmp_path / f"evaluation{processes}", spec, "diffusion.evaluation.job", processes)
         where = f"runs/{run}/evaluations/{2:09d}"
-        results.append([trainer.store.read(f"{where}/{name}") for name in ("scores.json", "grid.png")])
+        results.append([trainer.store.read(f"{where}/{name}") for name in ("scores.json", "grid.png", "closest.png")])
     assert results[0] == results[1]

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.evaluation.sharding import block_sizes
-from diffusion.evaluation.statistics import Moments, frechet_distance, kernel_distance
+from diffusion.evaluation.statistics import (
+    Moments,
+    frechet_distance,
+    frechet_error,
+    frechet_extrapolated,
+    kernel_distance,
+    manifold,
+    memorisation,
+)
 
 
 def of_gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
@@ -77,3 +85,58 @@ def test_blocks_cover_everything_once(total: int, block: int) -> None:
     sizes = block_sizes(total, block)
     assert sum(sizes) == total
     assert all(size == block for size in sizes[:-1])
+
+
+def test_the_bootstrap_error_is_the_spread_over_fresh_samples() -> None:
+    rng = np.random.default_rng(0)
+    reference = Moments.of(rng.standard_normal((20_000, 6)))
+    fresh = [frechet_distance(Moments.of(rng.standard_normal((300, 6)) + 0.5), reference) for _ in range(60)]
+    estimated = frechet_error(rng.standard_normal((300, 6)) + 0.5, reference)
+    assert estimated == pytest.approx(np.std(fresh), rel=0.4)
+
+
+def test_extrapolation_removes_most_of_the_bias_of_few_samples() -> None:
+    rng = np.random.default_rng(1)
+    reference = of_gaussian(np.zeros(20), np.eye(20))
+    biased, extrapolated = [], []
+    for seed in range(10):
+        features = rng.standard_normal((300, 20))
+        biased.append(frechet_distance(Moments.of(features), reference))
+        extrapolated.append(frechet_extrapolated(features, reference, seed))
+    assert np.mean(biased) > 0.3
+    assert abs(np.mean(extrapolated)) < 0.3 * np.mean(biased)
+
+
+def test_equal_distributions_cover_one_another() -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 800, 4))
+    measured = manifold(x, y)
+    assert measured.precision > 0.9
+    assert measured.recall > 0.9
+    assert measured.density == pytest.approx(1, abs=0.1)
+    # Naeem et al. 2020, eq. 10: the expected coverage of equal distributions is about 1 - 2^-k.
+    assert measured.coverage == pytest.approx(1 - 2**-5, abs=0.03)
+
+
+def test_precision_and_recall_are_not_swapped() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((800, 2))
+    narrow = rng.standard_normal((800, 2)) * 0.2  # good samples of little variety
+    measured = manifold(real, narrow)
+    assert measured.precision > 0.95
+    assert measured.recall < 0.3
+    wide = manifold(real, rng.standard_normal((800, 2)) * 6)
+    assert wide.precision < 0.5 < wide.recall
+    far = manifold(real, real + 100)
+    assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
+
+
+def test_memorisation_tells_copies_from_new_images() -> None:
+    rng = np.random.default_rng(0)
+    train, held_out, fresh = (rng.standard_normal((n, 8)) for n in (3000, 800, 800))
+    new = memorisation(train, held_out, fresh)
+    assert abs(new.ratio - 1) < 4 * new.error
+    copies = memorisation(train, held_out, train[:800] + 1e-6)
+    assert copies.ratio == pytest.approx(20)
+    assert (copies.nearest == np.arange(800)).all()
+    half = memorisation(train, held_out, np.concatenate([train[:400], fresh[:400]]))
+    assert half.ratio == pytest.approx(10, abs=1.5)
