@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from diffusion import errors
-from diffusion.recipe import Recipe
+from diffusion.recipe import Evaluation, Recipe
 from diffusion.settings import InceptionSource
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class EvaluationJob(JobSpec):
     """Step of the checkpoint to score."""
     samples: int
     """Images to generate."""
+    evaluation: Evaluation | None = None
+    """How to score, where it is not as the checkpoint's recipe says."""
+    name: str = ""
+    """Name of such an evaluation, part of where its results go."""
     inception: InceptionSource | None = None
 
 

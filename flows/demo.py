@@ -53,6 +53,7 @@ def main() -> int:
         from flows.train_diffusion import train_diffusion
 
         stopwatch.add("imports", time.monotonic() - before)
+        print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
         overrides = dict(item.split("=", 1) for item in arguments.set)
         report = train_diffusion(arguments.preset, overrides, arguments.seed, source, arguments.processes)
     except UserError as error:

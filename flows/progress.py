@@ -27,9 +27,9 @@ class Stage:
         self._bar: Progress | None = None
         self._artifact: UUID | None = None
         self._last_line = 0.0
+        self._first: tuple[float, float] | None = None  # when the first figure came, and what share was done then
 
     def __enter__(self) -> Stage:
-        self._started = time.monotonic()
         if attended() and sys.stderr.isatty():
             from rich.console import Console
 
@@ -52,14 +52,18 @@ class Stage:
     def update(self, done: int, total: int | None, note: str = "") -> None:
         """Say how far the stage is, in units of its own."""
         if self._bar is not None:
+            if self._first is None and done:
+                self._bar.reset(self._bar_task, completed=done, total=total)
             self._bar.update(self._bar_task, completed=done, total=total, note=note)
         now = time.monotonic()
+        share = done / total if total else 0.0
+        if self._first is None:  # a stage that goes on where another stopped does not begin at zero
+            self._first = now, share
         if now - self._last_line < LINE_SECONDS:
             return
         if self._last_line:
-            share = done / total if total else 0.0
-            elapsed = now - self._started
-            left = f", about {elapsed / share - elapsed:.0f} s left" if share else ""
+            since, before = self._first
+            left = f", about {(now - since) * (1 - share) / (share - before):.0f} s left" if share > before else ""
             if self._bar is None:
                 say(f"{self.name}: {share:.0%}{left}" + (f" ({note})" if note else ""))
             self._show(100 * share, note)

@@ -55,6 +55,8 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     """Score a checkpoint and store `grid.png`, `closest.png` and, last, `scores.json`. The work is shared out in blocks of images."""
     store = open_store(job.store)
     state = load_state(store, job.run, job.step)
+    if job.evaluation is not None:
+        state = state.model_copy(update={"recipe": state.recipe.model_copy(update={"evaluation": job.evaluation})})
     manifest = find_dataset(store, job.dataset)
     if manifest is None or manifest.digest != state.dataset:
         raise DataError(f"The store {store.uri} lacks the dataset {state.dataset} that run {job.run} was trained on.")
@@ -71,7 +73,7 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     bound = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
     if accelerator.is_main_process:
-        where = evaluation_folder(job.run, job.step)
+        where = evaluation_folder(job.run, job.step, job.name)
         scored = [
             score_samples(extractor, features, labels, find_reference(store, job, extractor, images), manifest.classes)
             for extractor, features in embedded

@@ -91,15 +91,15 @@ class Scores(BaseModel):
         return flat
 
 
-def evaluation_folder(run: str, step: int) -> str:
-    """Where the results of an evaluation lie in the store."""
-    return f"runs/{run}/evaluations/{step:09d}"
+def evaluation_folder(run: str, step: int, name: str = "") -> str:
+    """Where the results of an evaluation lie in the store; `name` tells those apart that are not the recipe's own."""
+    return f"runs/{run}/evaluations/{step:09d}{'-' if name else ''}{name}"
 
 
-def find_scores(store: Store, run: str, step: int, samples: int) -> Scores | None:
+def find_scores(store: Store, run: str, step: int, samples: int, name: str = "") -> Scores | None:
     """The scores of a finished evaluation with that many samples, or None."""
     try:
-        scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step)}/scores.json"))
+        scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step, name)}/scores.json"))
     except KeyError:
         return None
     return scores if all(by.samples == samples for by in scores.by_extractor) else None

@@ -1,0 +1,248 @@
+"""Recipe against recipe at the same cost: the seed's and the default one, on real EuroSAT.
+
+    python -m benchmarks.quality --budget small --seeds 0 1
+
+Same image size, same number of images seen, networks of about the same FLOPs an image (counted, and shown). Each recipe is
+scored at its best: raw or averaged weights. Writes `quality.json`, `quality.md`, `quality.png` and a grid of each recipe
+into the output folder, and keeps its trainings under TRAIN_DIFFUSION_HOME: begun again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion.data.find import EUROSAT, find_archive, read_source
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import open_store
+from diffusion.denoiser import build_network
+from diffusion.evaluation.names import SHIPPED_SHA256, reference_name
+from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
+from diffusion.job import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
+from diffusion.recipe import Evaluation, Recipe, load_recipe
+from diffusion.settings import settings
+from diffusion.training.state import steps_with_checkpoint
+from flows.launcher import run_job
+from flows.request import usable_processes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What both recipes may spend."""
+
+    image_size: int
+    images: int
+    samples: int
+    likelihood_images: int
+    default: dict[str, Any]
+    """Size of the default recipe's network: about the seed network's FLOPs."""
+
+
+BUDGETS = {
+    "small": Budget(32, 40_960, 2_000, 400, {"network.width": 32, "network.multipliers": [1, 2, 4]}),
+    "full": Budget(
+        64, 2_430_000, 10_000, 2_700, {"network.width": 40, "network.multipliers": [1, 2, 2, 2], "data.batch_size": 128}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training, and the ways in which it is scored."""
+
+    name: str
+    recipe: Recipe
+    evaluations: dict[str, Evaluation]
+
+
+def arms(budget: Budget, seed: int) -> list[Arm]:
+    """The seed's recipe, the default one, and the default one at a quarter of the images."""
+    common = {
+        "data.image_size": budget.image_size,
+        "evaluation.every_images": 10**12,
+        "evaluation.samples": budget.samples,
+        "evaluation.likelihood_images": budget.likelihood_images,
+    }
+    old = load_recipe("seed", common | {"data.images": budget.images}, seed)
+    made = [Arm("seed", old, {w: old.evaluation.model_copy(update={"weights": w}) for w in ("raw", "ema")})]
+    for name, images in (("default", budget.images), ("default at a quarter", budget.images // 4)):
+        new = load_recipe("demo", common | budget.default | {"data.images": images}, seed)
+        made.append(Arm(name, new, {w: new.evaluation.model_copy(update={"weights": w}) for w in ("raw", "ema")}))
+    return made
+
+
+def gigaflops(recipe: Recipe, classes: int) -> float:
+    """Of one forward pass for one image."""
+    network, size = build_network(recipe, classes).eval(), recipe.data.image_size
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size), torch.tensor([0.5], dtype=torch.float64), None)
+    return counter.get_total_flops() / 1e9
+
+
+class Bench:
+    """Runs trainings and evaluations in the store of the environment."""
+
+    def __init__(self) -> None:
+        self.environment = settings()
+        self.store = open_store(self.environment.store_uri)
+        self.dataset = self._dataset()
+
+    def _dataset(self) -> Manifest:
+        return ingest(read_source(EUROSAT, find_archive(EUROSAT, self.environment)), self.store)
+
+    def _common(self, run: str) -> dict[str, Any]:
+        shards = self.environment.shard_copies
+        return {"run": run, "store": self.environment.store_uri, "dataset": self.dataset.digest, "shard_copies": shards}
+
+    def _job(self, module: str, spec: JobSpec, name: str, processes: int) -> None:
+        say: Callable[[str], None] = lambda line: print(f"  {line}", flush=True) if line.startswith("step ") else None  # noqa: E731
+        run_job(module, spec, self.environment.runs / "benchmarks" / name, processes, lambda progress: None, say)
+
+    def reference(self, image_size: int) -> None:
+        """Measure the real images, once."""
+        if not self.store.names(reference_name(self.dataset.digest, "eurosat", SHIPPED_SHA256, image_size)):
+            spec = ReferenceJob(**self._common("reference"), image_size=image_size, extractor="eurosat")
+            self._job("diffusion.evaluation.reference", spec, f"reference-{image_size}", 1)
+
+    def score(self, arm: Arm) -> dict[str, Scores]:
+        """Train the arm, unless that is done, and score it in each of its ways."""
+        run = f"benchmark-{arm.recipe.digest[:16]}"
+        processes, last = usable_processes(arm.recipe, None), arm.recipe.total_steps
+        if last not in steps_with_checkpoint(self.store, run):
+            spec = TrainingJob(**self._common(run), recipe=arm.recipe, until=last, checkpoint_every=10**9)
+            self._job("diffusion.training.job", spec, run, processes)
+        found = {}
+        for name, evaluation in arm.evaluations.items():
+            scores = find_scores(self.store, run, last, evaluation.samples, name)
+            if scores is None:
+                job = EvaluationJob(
+                    **self._common(run), step=last, samples=evaluation.samples, evaluation=evaluation, name=name
+                )
+                self._job("diffusion.evaluation.job", job, f"{run}-{name}", usable_processes(arm.recipe, None))
+                scores = find_scores(self.store, run, last, evaluation.samples, name)
+                assert scores is not None
+            found[name] = scores
+        return found
+
+    def grid(self, arm: Arm, name: str) -> bytes:
+        """The grid of one evaluation."""
+        run = f"benchmark-{arm.recipe.digest[:16]}"
+        return self.store.read(f"{evaluation_folder(run, arm.recipe.total_steps, name)}/grid.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    budget, bench = BUDGETS[arguments.budget], Bench()
+    bench.reference(budget.image_size)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    rows = []
+    for seed in arguments.seeds:
+        for arm in arms(budget, seed):
+            print(f"{arm.name}, seed {seed}", flush=True)
+            scored = bench.score(arm)
+            best = min(scored, key=lambda name: scored[name].by_extractor[0].fid)
+            rows.append(
+                {
+                    "recipe": arm.name,
+                    "seed": seed,
+                    "weights": best,
+                    "images": arm.recipe.data.images,
+                    "gflop": gigaflops(arm.recipe, len(bench.dataset.classes)),
+                    "bits_per_dim": min(scores.bits_per_dim for scores in scored.values()),
+                    "scores": scored[best].model_dump(mode="json"),
+                }
+            )
+            print(
+                f"  fid {scored[best].by_extractor[0].fid:.2f} ({best}), bits/dim {rows[-1]['bits_per_dim']:.3f}",
+                flush=True,
+            )
+            if seed == arguments.seeds[0]:
+                (arguments.output / f"quality-{arm.name.replace(' ', '-')}.png").write_bytes(bench.grid(arm, best))
+    (arguments.output / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (arguments.output / "quality.md").write_text(table(rows, arguments.budget))
+    figure(rows, arguments.output / "quality.png")
+    print((arguments.output / "quality.md").read_text())
+
+
+def table(rows: list[dict[str, Any]], budget: str) -> str:
+    """The rows as Markdown: means over the seeds, with the larger of the seeds' spread and the bootstrap error."""
+    lines = [
+        f"Budget `{budget}`. FID and KID by the `eurosat` extractor; ± is the larger of the standard deviation over seeds and the",
+        "bootstrap error of one. Weights: whichever of raw and averaged scored better.",
+        "",
+        "| recipe | seeds | images seen | GFLOP an image | fid_eurosat | kid_eurosat | bits/dim | recall | memorisation |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == name]
+        by = [row["scores"]["by_extractor"][0] for row in own]
+        first = own[0]
+        cells = [
+            spread([b["fid"] for b in by], max(b["fid_error"] for b in by), 1),
+            spread([b["kid"] for b in by], max(b["kid_error"] for b in by), 3),
+            spread([row["bits_per_dim"] for row in own], max(row["scores"]["bits_per_dim_error"] for row in own), 3),
+            f"{np.mean([b['recall'] for b in by]):.2f}",
+            spread([b["memorisation"] for b in by], max(b["memorisation_error"] for b in by), 2),
+        ]
+        weights = "/".join(sorted({row["weights"] for row in own}))
+        lines.append(
+            f"| {name} ({weights}) | {len(own)} | {first['images']:,} | {first['gflop']:.2f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    by = rows[0]["scores"]["by_extractor"][0]
+    lines += [
+        "",
+        f"Real test images in place of samples: fid_eurosat {by['fid_floor']:.2f} (n = {by['floor_samples']:,}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], error: float, digits: int) -> str:
+    """Mean and uncertainty."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.{digits}f} ± {max(deviation, error):.{digits}f}"
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """FID and bits/dim of each recipe, a point a seed with its interval."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    canvas = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    for axes, label, value, error in (
+        (
+            left,
+            "fid_eurosat",
+            lambda r: r["scores"]["by_extractor"][0]["fid"],
+            lambda r: r["scores"]["by_extractor"][0]["fid_error"],
+        ),
+        (right, "bits/dim", lambda r: r["bits_per_dim"], lambda r: r["scores"]["bits_per_dim_error"]),
+    ):
+        for row in rows:
+            place = names.index(row["recipe"])
+            axes.errorbar(value(row), place, xerr=1.96 * error(row), fmt="o", capsize=3, color=f"C{place}")
+        axes.set(xlabel=f"{label}, 95 % interval (lower is better)", yticks=range(len(names)), yticklabels=names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+    left.set_xlim(left=0)
+    canvas.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
