@@ -162,7 +162,7 @@ def main() -> None:
                     "weights": best,
                     "images": arm.recipe.data.images,
                     "gflop": gigaflops(arm.recipe, len(bench.dataset.classes)),
-                    "bits_per_dim": min(scores.bits_per_dim for scores in scored.values()),
+                    "bits_per_dim": min(scores.bound.total for scores in scored.values()),
                     "scores": scored[best].model_dump(mode="json"),
                 }
             )
@@ -194,7 +194,7 @@ def table(rows: list[dict[str, Any]], budget: str) -> str:
         cells = [
             spread([b["fid"] for b in by], max(b["fid_error"] for b in by), 1),
             spread([b["kid"] for b in by], max(b["kid_error"] for b in by), 3),
-            spread([row["bits_per_dim"] for row in own], max(row["scores"]["bits_per_dim_error"] for row in own), 3),
+            spread([row["bits_per_dim"] for row in own], max(row["scores"]["bound"]["error"] for row in own), 3),
             f"{np.mean([b['recall'] for b in by]):.2f}",
             spread([b["memorisation"] for b in by], max(b["memorisation_error"] for b in by), 2),
         ]
@@ -232,7 +232,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             lambda r: r["scores"]["by_extractor"][0]["fid"],
             lambda r: r["scores"]["by_extractor"][0]["fid_error"],
         ),
-        (right, "bits/dim", lambda r: r["bits_per_dim"], lambda r: r["scores"]["bits_per_dim_error"]),
+        (right, "bits/dim", lambda r: r["bits_per_dim"], lambda r: r["scores"]["bound"]["error"]),
     ):
         for row in rows:
             place = names.index(row["recipe"])

@@ -131,6 +131,8 @@ class Evaluation(Part):
     """The same at the milestones before; null: as many."""
     likelihood_images: int = Field(default=512, ge=1)
     """Held-out images whose bound is measured."""
+    likelihood_timesteps: int = Field(default=8, ge=1)
+    """Transitions of the chain that are measured for each of them; process.steps - 1 or more: all, the exact sum."""
     sampler: SamplerName = "dpmpp"
     """The sampler."""
     sampler_steps: int = Field(default=20, ge=1)

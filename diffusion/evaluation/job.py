@@ -88,9 +88,7 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             step=job.step,
             images_seen=state.images_seen,
             checkpoint=state.digest,
-            bits_per_dim=bound.bits,
-            bits_per_dim_error=bound.error,
-            likelihood_images=bound.images,
+            bound=bound,
             by_extractor=tuple(scores for scores, _ in scored),
         )
         store.write(f"{where}/scores.json", (json.dumps(scores.model_dump(mode="json"), indent=1) + "\n").encode())

@@ -61,6 +61,26 @@ class SampleScores(BaseModel):
     """FID of each class's samples against its real images: n a class is a tenth, so these figures lie higher."""
 
 
+BOUND_BINS = 20
+
+
+class BoundTerms(BaseModel):
+    """The variational bound on held-out images and its parts, in bits a subpixel (bits/dim)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    total: float
+    error: float
+    """Standard error of `total` over images and draws."""
+    images: int
+    prior: float
+    decoder: float
+    transitions: tuple[float, ...]
+    """The transitions' part, by log_snr of the noisier end in BOUND_BINS equal bins, noise first."""
+    log_snr_edges: tuple[float, ...]
+    """Edges of these bins, rising."""
+
+
 class Scores(BaseModel):
     """All that was measured of one checkpoint."""
 
@@ -70,17 +90,13 @@ class Scores(BaseModel):
     images_seen: int
     checkpoint: str
     """Digest of the checkpoint."""
-    bits_per_dim: float
-    """The variational bound on held-out images, in bits a subpixel."""
-    bits_per_dim_error: float
-    """Its standard error."""
-    likelihood_images: int
+    bound: BoundTerms
     by_extractor: tuple[SampleScores, ...]
     """In the recipe's order; the first decides about promotion."""
 
     def metrics(self) -> dict[str, float]:
         """Flat names for MLflow; an extractor's name is part of its figures' names."""
-        flat = {"bits_per_dim": self.bits_per_dim, "bits_per_dim_error": self.bits_per_dim_error}
+        flat = {"bits_per_dim": self.bound.total, "bits_per_dim_error": self.bound.error}
         for scores in self.by_extractor:
             for key in METRICS:
                 value = getattr(scores, key)

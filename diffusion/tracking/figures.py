@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffusion.evaluation.scores import BoundTerms
 from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
 if TYPE_CHECKING:
@@ -36,5 +37,23 @@ def loss_by_noise_level(records: list[dict[str, Any]]) -> Figure:
         axes.plot(centres[seen], curve, marker="o", markersize=3, color=colour, label=label)
     axes.set(xlabel="log SNR (noise on the left, data on the right)", ylabel="loss", title="Loss by noise level")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def bound_by_noise_level(bound: BoundTerms) -> Figure:
+    """Where the bits of the variational bound come from: the prior, the transitions by log_snr, the decoder."""
+    from matplotlib.figure import Figure
+
+    edges = np.array(bound.log_snr_edges)
+    width = edges[1] - edges[0]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(edges[:-1], bound.transitions, width, align="edge", color="C0", edgecolor="white", label="transitions")
+    axes.bar(edges[0] - width, bound.prior, width, color="C2", label=f"prior ({bound.prior:.4f})")
+    axes.bar(edges[-1] + width, bound.decoder, width, color="C1", label=f"decoder ({bound.decoder:.3f})")
+    title = f"{bound.total:.3f} ± {bound.error:.3f} bits/dim on {bound.images:,} test images"
+    axes.set(xlabel="log SNR (noise on the left, data on the right)", ylabel="bits/dim", title=title)
+    axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
     return figure

@@ -206,7 +206,7 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         raise UserError(f"{template} is missing: run the flow from a checkout of the project, which has it.")
     recipe = state.recipe
     rows = [
-        f"| bits/dim ({scores.likelihood_images:,} test images) | {scores.bits_per_dim:.3f} ± {scores.bits_per_dim_error:.3f} | |"
+        f"| bits/dim ({scores.bound.images:,} test images) | {scores.bound.total:.3f} ± {scores.bound.error:.3f} | |"
     ]
     for by in scores.by_extractor:
         count = f"n = {by.samples:,}"

@@ -15,6 +15,7 @@ from PIL import Image
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, flatten
+from diffusion.tracking.figures import bound_by_noise_level
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +130,7 @@ class TrackedRun:
         self.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()])
         self._log_image("samples", scores.step, grid)
         self._log_image("closest_training_images", scores.step, closest)
+        self.log_figure(bound_by_noise_level(scores.bound), f"figures/bound-{scores.step:09d}.png")
         self.client.log_text(self.run_id, scores.model_dump_json(indent=1), f"scores/{scores.step:09d}.json")
 
     def _log_image(self, key: str, step: int, png: bytes) -> None:

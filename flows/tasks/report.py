@@ -30,11 +30,11 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
         "recipe": f"{run.recipe.name} {run.recipe.digest[:16]}, seed {run.recipe.seed}",
         "steps": f"{state.step:,} of {run.recipe.data.batch_size} images",
         "loss": f"{sum(r['loss'] for r in metrics[-50:]) / len(metrics[-50:]):.4f} (mean of the last records)",
-        "bits/dim": f"{scores.bits_per_dim:.3f} ± {scores.bits_per_dim_error:.3f} on {scores.likelihood_images:,} test images",
+        "bits/dim": f"{scores.bound.total:.3f} ± {scores.bound.error:.3f} on {scores.bound.images:,} test images",
     }
     for by in scores.by_extractor:
         floor = f"real images: {by.fid_floor:.2f} with n = {by.floor_samples:,}"
-        rows[f"fid_{by.extractor}"] = f"{by.fid:.2f} (n = {by.samples:,}; {floor})"
+        rows[f"fid_{by.extractor}"] = f"{by.fid:.2f} ± {by.fid_error:.2f} (n = {by.samples:,}; {floor})"
         rows[f"kid_{by.extractor}"] = f"{by.kid:.4f} ± {by.kid_error:.4f} (real images: {by.kid_floor:.4f})"
     rows["model version"] = f"{MODEL_NAME} {decision.version}, {decision.alias}. {decision.reason}"
     rows["sample grid"] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"

@@ -21,7 +21,7 @@ from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
 from diffusion.evaluation.pictures import class_grid, png
-from diffusion.evaluation.scores import SampleScores, Scores
+from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Scores
 from diffusion.tracking.connection import connect
 from diffusion.tracking.figures import loss_by_noise_level
 from diffusion.tracking.registry import MODEL_NAME, champion_version, promote, publish
@@ -144,9 +144,15 @@ def scores(step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str 
         step=step,
         images_seen=32,
         checkpoint=checkpoint,
-        bits_per_dim=4.0,
-        bits_per_dim_error=0.1,
-        likelihood_images=16,
+        bound=BoundTerms(
+            total=4.0,
+            error=0.1,
+            images=16,
+            prior=0.01,
+            decoder=0.5,
+            transitions=(0.1745,) * BOUND_BINS,
+            log_snr_edges=tuple(float(edge) for edge in range(BOUND_BINS + 1)),
+        ),
         by_extractor=(by,),
     )
 
@@ -160,6 +166,8 @@ def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: Tr
         run.log_scores(scores(step, fid), grid(), grid())
     assert history(run, "score/fid_eurosat") == [(8, 20.0), (16, 12.5)]
     assert history(run, "score/bits_per_dim") == [(8, 4.0), (16, 4.0)]
+    figures = [item.path for item in run.client.list_artifacts(run.run_id, "figures")]
+    assert sorted(figures) == ["figures/bound-000000008.png", "figures/bound-000000016.png"]
     images = [item.path for item in run.client.list_artifacts(run.run_id, "images")]
     for series in ("samples", "closest_training_images"):
         assert len([path for path in images if f"/{series}+step+" in path and path.endswith(".png")]) == 2
