@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint up down status ui profile extractor
+.PHONY: help install demo test lint up down status profile extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -12,8 +12,9 @@ install: .venv/installed ## The tested set of packages, in .venv
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers]'
+	@echo "Installing the packages into .venv: about two minutes"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers]'
 	@touch $@
 
 demo: install ## Train, score and register a small model on this machine, in about six minutes
@@ -35,11 +36,6 @@ down: install ## Stop what make up started
 
 status: install ## What of it is running
 	@$(BIN)/python infra/stack.py status
-
-ui: install ## MLflow's pages on what make demo left, at http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 \
-		--port $(or $(MLFLOW_PORT),5000) --workers 1 --backend-store-uri sqlite:///$(CURDIR)/var/mlflow/mlflow.db \
-		--default-artifact-root file://$(CURDIR)/var/mlflow/artifacts --no-serve-artifacts
 
 profile: install ## Add a Prefect profile train-diffusion to your home, so that the commands work from any folder
 	@$(BIN)/python infra/profile.py

@@ -28,8 +28,9 @@ images = [path for path in listed if "/samples+" in path and path.endswith(".png
 assert len(images) == len(fids) >= 2, (images, fids)
 assert fids[-1].value < 0.6 * fids[0].value or source == "generated", [f.value for f in fids]
 
+model = f"{run.data.tags['dataset.name'].lower()}-ddpm"
 code = (
-    "import mlflow; m = mlflow.pyfunc.load_model('models:/eurosat-ddpm@champion');"
+    "import mlflow; m = mlflow.pyfunc.load_model('models:/" + model + "@champion');"
     "images = m.predict([], params={'n': 2, 'steps': 10, 'label': 'Forest'}); print(images.shape, images.std())"
 )
 sampled = subprocess.run(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SPEC, ERROR = "job.json", "error.json"
 PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded before any fork: a child of a threaded process must not take locks
 
 
 class JobSpec(BaseModel):
@@ -96,7 +97,6 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
         cuda = torch.cuda.is_available()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         accelerator = Accelerator(cpu=not cuda)
         body(spec, folder, accelerator)
         accelerator.end_training()
@@ -120,7 +120,7 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
 def end_with_parent() -> None:
     """Have the kernel send SIGTERM to this process when its parent dies, even by `kill -9`. Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def error_of(folder: Path) -> Exception | None:

@@ -164,8 +164,9 @@ class Recipe(Part):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's activations; weights, losses and statistics are float32 or better."""
     reduction: Literal["exact", "fast"] = "exact"
-    """How gradients are added. exact: along a fixed tree over the lanes, the same bits on any number of processes that
-    divides them. fast: DistributedDataParallel's own order, which overlaps with the backward pass."""
+    """How gradients are added. exact: along a fixed tree over the lanes; on CPUs, with one thread a process, the same bits
+    on any number of processes that divides the lanes. fast: DistributedDataParallel's own order, which overlaps with the
+    backward pass."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -186,6 +187,10 @@ class Recipe(Part):
             raise ValueError("network.kind seed knows no classes: set network.class_conditional to false")
         if self.process.zero_terminal_snr and self.process.prediction == "epsilon":
             raise ValueError("process.zero_terminal_snr needs process.prediction v or x0: epsilon says nothing there")
+        if self.process.zero_terminal_snr and self.evaluation.spacing != "uniform_time":
+            raise ValueError(
+                "process.zero_terminal_snr needs evaluation.spacing uniform_time: log_snr is infinite there"
+            )
         if self.process.zero_terminal_snr and self.process.schedule == "cosine":
             raise ValueError(
                 "process.zero_terminal_snr is for the discrete schedules; lower process.log_snr_min instead"
@@ -210,9 +215,15 @@ class Recipe(Part):
         # A last stretch of less than half a segment is not worth an evaluation of its own before it.
         return (*(step for step in inner if self.total_steps - step >= every / 2), self.total_steps)
 
-    def milestones_after(self, step: int) -> tuple[int, ...]:
-        """The milestones still to come once `step` steps are done."""
-        return tuple(milestone for milestone in self.milestones if milestone > step)
+    def check_processes(self, processes: int) -> None:
+        """Raises RecipeError if that many processes can't share the lanes evenly."""
+        lanes = self.data.lanes
+        if processes < 1 or lanes % processes:
+            fitting = [count for count in range(1, lanes + 1) if lanes % count == 0]
+            raise RecipeError(
+                f"{processes} processes can't share the recipe's {lanes} lanes evenly. Use {', '.join(map(str, fitting))} "
+                "processes, or another data.lanes (which makes it another recipe)."
+            )
 
     def samples_at(self, step: int) -> int:
         """Images to generate for the scores of one milestone."""

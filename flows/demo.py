@@ -41,6 +41,8 @@ def main() -> int:
     environment = settings()
     os.environ.update(EMBEDDED)
     os.environ.pop("PREFECT_API_URL", None)
+    # A proxy for the world outside is none for the server in this process.
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
     os.environ.setdefault("PREFECT_HOME", str(environment.home / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
     (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,8 @@ def main() -> int:
     from flows.stopwatch import stopwatch
 
     try:
-        source = _source_or_generated(arguments.source)
+        with stopwatch.part("ingest"):
+            source = _source_or_generated(arguments.source)
         before = time.monotonic()
         from flows.train_diffusion import train_diffusion
 
@@ -64,7 +67,9 @@ def main() -> int:
     total, own = parts["total"], parts["flow's own"]
     print("\ntime: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items()))
     print(f"The flow's own share of it is {own / total:.0%}: Prefect, MLflow, registration, start and end.")
-    print("\nmake ui    opens MLflow on what is here: metrics, the sample grids as a series, the model versions")
+    print(
+        "\nmake up    opens Prefect and MLflow on what is here: the flow run, metrics, sample grids as a series, model versions"
+    )
     return 0
 
 

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 from prefect.plugins import HookContext, SetupResult, register_hook
 
-SERVERS = Path("var", "stack", "servers.json")
-"""Written by `make up`, relative to the project's folder: addresses and credentials as environment variables."""
+HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", "var"))
+SERVERS = HOME / "stack" / "servers.json"
+"""Written by `make up`: addresses and credentials as environment variables."""
 FLAGS = {"--watch", "--no-watch", "--help", "-h"}  # the options of `deployment run` that take no value
 SECONDS = 5
 
@@ -25,10 +26,10 @@ SECONDS = 5
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """What is absent from the environment and known here; and, if a deployment is named bare, its full name in sys.argv."""
-    env = {key: value for key, value in _servers().items() if key not in os.environ}
-    if "PREFECT_HOME" not in os.environ and Path("var", "prefect").parent.is_dir():
+    env = _servers()
+    if "PREFECT_HOME" not in os.environ and HOME.is_dir():
         # pyproject.toml has it relative to this folder; processes that start elsewhere need it absolute.
-        env["PREFECT_HOME"] = str(Path("var", "prefect").absolute())
+        env["PREFECT_HOME"] = str((HOME / "prefect").absolute())
     position = bare_name_position(sys.argv)
     if position is not None:
         api = os.environ.get("PREFECT_API_URL") or env.get("PREFECT_API_URL") or ctx.api_url
@@ -38,13 +39,18 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
 
 
 def _servers() -> dict[str, str]:
+    """What `make up` says, but for servers that the environment names otherwise: theirs must not get these credentials."""
     try:
-        return json.loads(SERVERS.read_text())
+        servers: dict[str, str] = json.loads(SERVERS.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         print(f"{SERVERS} can't be read ({error}): run make up again.", file=sys.stderr)
         return {}
+    for prefix, address in (("PREFECT_", "PREFECT_API_URL"), ("MLFLOW_", "MLFLOW_TRACKING_URI")):
+        if os.environ.get(address, servers.get(address)) != servers.get(address):
+            servers = {key: value for key, value in servers.items() if not key.startswith(prefix)}
+    return {key: value for key, value in servers.items() if key not in os.environ}
 
 
 def _auth_of_profile() -> str | None:

@@ -6,6 +6,7 @@ dies; and it writes to a file, so that nobody waits for the end of a pipe.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from diffusion.job import ERROR, SPEC, JobSpec, ProgressFile, end_with_parent, error_of
 
@@ -45,7 +48,7 @@ def run_job(
     for name in (ERROR, ProgressFile.NAME):
         (folder / name).unlink(missing_ok=True)
     (folder / SPEC).write_text(spec.model_dump_json(indent=1))
-    threads = threads or max(1, (os.cpu_count() or 1) // processes)
+    threads = threads or max(1, usable_cores() // processes)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     command += ["-m", module, str(folder)]
@@ -73,16 +76,27 @@ def run_job(
         raise error_of(folder) or RuntimeError(f"{module} ended with code {job.returncode}:\n{tail}")
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _end(job: subprocess.Popen[bytes]) -> None:
-    """End the job's process group, and the ranks, whose sessions end with the agent's life."""
+    """End the job's whole tree: the agent, and the ranks, which torchrun gives sessions of their own."""
     if job.poll() is not None:
         return
+    tree = psutil.Process(job.pid).children(recursive=True)
     os.killpg(job.pid, signal.SIGTERM)
-    try:
+    deadline = time.monotonic() + GRACE_SECONDS
+    with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
+    _, alive = psutil.wait_procs(tree, max(0.0, deadline - time.monotonic()))
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    if job.poll() is None:
         os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+    job.wait()
 
 
 def _forward(output: Any, on_line: Callable[[str], None]) -> None:

@@ -70,10 +70,14 @@ class Stage:
         self._last_line = now
 
     def _show(self, percent: float, note: str) -> None:
-        if self._artifact is None:
-            self._artifact = create_progress_artifact(percent, key=self._key, description=self.name)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(self._artifact, percent, description=f"{self.name}. {note}")
+        try:
+            if self._artifact is None:
+                made = create_progress_artifact(percent, key=self._key, description=self.name)
+                self._artifact = made if isinstance(made, UUID) else None
+            else:
+                update_progress_artifact(self._artifact, percent, description=f"{self.name}. {note}")
+        except Exception as error:  # no trouble of the Prefect server's is a reason to end what is being shown
+            say(f"Prefect does not take the progress ({type(error).__name__}).")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -83,7 +87,7 @@ class Stage:
                 self._bar.update(self._bar_task, completed=1, total=1)
             self._bar.stop()
         if self._artifact is not None and kind is None:
-            update_progress_artifact(self._artifact, 100.0, description=self.name)
+            self._show(100.0, "Done")
 
 
 def say(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from glob import glob
 from typing import Any
 
@@ -11,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from diffusion.data.find import EUROSAT
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, load_recipe
+from flows.launcher import usable_cores
 
 CHECKPOINT_EVERY_IMAGES = 250_000
+CHECKPOINTS_AT_LEAST = 20  # in a run: metrics reach MLflow, and a crash loses work, by the checkpoint
 
 
 class TrainingRequest(BaseModel):
@@ -34,23 +35,35 @@ class TrainingRequest(BaseModel):
 def usable_processes(recipe: Recipe, asked: int | None) -> int:
     """How many processes a job runs on: those asked for; else one a GPU; else a power of two of the CPU's cores.
 
-    Raises RecipeError if the recipe's lanes can't be shared evenly by those asked for.
+    Raises RecipeError if those asked for can't share the recipe's lanes, or are more than the GPUs.
     """
-    lanes = recipe.data.lanes
+    gpus = _gpus()
     if asked is not None:
-        if asked < 1 or lanes % asked or (recipe.reduction == "exact" and asked & (asked - 1)):
-            fitting = [count for count in range(1, lanes + 1) if lanes % count == 0]
+        recipe.check_processes(asked)
+        if gpus and asked > gpus:
             raise RecipeError(
-                f"processes is {asked}, but the recipe's {lanes} lanes can be shared evenly only by "
-                f"{', '.join(map(str, fitting))}. Choose one of these, or another data.lanes (which makes another recipe)."
+                f"{asked} processes were asked for, but there are {gpus} GPUs. Use at most as many, or set "
+                "CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
             )
         return asked
-    devices = _gpus() or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(count for count in range(1, lanes + 1) if lanes % count == 0 and count <= max(1, devices))
+    lanes = recipe.data.lanes
+    return max(count for count in range(1, lanes + 1) if lanes % count == 0 and count <= (gpus or usable_cores()))
+
+
+def threads_per_process(recipe: Recipe) -> int | None:
+    """Threads of each process; None: its share of the cores. How an operation's sums are cut depends on them."""
+    return 1 if recipe.reduction == "exact" and not _gpus() else None
+
+
+def checkpoint_every(recipe: Recipe) -> int:
+    """Steps between checkpoints."""
+    images = min(CHECKPOINT_EVERY_IMAGES, recipe.data.images // CHECKPOINTS_AT_LEAST)
+    return max(1, images // recipe.data.batch_size)
 
 
 def _gpus() -> int:
-    if not glob("/dev/nvidia[0-9]*"):  # torch takes seconds to import, and has nothing to tell here
+    # torch takes seconds to import: not where no driver shows a device (NVIDIA, AMD, WSL).
+    if not any(map(glob, ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))):
         return 0
     import torch
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import runtime
 
@@ -21,7 +21,8 @@ from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from flows.launcher import run_job
 from flows.progress import Stage, attended, say
-from flows.request import TrainingRequest, usable_processes
+from flows.request import TrainingRequest, threads_per_process
+from flows.stopwatch import stopwatch
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -64,9 +65,11 @@ def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any
     }
 
 
-def run_stage(title: str, key: str, module: str, spec: JobSpec, folder: Path, processes: int) -> None:
-    """Run a job as one stage of the flow, with its progress shown. Raises the job's error."""
-    with Stage(title, key) as stage:
+def run_stage(
+    title: str, key: str, module: str, spec: JobSpec, folder: Path, processes: int, recipe: Recipe, part: str
+) -> None:
+    """Run a job as one stage of the flow, with its progress shown and its time counted. Raises the job's error."""
+    with Stage(title, key) as stage, stopwatch.part(part):
 
         def on_progress(progress: dict[str, Any]) -> None:
             note = progress["note"] or f"{progress['stage']}, {progress['done']:,} of {progress['total']:,}"
@@ -74,7 +77,7 @@ def run_stage(title: str, key: str, module: str, spec: JobSpec, folder: Path, pr
 
         # At a terminal the bar tells enough; the whole output is in the folder either way.
         on_line: Callable[[str], None] = (lambda line: None) if attended() else say
-        run_job(module, spec, folder, processes, on_progress, on_line)
+        run_job(module, spec, folder, processes, on_progress, on_line, threads_per_process(recipe))
 
 
 @contextmanager
@@ -86,7 +89,8 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     environment = settings()
     flow_run_id, name = str(runtime.flow_run.id), str(runtime.flow_run.name)
     lineage = Lineage(
-        run=f"{name}-{flow_run_id[:8]}",
+        # The flow run's name is made anew by a retry; its id is not.
+        run=f"{request.preset}-seed{request.seed}-{flow_run_id}",
         commit=git_commit(),
         flow_run_id=flow_run_id,
         flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
@@ -99,17 +103,19 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         try:
             yield run
         except Exception as error:
-            tracked.close("FAILED", f"{type(error).__name__}: {error}")
+            _close(tracked, "FAILED", f"{type(error).__name__}: {error}")
             raise
         except BaseException as error:  # a cancellation, an interrupt
-            tracked.close("KILLED", type(error).__name__)
+            _close(tracked, "KILLED", type(error).__name__)
             raise
     tracked.close("FINISHED")
 
 
-def processes_of(request: TrainingRequest, recipe: Recipe) -> int:
-    """How many processes the jobs of this request run on here."""
-    return usable_processes(recipe, request.processes)
+def _close(tracked: TrackedRun, status: Literal["FAILED", "KILLED"], reason: str) -> None:
+    try:
+        tracked.close(status, reason)
+    except Exception as error:  # what ended the run matters more than that MLflow could not be told
+        say(f"The MLflow run {tracked.run_id} could not be closed ({type(error).__name__}).")
 
 
 def git_commit() -> str:

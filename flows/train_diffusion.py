@@ -13,7 +13,6 @@ from diffusion.settings import settings
 from flows.checks import check_before_compute
 from flows.request import TrainingRequest, usable_processes
 from flows.run import tracked_run
-from flows.stopwatch import stopwatch
 from flows.tasks.evaluate import evaluate
 from flows.tasks.ingest import find_source, ingest_archive
 from flows.tasks.promote import promote
@@ -49,17 +48,13 @@ def train_diffusion(
     recipe = request.recipe()
     workers = usable_processes(recipe, request.processes)
     check_before_compute(recipe)
-    with stopwatch.part("ingest"):
-        archive = find_source(request.source)
-        dataset = ingest_archive(archive, settings().store_uri)
-    with stopwatch.part("reference"):
-        measure_reference(dataset, recipe, workers)
+    archive = find_source(request.source)
+    dataset = ingest_archive(archive, settings().store_uri)
+    measure_reference(dataset, recipe, workers)
     with tracked_run(request, recipe, dataset) as run:
         for milestone in recipe.milestones:
-            with stopwatch.part("training"):
-                state = train(run, milestone, workers)
-            with stopwatch.part("evaluation"):
-                scores = evaluate(run, state, workers)
+            state = train(run, milestone, workers)
+            scores = evaluate(run, state, workers)
         version = register(run, state, scores)
         decision = promote(run, version)
         return report(run, state, scores, decision)

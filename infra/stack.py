@@ -26,7 +26,7 @@ import psutil
 PROJECT = Path(__file__).resolve().parent.parent
 HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", PROJECT / "var")).absolute()
 STACK = HOME / "stack"
-SERVERS = STACK / "servers.json"  # read by the Prefect plugin and by `make ui`
+SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 BIN = Path(sys.executable).parent
 READY_SECONDS = 120
 STOP_SECONDS = 30
@@ -84,7 +84,8 @@ def find(name: str) -> psutil.Process | None:
     try:
         process = psutil.Process(int(pid))
         alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        return process if alive and process.create_time() == float(created) else None
+        # The start time is counted back from the clock, which may have been set since.
+        return process if alive and abs(process.create_time() - float(created)) < 5 else None
     except psutil.NoSuchProcess:
         return None
 
@@ -138,14 +139,14 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
-    env.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{STACK / 'prefect.db'}")
+    env.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}")
     if addresses.password:
         env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
     start("prefect-server", [str(BIN / "prefect"), "server", "start"], env)
 
 
 def start_mlflow(port: int, addresses: Addresses) -> None:
-    """The MLflow server. It shares database and artifact folder with `make demo`, so that the demo's runs are seen here."""
+    """The MLflow server. Like Prefect's, it shares its database with `make demo`, so that the demo's runs are seen here."""
     (HOME / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
     # The job runner and its seven consumers, which only GenAI evaluations need, would take 2 GB.
     env = {**base_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from diffusion.data.manifest import Manifest, Shard, Split, manifest_path
 from diffusion.data.shards import Sample, decode_all, read_shard
-from diffusion.data.store import LocalCopy, Store
+from diffusion.data.store import LocalCopy, Store, StoreDamage
+from diffusion.errors import DataError
 
 MEMORY_BYTES = 1 << 30
 
@@ -65,7 +66,16 @@ class ShardImages:
     def _samples(self, index: int) -> list[Sample]:
         shard = self.shards[index]
         name = f"{manifest_path(self.manifest.digest).rpartition('/')[0]}/{shard.name}"
-        return read_shard(self._files.read(name, shard.sha256), name)
+        try:
+            return read_shard(self._files.read(name, shard.sha256), name)
+        except KeyError:
+            reason = "is missing"
+        except StoreDamage as error:
+            reason = str(error)
+        raise DataError(
+            f"The shard {self._files.store.uri}/{name} {reason}. Delete {manifest_path(self.manifest.digest)} from the store and "
+            "start again: the shards are made anew."
+        )
 
     def take(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[Images, Labels]:
         """The images at these shards and places, in that order."""

@@ -121,7 +121,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class S3Store:
-    """A store in an S3 bucket, by boto3. A put is atomic there; every request is retried with backoff and jitter."""
+    """A store in an S3 bucket, by boto3. A put is atomic there; requests are retried with backoff and jitter."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
@@ -192,6 +192,10 @@ class S3Store:
         )
 
 
+class StoreDamage(StoreError):
+    """An object does not have the bytes that were promised."""
+
+
 class LocalCopy:
     """Reads objects whose sha256 is known, keeping copies in a local folder where the store itself is remote."""
 
@@ -199,23 +203,21 @@ class LocalCopy:
         self.store, self.folder = store, folder
 
     def read(self, name: str, sha256: str) -> bytes:
-        """The object's bytes, checked. Raises KeyError if there is none, StoreError if its bytes are not those promised."""
+        """The object's bytes, checked. Raises KeyError if there is none, StoreDamage if its bytes are others."""
         if isinstance(self.store, FolderStore):
-            return _checked(self.store.read(name), sha256, f"{self.store.uri}/{name}")
+            return _checked(self.store.read(name), sha256)
         copy = self.folder / sha256
         if copy.exists():
             data = copy.read_bytes()
             if hashlib.sha256(data).hexdigest() == sha256:
                 return data
-        data = _checked(self.store.read(name), sha256, f"{self.store.uri}/{name}")
+        data = _checked(self.store.read(name), sha256)
         FolderStore(self.folder).write(sha256, data)
         return data
 
 
-def _checked(data: bytes, sha256: str, where: str) -> bytes:
+def _checked(data: bytes, sha256: str) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise StoreError(
-            f"{where} is damaged: its sha256 is {found[:16]}…, expected {sha256[:16]}…. Delete it and make it again."
-        )
+        raise StoreDamage(f"is damaged: its sha256 is {found[:16]}…, expected {sha256[:16]}…")
     return data

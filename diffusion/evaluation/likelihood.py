@@ -22,6 +22,7 @@ from diffusion.process.schedule import chain
 from diffusion.randomness import stream
 
 SEED = 0
+LOWEST_LOG_SNR = -20.0  # what a last step of pure noise counts as where finite numbers are needed
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ def bits_per_dim(
 def choose_transitions(log_snr: NDArray[np.float64], images: int, count: int) -> Draws:
     """`count` transitions for each image, stratified over the images; or all of them, if there are no more."""
     steps = len(log_snr)
-    share = np.concatenate([[0.0], log_snr[:-1] - log_snr[1:]])
+    finite = np.maximum(log_snr, LOWEST_LOG_SNR)
+    share = np.concatenate([[0.0], finite[:-1] - finite[1:]])
     if count >= steps - 1:
-        every = np.broadcast_to(np.arange(1, steps), (images, steps - 1))
+        every = np.tile(np.arange(1, steps), (images, 1))
         return Draws(every, np.full(steps, 1 / (steps - 1)))
     share = share / share.sum()
     columns = []
@@ -94,7 +96,7 @@ def summarise(nats: NDArray[np.float64], draws: Draws, log_snr: NDArray[np.float
     bits = nats / math.log(2)
     weighted = bits[:, 2:] / draws.share[draws.positions] / draws.positions.shape[1]
     total = bits[:, :2].sum(axis=1) + weighted.sum(axis=1)
-    edges = np.linspace(log_snr[-1], log_snr[0], BOUND_BINS + 1)
+    edges = np.linspace(max(log_snr[-1], LOWEST_LOG_SNR), log_snr[0], BOUND_BINS + 1)
     bin_of = np.clip(np.digitize(log_snr[draws.positions], edges) - 1, 0, BOUND_BINS - 1)
     by_bin = np.bincount(bin_of.ravel(), weighted.ravel(), BOUND_BINS) / len(nats)
     return BoundTerms(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from diffusion.errors import RecipeError
@@ -26,6 +27,10 @@ def required_inception(inception: InceptionSource | None) -> InceptionSource:
         raise RecipeError(
             "The extractor 'inception' is not part of the package: set TRAIN_DIFFUSION_INCEPTION to the path or URL of its "
             "TorchScript file and TRAIN_DIFFUSION_INCEPTION_SHA256 to its sha256, or use evaluation.extractors: [eurosat]."
+        )
+    if not re.fullmatch("[0-9a-f]{64}", inception.sha256):
+        raise RecipeError(
+            f"TRAIN_DIFFUSION_INCEPTION_SHA256 is '{inception.sha256}', not the sha256 (64 hexadecimal digits) of the file."
         )
     return inception
 

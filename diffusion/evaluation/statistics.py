@@ -1,4 +1,4 @@
-"""Statistics of features in float64: streaming moments, the Fréchet distance, the kernel distance."""
+"""Statistics of features in float64: mergeable moments, the Fréchet distance, the kernel distance."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ EXTRAPOLATION_SIZES = 8
 NEIGHBOURS = 5
 MANIFOLD_SAMPLES = 4000
 HELD_OUT_QUANTILE = 0.05
+MOMENT_ROWS = 8192  # of features that are float64 at once
 ROWS = 512  # of a distance matrix held at once
 
 
@@ -32,11 +33,17 @@ class Moments:
 
     @classmethod
     def of(cls, features: Features) -> Moments:
-        """The moments of a batch of features."""
-        values = features.astype(np.float64)
-        mean = values.mean(axis=0)
-        centred = values - mean
-        return cls(len(values), mean, centred.T @ centred)
+        """The moments of features, computed in float64 a block at a time."""
+        total = None
+        for start in range(0, len(features), MOMENT_ROWS):
+            values = features[start : start + MOMENT_ROWS].astype(np.float64)
+            mean = values.mean(axis=0)
+            centred = values - mean
+            block = cls(len(values), mean, centred.T @ centred)
+            total = block if total is None else total.merge(block)
+        if total is None:
+            raise ValueError("no features")
+        return total
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets together (Chan et al. 1979)."""

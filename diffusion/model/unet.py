@@ -24,8 +24,12 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(divisor for divisor in range(1, max(1, at_most) + 1) if number % divisor == 0)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=max(1, min(32, channels // 8)), num_channels=channels)
+    return nn.GroupNorm(_largest_divisor(channels, min(32, channels // 8)), channels)
 
 
 class ResidualBlock(nn.Module):
@@ -51,7 +55,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // HEAD_CHANNELS)
+        self.heads = _largest_divisor(channels, channels // HEAD_CHANNELS)
         self.norm, self.qkv = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = _zero(nn.Conv2d(channels, channels, 1))
 

@@ -14,12 +14,6 @@ from diffusion.process.prediction import coefficients
 from diffusion.process.schedule import noise_variance, signal
 
 
-def transition_variance(log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
-    """v_{t|s}, the variance of q(x_t | x_s) for s before t: the beta of one step."""
-    # v_{t|s} = v_t - (alpha_t/alpha_s)^2 v_s = v_t (1 - e^{l_t - l_s})  (Kingma et al. 2021, eq. 20 ff.)
-    return noise_variance(log_snr_t) * -torch.expm1(log_snr_t - log_snr_s)
-
-
 def posterior(x0: Tensor, x_t: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (like x_t) and variance ([batch, 1, 1, 1] or scalar) of q(x_s | x_t, x_0), s before t.
 

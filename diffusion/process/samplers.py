@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.process.gaussian import posterior
 from diffusion.process.names import SamplerName
-from diffusion.process.prediction import coefficients
+from diffusion.process.prediction import coefficients, to_epsilon
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
@@ -33,9 +33,8 @@ def ddim(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise, eta: float =
     """Song et al. 2020 (arXiv:2010.02502), eq. 12: deterministic at eta = 0, the ancestral chain at eta = 1."""
     for k, (now, after) in enumerate(pairwise(levels)):
         x0 = denoise(x, now)
-        alpha, sigma = coefficients(now, x)
         alpha_after, sigma_after = coefficients(after, x)
-        epsilon = (x - alpha * x0) / sigma
+        epsilon = to_epsilon("x0", x0, x, now)
         share = eta**2 * -torch.expm1(now - after).to(x)  # of the new noise variance: fresh noise
         x = alpha_after * x0 + sigma_after * (1 - share).sqrt() * epsilon
         if eta > 0:

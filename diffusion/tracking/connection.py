@@ -40,7 +40,7 @@ def connect(uri: str) -> MlflowClient:
         _check_database(Path(uri.split("///", 1)[-1]))
     elif scheme not in ("http", "https"):
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI '{_public(uri)}' is neither http(s)://… nor sqlite:////absolute/path."
+            f"MLFLOW_TRACKING_URI '{without_credentials(uri)}' is neither http(s)://… nor sqlite:////absolute/path."
         )
 
     import mlflow
@@ -54,10 +54,10 @@ def connect(uri: str) -> MlflowClient:
         try:
             client.search_experiments(max_results=1)
         except Exception as error:  # MLflow lets the errors of requests, urllib3 and SQLAlchemy through
-            reason = str(error).splitlines()[0].replace(uri, _public(uri))[:300]
+            reason = str(error).splitlines()[0].replace(uri, without_credentials(uri))[:300]
             raise TrackingError(
-                f"The MLflow server at {_public(uri)} does not answer as it should ({reason}). Start it (make up), or correct "
-                "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                f"The MLflow server at {without_credentials(uri)} does not answer as it should ({reason}). "
+                "Start it (make up), or correct MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             ) from None
     return client
 
@@ -77,7 +77,7 @@ def _check_database(path: Path) -> None:
         ) from error
 
 
-def _public(uri: str) -> str:
+def without_credentials(uri: str) -> str:
     """The URI without the user and password that it may hold."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -23,17 +23,24 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
-MODEL_NAME = "eurosat-ddpm"
 CHAMPION, CHALLENGER = "champion", "challenger"
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
+COMPARABLE = ("dataset.digest", "image_size")
+"""Tags that must agree before two figures are compared."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
+
+
+def model_name(dataset: Manifest) -> str:
+    """The registered model of a dataset: models of EuroSAT are `eurosat-ddpm`, and others never compete with them."""
+    return f"{dataset.source.lower()}-ddpm"
 
 
 @dataclass(frozen=True)
 class Decision:
     """Which alias a version got, and why."""
 
+    model: str
     version: str
     alias: str
     reason: str
@@ -50,12 +57,20 @@ def publish(
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
 
-    client = run.client
-    tags = {**tags, "checkpoint.digest": state.digest, "checkpoint.step": str(state.step)}
-    for version in client.search_model_versions(f"name = '{MODEL_NAME}' and run_id = '{run.run_id}'"):
+    client, name = run.client, model_name(dataset)
+    tags = {
+        **tags,
+        "dataset.name": dataset.source,
+        "dataset.digest": dataset.digest,
+        "image_size": str(state.recipe.data.image_size),
+        "recipe.digest": state.recipe.digest,
+        "checkpoint.digest": state.digest,
+        "checkpoint.step": str(state.step),
+    }
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
         if version.tags.get("checkpoint.digest") == state.digest:
             return str(version.version)
-    _ensure_registered(client)
+    _ensure_registered(client, name, dataset)
     card = model_card(state, scores, dataset, tags)
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
@@ -89,7 +104,7 @@ def publish(
     run.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()], logged.model_id)
     # The tags come with the version, not after it: a version without them could not be judged.
     version = client.create_model_version(
-        MODEL_NAME,
+        name,
         source=f"models:/{logged.model_id}",
         run_id=run.run_id,
         model_id=logged.model_id,
@@ -100,57 +115,59 @@ def publish(
     return str(version.version)
 
 
-def promote(client: MlflowClient, version: str) -> Decision:
+def promote(client: MlflowClient, model: str, version: str) -> Decision:
     """Compare a version with the champion and give it the alias `champion` or `challenger`.
 
-    The first version becomes champion; a later one if its FID, by the recipe's first extractor and over as many samples,
-    is lower. Running it again for the same version changes nothing.
+    The first version becomes champion; a later one if its FID, by the recipe's first extractor, over as many samples of
+    the same size, against the same dataset, is lower. Running it again for the same version changes nothing.
     """
-    challenger = client.get_model_version(MODEL_NAME, version)
-    champion = champion_version(client)
+    challenger = client.get_model_version(model, version)
+    champion = champion_version(client, model)
+
+    def decide(alias: str, reason: str) -> Decision:
+        client.set_model_version_tag(model, version, "decision", reason)
+        client.set_registered_model_alias(model, alias, version)
+        return Decision(model, version, alias, reason)
+
     if champion is None:
-        return _decide(client, version, CHAMPION, "It is the first version.")
+        return decide(CHAMPION, "It is the first version.")
     if str(champion.version) == version:  # a database gives the number, a server its text
-        return Decision(version, CHAMPION, challenger.tags.get("decision", "It is the champion already."))
+        return Decision(model, version, CHAMPION, challenger.tags.get("decision", "It is the champion already."))
     new, old = (Scores.model_validate_json(v.tags["scores"]).by_extractor[0] for v in (challenger, champion))
     name = f"fid_{new.extractor}"
-    if (new.extractor_sha256, new.samples) != (old.extractor_sha256, old.samples):
-        reason = (
-            f"Its {name} over {new.samples:,} samples can't be compared with fid_{old.extractor} over {old.samples:,} samples "
-            f"of version {champion.version}."
+    different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
+    different += [field for field in ("extractor_sha256", "samples") if getattr(new, field) != getattr(old, field)]
+    if different:
+        return decide(
+            CHALLENGER,
+            f"Its {name} can't be compared with that of version {champion.version}: they differ in {', '.join(different)}. "
+            "Move the alias champion by hand if it is to go live.",
         )
-        return _decide(client, version, CHALLENGER, reason)
     figures = (
         f"{name} over {new.samples:,} samples is {new.fid:.2f}; that of version {champion.version} is {old.fid:.2f}"
     )
     if new.fid < old.fid:
-        return _decide(client, version, CHAMPION, f"Better: its {figures}.")
-    return _decide(client, version, CHALLENGER, f"Not better: its {figures}.")
+        return decide(CHAMPION, f"Better: its {figures}.")
+    return decide(CHALLENGER, f"Not better: its {figures}.")
 
 
-def champion_version(client: MlflowClient) -> ModelVersion | None:
+def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:
     """The version that is live, or None."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(MODEL_NAME, CHAMPION)
+        return client.get_model_version_by_alias(model, CHAMPION)
     except MlflowException as error:
         if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
             return None
         raise
 
 
-def _decide(client: MlflowClient, version: str, alias: str, reason: str) -> Decision:
-    client.set_model_version_tag(MODEL_NAME, version, "decision", reason)
-    client.set_registered_model_alias(MODEL_NAME, alias, version)
-    return Decision(version, alias, reason)
-
-
-def _ensure_registered(client: MlflowClient) -> None:
+def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(MODEL_NAME, description="Diffusion models of EuroSAT satellite patches.")
+        client.create_registered_model(name, description=f"Diffusion models of {dataset.source} patches.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -215,7 +232,7 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         if by.class_accuracy is not None:
             rows.append(f"| class accuracy of samples, {by.extractor} | {by.class_accuracy:.1%} | |")
     return Template(template.read_text()).substitute(
-        name=MODEL_NAME,
+        name=model_name(dataset),
         preset=recipe.name,
         size=recipe.data.image_size,
         dataset=dataset.source,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import TrackingError
+from diffusion.tracking.connection import without_credentials
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, records
 
@@ -26,7 +27,7 @@ FLUSH_SECONDS = 600.0
 
 
 class MetricsSender:
-    """A thread that sends what is committed; use it as a context. Leaving it waits until all is sent."""
+    """A thread that sends what is committed; use it as a context. `flush` waits until all is sent."""
 
     def __init__(self, run: TrackedRun, folder: Path) -> None:
         self.run, self.folder = run, folder
@@ -42,6 +43,15 @@ class MetricsSender:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        try:  # once more, for what a failed or cancelled training has left
+            self.send_committed()
+        except Exception as error:
+            log.warning("MLflow did not take the last metrics (%s).", self._said(error))
+
+    def _said(self, error: Exception) -> str:
+        """The error's first line, without the credentials that a URL in it may hold."""
+        uri = self.run.client.tracking_uri
+        return (str(error).splitlines() or [type(error).__name__])[0].replace(uri, without_credentials(uri))[:300]
 
     def _loop(self) -> None:
         while not self._stop.is_set():
@@ -49,7 +59,9 @@ class MetricsSender:
             try:
                 self.send_committed()
             except Exception as error:  # whatever the server's trouble is, training must not notice
-                log.warning("MLflow does not take the metrics (%s); trying again in %.0f s.", error, RETRY_SECONDS)
+                log.warning(
+                    "MLflow does not take the metrics (%s); trying again in %.0f s.", self._said(error), RETRY_SECONDS
+                )
                 wait = RETRY_SECONDS
             self._stop.wait(wait)
 
@@ -75,8 +87,12 @@ class MetricsSender:
                 return self.send_committed()
             except Exception as error:
                 if time.monotonic() > deadline:
-                    raise TrackingError(f"MLflow has not taken the metrics for ten minutes: {error}") from error
-                log.warning("MLflow does not take the metrics (%s); trying again in %.0f s.", error, RETRY_SECONDS)
+                    raise TrackingError(
+                        f"MLflow has not taken the metrics for ten minutes: {self._said(error)}"
+                    ) from None
+                log.warning(
+                    "MLflow does not take the metrics (%s); trying again in %.0f s.", self._said(error), RETRY_SECONDS
+                )
                 time.sleep(RETRY_SECONDS)
 
 

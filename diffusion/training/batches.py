@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusion.data.loader import ShardImages
 from diffusion.data.order import Order
@@ -15,6 +18,7 @@ from diffusion.process.levels import log_normal, stratified_uniforms, uniform_in
 from diffusion.process.schedule import Schedule
 from diffusion.randomness import stream
 from diffusion.recipe import Recipe
+from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,24 @@ class Lane:
     """Noise level of each image, float64 [micro-batch]."""
     label: Tensor | None
     """Class indices, `classes` where the label is withheld; None for an unconditional network."""
+    noise_bin: Tensor
+    """1 where an image's log_snr lies in a bin of the journal's, else 0: float64 [bins, micro-batch]."""
     dropout_seed: int
     """Seed of what the network drops."""
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Lane:
+        tensors: dict[str, Any] = {
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **tensors)
+
     def to(self, device: torch.device) -> Lane:
-        """The same lane on another device."""
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x0", "epsilon", "log_snr")}
-        return Lane(**move, label=None if self.label is None else self.label.to(device), dropout_seed=self.dropout_seed)
+        """The same lane on another device; from pinned memory without waiting."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Lane:
+        """The same lane in pinned memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
 
 def learnable_levels(recipe: Recipe, schedule: Schedule, uniforms: np.ndarray) -> Tensor:
@@ -93,11 +108,14 @@ class Batches:
                 epsilon=torch.from_numpy(np.stack(noise)),
                 log_snr=levels[part],
                 label=label,
+                noise_bin=noise_bins(levels[part]),
                 dropout_seed=int(stream(recipe.seed, "dropout", step, lane).integers(2**63)),
             )
-            lanes.append(_pinned(made) if self.pin_memory else made)
+            lanes.append(made.pin() if self.pin_memory else made)
         return lanes
 
 
-def _pinned(lane: Lane) -> Lane:
-    return Lane(lane.x0.pin_memory(), lane.epsilon.pin_memory(), lane.log_snr, lane.label, lane.dropout_seed)
+def noise_bins(log_snr: Tensor) -> Tensor:
+    """Which of the journal's bins each noise level lies in: float64 [bins, images], one 1 a column."""
+    inner_edges = torch.tensor(LOG_SNR_BIN_EDGES[1:-1], dtype=torch.float64)
+    return F.one_hot(torch.bucketize(log_snr, inner_edges, right=True), len(LOG_SNR_BIN_EDGES) - 1).double().T

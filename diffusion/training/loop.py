@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
@@ -33,7 +33,7 @@ from diffusion.process.schedule import noise_variance
 from diffusion.recipe import Recipe
 from diffusion.training.batches import Batches, Lane
 from diffusion.training.checkpoint import Checkpoint, load_latest, write_checkpoint
-from diffusion.training.journal import COMMITTED, JOURNAL, LOG_SNR_BIN_EDGES, TIMING, Journal, drop_after
+from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal, drop_after
 from diffusion.training.reduction import GradientBuffer, Tree, sum_over_processes
 from diffusion.training.state import FORMAT_VERSION, State
 
@@ -45,18 +45,8 @@ PROGRESS_SECONDS = 5.0
 
 def lanes_of_process(recipe: Recipe, rank: int, processes: int) -> range:
     """The lanes that fall to one process: whole neighbouring subtrees of the tree. Raises RecipeError if they can't."""
-    lanes = recipe.data.lanes
-    if lanes % processes:
-        fitting = [count for count in range(1, lanes + 1) if lanes % count == 0]
-        raise RecipeError(
-            f"{lanes} lanes can't be shared evenly by {processes} processes. Use {', '.join(map(str, fitting))} "
-            "processes, or another data.lanes (which makes it another recipe)."
-        )
-    if recipe.reduction == "exact" and processes & (processes - 1):
-        raise RecipeError(
-            f"reduction: exact needs a power of two of processes, not {processes}. Use fewer, or reduction: fast."
-        )
-    share = lanes // processes
+    recipe.check_processes(processes)
+    share = recipe.data.lanes // processes
     return range(rank * share, (rank + 1) * share)
 
 
@@ -69,6 +59,15 @@ def learning_rate(recipe: Recipe, images_seen: int) -> float:
     if images_seen < optimizer.warmup_images:
         rate *= images_seen / optimizer.warmup_images
     return float(rate)
+
+
+def _can_compile(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        log.warning("There is no C compiler, which torch.compile needs: training runs uncompiled, and slower.")
+        return False
+    return True
 
 
 class Trainer:
@@ -88,8 +87,9 @@ class Trainer:
         )
         self.step = 0
         fast = recipe.reduction == "fast"
-        compiled: nn.Module = torch.compile(self.network) if device.type == "cuda" else self.network  # type: ignore[assignment]
-        self.forward: nn.Module = accelerator.prepare_model(compiled) if fast else compiled
+        # DistributedDataParallel is compiled with what it wraps: only so does it send while the backward pass runs.
+        self.wrapped: nn.Module = accelerator.prepare_model(self.network) if fast else self.network
+        self.forward = torch.compile(self.wrapped) if _can_compile(device) else self.wrapped
         self.gradients = None if fast else GradientBuffer(self.network)
 
     @property
@@ -115,7 +115,7 @@ class Trainer:
         recipe = self.recipe
         x_t = diffuse(lane.x0, lane.epsilon, lane.log_snr).contiguous(memory_format=torch.channels_last)
         if recipe.network.dropout:
-            torch.manual_seed(lane.dropout_seed)
+            torch.manual_seed(lane.dropout_seed)  # dropout takes its numbers from the global generator only
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             output = self.forward(x_t, noise_variance(lane.log_snr), lane.label)
         objective = recipe.objective
@@ -149,7 +149,7 @@ class Trainer:
         losses = []
         for index, lane in enumerate(lanes):
             last = index == len(lanes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss = self._loss(lane)
                 (loss.mean() / len(lanes)).backward()
             losses.append(loss.detach())
@@ -249,14 +249,16 @@ class Recorder:
         # Processes are ordered as their lanes are, so the rows arrive in lane order whatever their number.
         rows = self.accelerator.gather(torch.stack(self._lanes, dim=1)).cpu().numpy()
         norms = torch.stack(self._norms).cpu().numpy()
-        bins = len(LOG_SNR_BIN_EDGES) - 1
+        bins = rows.shape[-1] // 2
         sums, counts = rows[..., :bins].sum(axis=(0, 1)), rows[..., bins:].sum(axis=(0, 1))
         steps = range(step - len(norms) + 1, step + 1)
         bad = ~np.isfinite(rows[..., :bins].sum(axis=(0, 2))) | ~np.isfinite(norms)
         if bad.any():
+            first_bad = steps[int(np.argmax(bad))]
+            rate = learning_rate(self.recipe, first_bad * self.recipe.data.batch_size)
             raise TrainingDiverged(
-                f"The loss or its gradient became NaN or infinite at step {steps[int(np.argmax(bad))]}, with learning rate "
-                f"{rate:.3g}. Lower optimizer.learning_rate, raise optimizer.warmup_images, or lower optimizer.clip_norm."
+                f"The loss or its gradient became NaN or infinite at step {first_bad}, with learning rate {rate:.3g}. "
+                "Lower optimizer.learning_rate, raise optimizer.warmup_images, or lower optimizer.clip_norm."
             )
         record: dict[str, Any] = {
             "step": step,
@@ -300,10 +302,8 @@ class Recorder:
 
 def _by_noise(lane: Lane, loss: Tensor) -> Tensor:
     """Sum of the losses and number of images in each bin of log_snr: float64 [2 * bins]."""
-    bin_of = np.digitize(lane.log_snr.cpu().numpy(), LOG_SNR_BIN_EDGES[1:-1])
     # A product with a 0/1 matrix adds in a fixed order, which scattered adds on a GPU do not.
-    member = F.one_hot(torch.from_numpy(bin_of), len(LOG_SNR_BIN_EDGES) - 1).double().T.to(loss.device)
-    return torch.cat([member @ loss.double(), member.sum(dim=1)])
+    return torch.cat([lane.noise_bin @ loss.double(), lane.noise_bin.sum(dim=1)])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -369,8 +369,9 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     before = time.monotonic()
     for lanes in prefetch(batches, trainer.step, job.until):
         waited = time.monotonic() - before
-        losses, norm, rate = trainer.train_step([lane.to(accelerator.device) for lane in lanes])
-        recorder.record(trainer.step, lanes, losses, norm, rate, waited)
+        moved = [lane.to(accelerator.device) for lane in lanes]
+        losses, norm, rate = trainer.train_step(moved)
+        recorder.record(trainer.step, moved, losses, norm, rate, waited)
         # Checkpoints lie where journal records end: the stretch that a record covers is never cut by a resume.
         if trainer.step % recorder.every == 0 and trainer.step < job.until:
             # All processes stop after the same step, or the others would wait for ever.

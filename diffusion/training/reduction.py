@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,14 +39,6 @@ class Tree:
         """The sum of a power-of-two number of leaves."""
         ((_, total),) = self._partial
         return total
-
-
-def tree_sum(values: Iterable[Tensor]) -> Tensor:
-    """Sum of 2^k tensors along the fixed tree."""
-    tree = Tree()
-    for value in values:
-        tree.add(value)
-    return tree.sum()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

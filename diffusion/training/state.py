@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +12,8 @@ from diffusion.data.sealed import unseal
 from diffusion.data.store import Store
 from diffusion.errors import StoreError
 from diffusion.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -62,6 +65,20 @@ def load_state(store: Store, run: str, step: int) -> State:
     if (state.format_version, state.run, state.step) != (FORMAT_VERSION, run, step):
         raise StoreError(f"The checkpoint {store.uri}/{where} is another one: {state.run} at step {state.step}.")
     return state
+
+
+def is_whole(store: Store, run: str, step: int) -> bool:
+    """Whether the run has a checkpoint at that step with all its files undamaged; what is wrong with it is logged."""
+    if step not in steps_with_checkpoint(store, run):
+        return False
+    try:
+        state = load_state(store, run, step)
+        for name in state.sha256:
+            checkpoint_file(store, state, name)
+    except StoreError as error:
+        log.error("%s It will be made again.", error)
+        return False
+    return True
 
 
 def checkpoint_file(store: Store, state: State, name: str) -> bytes:

@@ -31,7 +31,9 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
         title = f"Evaluating step {step:,} ({samples:,} samples)"
-        run_stage(title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, processes)
+        run_stage(
+            title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, processes, run.recipe, "evaluation"
+        )
         scores = find_scores(run.store, run.name, step, samples)
         assert scores is not None
     grid = evaluation_picture(run, step, "grid")

@@ -18,6 +18,7 @@ from diffusion.data.store import check_writable, open_store
 from diffusion.errors import DataError
 from diffusion.settings import settings
 from flows.progress import Stage
+from flows.stopwatch import stopwatch
 from flows.tasks.retrying import worth_retrying
 
 
@@ -33,7 +34,7 @@ class Archive:
 @task(name="find source", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
 def find_source(source: str) -> Archive:
     """Find the archive, or download it, and prove by its content what it is."""
-    with Stage("Finding the source images", "download") as stage:
+    with Stage("Finding the source images", "download") as stage, stopwatch.part("ingest"):
         path = find_archive(source, settings(), lambda done, total: stage.update(done, total, f"{done / 1e6:.0f} MB"))
         return Archive(source, str(path), read_source(source, path).digest)
 
@@ -57,8 +58,8 @@ def _ingest(archive: Archive, store_uri: str) -> str:
     """Write the images as WebDataset shards into the store, and return the dataset's digest."""
     store = open_store(store_uri)
     check_writable(store)
-    source = read_source(archive.source, Path(archive.path))
-    with Stage("Writing shards", "ingest") as stage:
+    with Stage("Writing shards", "ingest") as stage, stopwatch.part("ingest"):
+        source = read_source(archive.source, Path(archive.path))
         return ingest(source, store, lambda done, total: stage.update(done, total, f"{done:,} images")).digest
 
 

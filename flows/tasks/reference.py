@@ -34,4 +34,13 @@ def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None
         )
         folder = environment.runs / name.removesuffix(".safetensors")
         title = f"Measuring real images ({extractor})"
-        run_stage(title, f"reference-{extractor}", "diffusion.evaluation.reference", spec, folder, processes)
+        run_stage(
+            title,
+            f"reference-{extractor}",
+            "diffusion.evaluation.reference",
+            spec,
+            folder,
+            processes,
+            recipe,
+            "reference",
+        )

@@ -27,9 +27,6 @@ def register(run: Run, state: State, scores: Scores) -> str:
         "run": run.name,
         "preset": run.recipe.name,
         "git.commit": run.lineage.commit,
-        "dataset.name": run.dataset.source,
-        "dataset.digest": run.dataset.digest,
-        "recipe.digest": run.recipe.digest,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
     return publish(

@@ -8,10 +8,12 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
 from diffusion.evaluation.scores import Scores, evaluation_folder
-from diffusion.tracking.registry import MODEL_NAME, Decision
+from diffusion.tracking.connection import without_credentials
+from diffusion.tracking.registry import Decision
 from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import State
+from diffusion.training.state import State, checkpoint_file
 from flows.run import Run
+from flows.tasks.retrying import worth_retrying
 
 
 class Report(BaseModel):
@@ -21,7 +23,7 @@ class Report(BaseModel):
     """Label and text, in the order to show them."""
 
 
-@task(name="report", cache_policy=NO_CACHE)
+@task(name="report", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
 def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
     """Write the report artifact and return its table."""
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]
@@ -36,12 +38,12 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
         floor = f"real images: {by.fid_floor:.2f} with n = {by.floor_samples:,}"
         rows[f"fid_{by.extractor}"] = f"{by.fid:.2f} ± {by.fid_error:.2f} (n = {by.samples:,}; {floor})"
         rows[f"kid_{by.extractor}"] = f"{by.kid:.4f} ± {by.kid_error:.4f} (real images: {by.kid_floor:.4f})"
-    rows["model version"] = f"{MODEL_NAME} {decision.version}, {decision.alias}. {decision.reason}"
+    rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
     rows["sample grid"] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
     table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())
     create_markdown_artifact(f"# {run.name}\n\n| what | value |\n| --- | --- |\n{table}\n", key="report")
-    uri = run.settings.tracking_uri
+    uri = without_credentials(run.settings.tracking_uri)
     if uri.startswith("http"):
         link = f"{uri.rstrip('/')}/#/experiments/{run.tracked.experiment_id}/runs/{run.tracked.run_id}"
         create_link_artifact(link, "The run in MLflow: metrics, samples, model", key="mlflow-run")
@@ -49,6 +51,4 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
 
 
 def _journal(run: Run, state: State) -> list[dict[str, float]]:
-    from diffusion.training.state import checkpoint_file
-
     return records(checkpoint_file(run.store, state, JOURNAL))

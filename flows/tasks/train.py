@@ -8,8 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from diffusion.job import TrainingJob
 from diffusion.tracking.figures import loss_by_noise_level
 from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import State, load_state, steps_with_checkpoint
-from flows.request import CHECKPOINT_EVERY_IMAGES
+from diffusion.training.state import State, is_whole, load_state
+from flows.request import checkpoint_every
 from flows.run import Run, run_stage
 from flows.tasks.retrying import worth_retrying
 
@@ -24,11 +24,14 @@ from flows.tasks.retrying import worth_retrying
 )
 def train(run: Run, until: int, processes: int) -> State:
     """Train to step `until`, from the run's newest checkpoint."""
-    if until not in steps_with_checkpoint(run.store, run.name):
-        every = max(1, CHECKPOINT_EVERY_IMAGES // run.recipe.data.batch_size)
-        spec = TrainingJob(**run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=every)
+    if not is_whole(run.store, run.name, until):
+        spec = TrainingJob(
+            **run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=checkpoint_every(run.recipe)
+        )
         title = f"Training to step {until:,} of {run.recipe.total_steps:,}"
-        run_stage(title, f"train-{until}", "diffusion.training.job", spec, run.folder, processes)
+        run_stage(
+            title, f"train-{until}", "diffusion.training.job", spec, run.folder, processes, run.recipe, "training"
+        )
     state = load_state(run.store, run.name, until)
     run.sender.flush()
     journal = run.folder / JOURNAL

@@ -86,7 +86,7 @@ def test_the_literal_command_trains_a_model(project: Project) -> None:
     code = (
         "from mlflow import MlflowClient; c = MlflowClient(); r = c.search_runs([c.get_experiment_by_name('train-diffusion')"
         ".experiment_id])[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
-        "print(c.get_model_version_by_alias('eurosat-ddpm', 'champion').version)"
+        "print(c.get_model_version_by_alias('generated-fields-and-water-ddpm', 'champion').version)"
     )
     found = project.shell(sys.executable, "-c", code, MLFLOW_DISABLE_TELEMETRY="true", **servers)
     assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr

@@ -13,10 +13,12 @@ from diffusion.data.find import find_archive
 from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
-from diffusion.tracking.registry import MODEL_NAME, champion_version
+from diffusion.tracking.registry import champion_version
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
+
+MODEL = f"{generated.NAME}-ddpm"
 
 
 @pytest.fixture
@@ -82,19 +84,44 @@ def test_the_flow_trains_scores_registers_and_competes(run_flow: Any, home: Path
 
     # Again: ingestion and reference are found, a second version competes with the first.
     second = run_flow()
-    assert "eurosat-ddpm 2" in second.rows["model version"]
+    assert f"{MODEL} 2" in second.rows["model version"]
     assert states_by_task()["ingest"] == ["Cached"]
-    champion = champion_version(client)
+    champion = champion_version(client, MODEL)
     assert champion is not None
     assert str(champion.version) == "1", "the same recipe gives the same model, which is not better than itself"
     assert first.rows["fid_eurosat"] == second.rows["fid_eurosat"]
-    assert len(client.search_model_versions(f"name = '{MODEL_NAME}'")) == 2
+    assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
 
     # The shards are gone, the cache entry is not: they are made again.
     for file in (home / "store" / "datasets").rglob("manifest.json"):
         file.unlink()
     run_flow(overrides={"data.images": 128})
     assert states_by_task()["ingest"] == ["Completed"]
+
+
+def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
+    """The Prefect UI's retry starts a new engine for the same flow run: nothing is trained or registered again."""
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.flow_engine import run_flow as run_engine
+    from prefect.states import Scheduled
+
+    from flows.tasks.report import Report
+    from flows.train_diffusion import train_diffusion
+
+    first = run_flow()
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"), force=True)
+        flow_run = client.read_flow_run(flow_run.id)
+    second = run_engine(train_diffusion, flow_run=flow_run, parameters=flow_run.parameters)
+    assert isinstance(second, Report)
+    assert second.rows == first.rows
+    tracking = connect(settings().tracking_uri)
+    (run,) = tracking.search_runs([tracking.get_experiment_by_name("train-diffusion").experiment_id])
+    assert run.info.status == "FINISHED"
+    losses = tracking.get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in losses] == list(range(1, 17))
+    assert len(tracking.search_model_versions(f"name = '{MODEL}'")) == 1
 
 
 def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any) -> None:
@@ -114,7 +141,7 @@ def test_bad_requests_end_before_anything_is_written(
         run_flow(preset="demos")
     with pytest.raises(RecipeError, match="did you mean"):
         run_flow(overrides={"data.imagse": 1})
-    with pytest.raises(RecipeError, match="can be shared evenly only by 1, 2, 4"):
+    with pytest.raises(RecipeError, match="Use 1, 2, 4"):
         run_flow(processes=3)
     with pytest.raises(DataError, match="No archive at"):
         run_flow(source="/no/such/archive.zip")

@@ -26,7 +26,7 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "job_of_the_test.py").write_text(
         textwrap.dedent(
             """
-            import os, time
+            import os, signal, time
             from diffusion.errors import DataError
             from diffusion.job import JobSpec, ProgressFile, run_job
 
@@ -38,7 +38,10 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
                     raise DataError("shard 3 is damaged")
                 if spec.run == "crash" and accelerator.process_index == 1:
                     raise ZeroDivisionError("rank one divides by zero")
-                if spec.run == "for ever" or spec.run == "crash":
+                if spec.run == "stubborn":
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                    (folder / f"ignores-{accelerator.process_index}").touch()
+                if spec.run in ("for ever", "crash", "stubborn"):
                     time.sleep(600)
 
             if __name__ == "__main__":
@@ -78,10 +81,28 @@ def test_whatever_ends_the_caller_s_wait_ends_the_job(job_module: str, tmp_path:
         pass
 
     def stop_at_once(progress: object) -> None:
-        raise EnoughError
+        if all((tmp_path / "job" / f"pid-{rank}").exists() for rank in (0, 1)):
+            raise EnoughError
 
     with pytest.raises(EnoughError):
         run_job(job_module, spec("for ever", tmp_path), tmp_path / "job", 2, stop_at_once, lambda line: None)
+    assert_gone(tmp_path / "job")
+
+
+def test_ranks_that_ignore_the_request_are_killed(
+    job_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.launcher.GRACE_SECONDS", 2.0)
+
+    class EnoughError(BaseException):
+        pass
+
+    def stop_when_both_ignore(progress: object) -> None:
+        if all((tmp_path / "job" / f"ignores-{rank}").exists() for rank in (0, 1)):
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        run_job(job_module, spec("stubborn", tmp_path), tmp_path / "job", 2, stop_when_both_ignore, lambda line: None)
     assert_gone(tmp_path / "job")
 
 
@@ -109,5 +130,7 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
 
 
 def assert_gone(folder: Path) -> None:
-    for file in folder.glob("pid-*"):
+    files = list(folder.glob("pid-*"))
+    assert files
+    for file in files:
         assert not psutil.pid_exists(int(file.read_text())), f"{file.name} lives on"

@@ -24,7 +24,7 @@ from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Scores
 from diffusion.tracking.connection import connect
 from diffusion.tracking.figures import loss_by_noise_level
-from diffusion.tracking.registry import MODEL_NAME, champion_version, promote, publish
+from diffusion.tracking.registry import champion_version, promote, publish
 from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
@@ -33,6 +33,7 @@ from diffusion.training.state import FORMAT_VERSION, State
 from mlflow import MlflowClient
 from tests.conftest import Ingested, Server, tiny_recipe
 
+MODEL = "generated-fields-and-water-ddpm"
 LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1")
 
 
@@ -185,7 +186,7 @@ def test_the_figure_of_the_loss_by_noise_level_is_logged(run: TrackedRun, tmp_pa
 
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
     """Publish an untrained model: what it says is another matter."""
-    recipe = tiny_recipe(seed=fields.pop("seed", 0))
+    recipe = tiny_recipe(seed=fields.pop("seed", 0), data__image_size=fields.pop("image_size", 16))
     network = build_network(recipe, 10).state_dict()
     state = State(
         format_version=FORMAT_VERSION,
@@ -197,7 +198,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
         sha256={},
     )
     state = write_checkpoint(store, state, Checkpoint(network, network, {"x": network["conv_in.bias"]}, b""))
-    tags = {"git.commit": "c" * 40, "dataset.digest": ingested.manifest.digest}
+    tags = {"git.commit": "c" * 40}
     made = scores(checkpoint=state.digest, **fields)
     return publish(run, store, state, made, ingested.manifest, grid(), tags)
 
@@ -207,22 +208,24 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
 ) -> None:
     client, store = run.client, FolderStore(tmp_path / "store")
-    assert champion_version(client) is None
+    assert champion_version(client, MODEL) is None
     first = make_version(run, ingested, store, "a", fid=20.0)
-    assert promote(client, first).alias == "champion"
+    assert promote(client, MODEL, first).alias == "champion"
     assert make_version(run, ingested, store, "a", fid=20.0) == first, "the same checkpoint became another version"
 
     worse = make_version(run, ingested, store, "b", seed=1, fid=25.0)
-    decision = promote(client, worse)
+    decision = promote(client, MODEL, worse)
     assert decision.alias == "challenger"
     assert "25.00" in decision.reason
     assert "20.00" in decision.reason
     other = make_version(run, ingested, store, "c", seed=2, fid=1.0, samples=40)
-    assert "can't be compared" in promote(client, other).reason
+    assert "differ in samples" in promote(client, MODEL, other).reason
+    bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32)
+    assert "differ in image_size" in promote(client, MODEL, bigger).reason
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
-    assert promote(client, better).alias == "champion"
-    assert promote(client, better).alias == "champion", "a repetition changed the decision"
-    champion = champion_version(client)
+    assert promote(client, MODEL, better).alias == "champion"
+    assert promote(client, MODEL, better).alias == "champion", "a repetition changed the decision"
+    champion = champion_version(client, MODEL)
     assert champion is not None
     assert champion.version == better
     assert champion.tags["dataset.digest"] == ingested.manifest.digest
@@ -235,7 +238,7 @@ sys.path.append({sysconfig.get_paths()["purelib"]!r})
 import importlib.util
 assert importlib.util.find_spec("diffusion") is None, "the project is importable"
 import mlflow, numpy as np
-model = mlflow.pyfunc.load_model("models:/{MODEL_NAME}@champion")
+model = mlflow.pyfunc.load_model("models:/{MODEL}@champion")
 params = {{"n": 3, "steps": 2, "seed": 5, "label": "Forest"}}
 images = model.predict([], params=params)
 assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8, images.shape

@@ -1,7 +1,6 @@
 """The source archive: what is accepted, and how each kind of bad input is refused."""
 
 import hashlib
-import io
 import struct
 import zipfile
 from collections.abc import Callable
@@ -126,4 +125,3 @@ def test_every_class_is_drawn(archive: Path) -> None:
     assert {image.class_name for image in images} == set(CLASSES)
     assert len({image.jpeg for image in images}) == len(images)
     assert all(image.jpeg[:2] == b"\xff\xd8" for image in images)
-    assert io.BytesIO(images[0].jpeg).read(2) == b"\xff\xd8"

@@ -40,27 +40,14 @@ def test_a_preset_s_network_predicts_like_its_input_and_starts_at_zero(preset: s
 
 def test_the_seed_network_is_the_published_one() -> None:
     network = SeedUNet(64, (32, 64, 96, 128), 2)
-    # Counted by hand from the published layers: widths 32/64/96/128, two blocks, 1 x 1 convolutions where widths change.
-    convs = sum(p.numel() for p in network.parameters())
-    assert convs == expected_seed_parameters((32, 64, 96, 128), 2)
+    # The published summary lists 1,957,091 weights, 6,464 of them batch norm's statistics, which are no parameters here.
+    assert sum(p.numel() for p in network.parameters()) == 1_950_627
 
 
-def expected_seed_parameters(widths: tuple[int, ...], blocks: int) -> int:
-    def block(inputs: int, width: int) -> int:
-        skip = 0 if inputs == width else inputs * width + width
-        return skip + 9 * inputs * width + width + 9 * width * width + width
-
-    total, channels, skips = 3 * 32 + 32, 64, []
-    for width in widths[:-1]:
-        for _ in range(blocks):
-            total, channels = total + block(channels, width), width
-            skips.append(width)
-    for _ in range(blocks):
-        total, channels = total + block(channels, widths[-1]), widths[-1]
-    for width in reversed(widths[:-1]):
-        for _ in range(blocks):
-            total, channels = total + block(channels + skips.pop(), width), width
-    return total + channels * 3 + 3
+@pytest.mark.parametrize("width", [8, 24, 40, 56, 72, 104, 112, 136])
+def test_any_allowed_width_makes_a_network(width: int) -> None:
+    recipe = load_recipe("demo", {"network.width": width, "network.multipliers": [1, 3]})
+    build_network(recipe, 10)(torch.zeros(1, 3, 32, 32), torch.tensor([0.5], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("patch", [1, 2])

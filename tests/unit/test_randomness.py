@@ -89,8 +89,8 @@ def test_a_window_holds_whole_shards_and_no_others(sizes: tuple[int, ...], windo
     assert sum(map(len, seen)) == len(sizes)
 
 
-def test_seeking_far_is_the_same_as_near() -> None:
+def test_seeking_far_reads_no_more_than_its_window() -> None:
     order = Order(tuple([800] * 30), 8, seed=1)
-    shards, places = order.at(1000 * order.epoch_samples + 12_345, 4)
-    assert shards.shape == places.shape == (4,)
-    assert not np.array_equal(shards, order.at(12_345, 4)[0]) or not np.array_equal(places, order.at(12_345, 4)[1])
+    shards, _ = order.at(1000 * order.epoch_samples + 12_345, 400)
+    assert len(set(shards.tolist())) <= 8
+    assert not np.array_equal(shards, order.at(12_345, 400)[0]), "epochs have orders of their own"

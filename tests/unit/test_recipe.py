@@ -32,11 +32,12 @@ def test_an_unknown_override_is_answered_with_the_nearest() -> None:
         ({"data.batch_size": 60, "data.lanes": 8}, "not a multiple"),
         ({"data.lanes": 3, "data.batch_size": 60}, "power of two"),
         ({"data.image_size": 48}, "image_size"),
-        ({"network.multipliers": [1, 2, 2, 2, 2, 2]}, "halved"),
+        ({"network.multipliers": [1, 2, 2, 2, 2, 2, 2]}, "halved"),
         ({"optimizer.learning_rate": -1}, "learning_rate"),
         ({"optimizer.learning_rate": "fast"}, "learning_rate"),
         ({"network.kind": "seed", "network.class_conditional": False}, "lanes to 1"),
-        ({"process.zero_terminal_snr": True}, "log_snr_min"),
+        ({"process.zero_terminal_snr": True}, "uniform_time"),
+        ({"process.zero_terminal_snr": True, "evaluation.spacing": "uniform_time"}, "log_snr_min"),
     ],
 )
 def test_a_recipe_that_can_t_be_trained_says_why(overrides: dict[str, object], said: str) -> None:
@@ -66,7 +67,6 @@ def test_milestones_end_at_the_last_step_and_leave_no_crumb_before_it() -> None:
     assert tiny_recipe().milestones == (8, 16)
     assert tiny_recipe(data__images=272).milestones == (8, 17)
     assert tiny_recipe(data__images=255, evaluation__every_images=10_000).milestones == (16,)
-    assert tiny_recipe().milestones_after(8) == (16,)
 
 
 def test_the_learning_rate_rises_and_falls_by_images() -> None:

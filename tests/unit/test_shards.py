@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_a_shard_is_found_and_named(
     data[position % len(data)] ^= 1 << bit
     damaged = FolderStore(tmp_path / "damaged")
     damaged.write(name, bytes(data))
-    with pytest.raises(StoreError, match=shard.name):
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged.*Delete datasets/"):
         ShardImages(damaged, ingested.manifest, "train", 64, tmp_path / "copies").shard(0)
 
 

@@ -1,0 +1,70 @@
+"""`make demo`, as a process: its table, its fallback, its exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.slow
+
+NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+
+
+def demo(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the demo with the tiny recipe in a home of its own."""
+    sizes = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    return subprocess.run(
+        [sys.executable, "-m", "flows.demo", *sizes, "--processes", "1", *arguments],
+        env=os.environ | {"TRAIN_DIFFUSION_HOME": str(home)} | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_without_eurosat_it_goes_on_with_generated_patches_and_says_so(tmp_path: Path) -> None:
+    done = demo(tmp_path, **NO_NETWORK)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "NOT EUROSAT" in done.stderr
+    for label in ("dataset  generated-fields-and-water", "steps", "loss", "bits/dim", "fid_eurosat", "sample grid"):
+        assert label in done.stdout, done.stdout
+    assert "generated-fields-and-water-ddpm 1, champion" in done.stdout
+    assert "The flow's own share" in done.stdout
+    assert "Traceback" not in done.stderr
+    grid = next(line.split()[-1] for line in done.stdout.splitlines() if "sample grid" in line)
+    assert Path(grid).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (["--preset", "demos"], {}, "did you mean 'demo'"),
+        (["--set", "data.imagse=1"], {}, "did you mean 'data.images'"),
+        (["--processes", "3"], {}, "Use 1, 2, 4"),
+        ([], {"EUROSAT_ARCHIVE": "/no/such/archive.zip"}, "No archive at /no/such/archive.zip"),
+        (["--source", "generated"], {"MLFLOW_TRACKING_URI": "http://user:secret@127.0.0.1:9"}, "does not answer"),
+        (["--source", "generated"], {"TRAIN_DIFFUSION_STORE": "/dev/null/store"}, "can't be written"),
+        (
+            ["--source", "generated", "--set", "evaluation.extractors=[inception]"],
+            {"TRAIN_DIFFUSION_INCEPTION": "/x.pt", "TRAIN_DIFFUSION_INCEPTION_SHA256": "abc"},
+            "not the sha256",
+        ),
+    ],
+)
+def test_bad_input_is_said_in_one_line_with_exit_code_1(
+    tmp_path: Path, arguments: list[str], env: dict[str, str], said: str
+) -> None:
+    done = demo(tmp_path, *arguments, **(NO_NETWORK | env))
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert said in last
+    assert "secret" not in done.stdout + done.stderr
+    assert not (tmp_path / "store" / "datasets").exists()
+    assert not (tmp_path / "runs").exists()
