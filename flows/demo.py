@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 
 # Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
 EMBEDDED = {
@@ -50,14 +49,19 @@ def main() -> int:
     from flows.stopwatch import stopwatch
 
     try:
+        overrides = dict(item.split("=", 1) for item in arguments.set)
+        with stopwatch.part("imports"):
+            from flows.checks import check_before_compute
+            from flows.request import TrainingRequest
+            from flows.train_diffusion import train_diffusion
+        # The flow checks all this as well, but only once its server is up.
+        request = TrainingRequest(
+            preset=arguments.preset, overrides=overrides, seed=arguments.seed, processes=arguments.processes
+        )
+        check_before_compute(request)
         with stopwatch.part("ingest"):
             source = _source_or_generated(arguments.source)
-        before = time.monotonic()
-        from flows.train_diffusion import train_diffusion
-
-        stopwatch.add("imports", time.monotonic() - before)
         print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
-        overrides = dict(item.split("=", 1) for item in arguments.set)
         report = train_diffusion(arguments.preset, overrides, arguments.seed, source, arguments.processes)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -80,6 +84,7 @@ def _source_or_generated(source: str) -> str:
     from diffusion.settings import settings
 
     if source != EUROSAT or settings().archive is not None:
+        find_archive(source, settings())
         return source
     try:
         find_archive(source, settings(), _print_download)

@@ -11,7 +11,7 @@ from pydantic import Field
 from diffusion.recipe import preset_names
 from diffusion.settings import settings
 from flows.checks import check_before_compute
-from flows.request import TrainingRequest, usable_processes
+from flows.request import TrainingRequest
 from flows.run import tracked_run
 from flows.tasks.evaluate import evaluate
 from flows.tasks.ingest import find_source, ingest_archive
@@ -45,9 +45,7 @@ def train_diffusion(
         processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
     """
     request = TrainingRequest(preset=preset, overrides=overrides or {}, seed=seed, source=source, processes=processes)
-    recipe = request.recipe()
-    workers = usable_processes(recipe, request.processes)
-    check_before_compute(recipe)
+    recipe, workers = check_before_compute(request)
     archive = find_source(request.source)
     dataset = ingest_archive(archive, settings().store_uri)
     measure_reference(dataset, recipe, workers)

@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusion.data import generated
 from diffusion.data.download import Progress, download_eurosat
 from diffusion.data.eurosat import MIRRORS, Source, read_archive, read_eurosat
+from diffusion.errors import DataError
 from diffusion.settings import Settings
 
 GENERATED = "generated"
@@ -23,10 +24,11 @@ def find_archive(source: str, settings: Settings, progress: Progress | None = No
     if source == GENERATED:
         path = settings.downloads / f"{generated.NAME}-{generated.VERSION}.zip"
         return path if path.exists() else generated.write_archive(path)
-    if source != EUROSAT:
-        return Path(source).expanduser()
-    if settings.archive is not None:
-        return settings.archive
+    named = settings.archive if source == EUROSAT else Path(source).expanduser()
+    if named is not None:
+        if not named.exists():
+            raise DataError(f"No archive at {named}. Set EUROSAT_ARCHIVE to the EuroSAT zip or its unpacked folder.")
+        return named
     for mirror in MIRRORS:
         if (settings.downloads / mirror.file_name).exists():
             return settings.downloads / mirror.file_name

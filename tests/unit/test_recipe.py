@@ -4,7 +4,7 @@ import pytest
 
 from diffusion.errors import RecipeError
 from diffusion.recipe import flatten, load_recipe, preset_names, recipe_keys
-from diffusion.training.loop import lanes_of_process, learning_rate
+from diffusion.training.trainer import lanes_of_process, learning_rate
 from flows.request import usable_processes
 from tests.conftest import tiny_recipe
 
