@@ -126,9 +126,7 @@ class Evaluation(Part):
     every_images: int = Field(gt=0)
     """A milestone, with an evaluation, each time this many images have been seen (and at the end)."""
     samples: int = Field(default=10_000, ge=2)
-    """Images generated for FID and KID at the last milestone."""
-    interim_samples: int | None = Field(default=None, ge=2)
-    """The same at the milestones before; null: as many."""
+    """Images generated at each milestone; the same everywhere, since FID depends on it."""
     likelihood_images: int = Field(default=512, ge=1)
     """Held-out images whose bound is measured."""
     likelihood_timesteps: int = Field(default=8, ge=1)
@@ -224,11 +222,6 @@ class Recipe(Part):
                 f"{processes} processes can't share the recipe's {lanes} lanes evenly. Use {', '.join(map(str, fitting))} "
                 "processes, or another data.lanes (which makes it another recipe)."
             )
-
-    def samples_at(self, step: int) -> int:
-        """Images to generate for the scores of one milestone."""
-        interim = self.evaluation.interim_samples
-        return self.evaluation.samples if step >= self.total_steps or interim is None else interim
 
 
 def preset_names() -> list[str]:

@@ -39,7 +39,6 @@ TINY: dict[str, Any] = {
     "optimizer.warmup_images": 32,
     "evaluation.every_images": 128,
     "evaluation.samples": 80,
-    "evaluation.interim_samples": 40,
     "evaluation.likelihood_images": 16,
     "evaluation.sampler_steps": 3,
     "evaluation.batch": 40,

@@ -25,7 +25,7 @@ from flows.tasks.retrying import worth_retrying
 )
 def evaluate(run: Run, state: State, processes: int) -> Scores:
     """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""
-    step, samples = state.step, run.recipe.samples_at(state.step)
+    step, samples = state.step, run.recipe.evaluation.samples
     scores = find_scores(run.store, run.name, step, samples)
     if scores is None:
         spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
