@@ -9,7 +9,9 @@ from uuid import UUID
 
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 LINE_SECONDS = 10.0
 
@@ -31,17 +33,16 @@ class Stage:
 
     def __enter__(self) -> Stage:
         if attended() and sys.stderr.isatty():
-            from rich.console import Console
-
+            # On a narrow terminal the note gives way, never the time that is left.
             self._bar = Progress(
-                TextColumn("{task.description:32}"),
-                BarColumn(),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=26)),
+                BarColumn(bar_width=12),
                 TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=Console(stderr=True),
+                expand=True,
             )
             self._bar_task = self._bar.add_task(self.name, total=None, note="")
             self._bar.start()
