@@ -134,6 +134,36 @@ def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any) -> None:
     assert states_by_task()["train to step 8"] == ["Failed"], "what the user must change first was tried again"
 
 
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (DataError("a class is missing"), 1),
+        (StoreError("503"), 3),
+        (TrackingError("silent"), 3),
+        (RuntimeError("crash"), 3),
+    ],
+)
+def test_only_what_may_pass_by_itself_is_tried_again(prefect_server: None, error: Exception, attempts: int) -> None:
+    from prefect import flow, task
+
+    from flows.tasks.retrying import worth_retrying
+
+    tried = []
+
+    @task(retries=2, retry_condition_fn=worth_retrying)
+    def fails() -> None:
+        tried.append(1)
+        raise error
+
+    @flow
+    def tries() -> None:
+        fails()
+
+    with pytest.raises(type(error)):
+        tries()
+    assert len(tried) == attempts
+
+
 def test_bad_requests_end_before_anything_is_written(
     run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
