@@ -223,7 +223,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["recipe"] for row in rows))
-    canvas = Figure(figsize=(8, 3.2), layout="constrained")
+    canvas = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = canvas.subplots(1, 2)
     for axes, label, value, error in (
         (
@@ -237,7 +237,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows:
             place = names.index(row["recipe"])
             axes.errorbar(value(row), place, xerr=1.96 * error(row), fmt="o", capsize=3, color=f"C{place}")
-        axes.set(xlabel=f"{label}, 95 % interval (lower is better)", yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=f"{label} (95 % interval)", yticks=range(len(names)), yticklabels=names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
     left.set_xlim(left=0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "train-diffusion"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
 RUN_KEY = "train_diffusion.run"
-THUMBNAIL = (256, 256)
+THUMBNAIL = (1024, 1024)  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
 
 
