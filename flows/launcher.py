@@ -22,6 +22,7 @@ import psutil
 from diffusion.job import ERROR, SPEC, JobSpec, ProgressFile, end_with_parent, error_of
 
 POLL_SECONDS = 0.2
+KILL_SECONDS = 5.0
 GRACE_SECONDS = 20.0  # Prefect kills the flow 30 s after it asked it to end
 LOG = "output.log"
 TAIL_LINES = 30
@@ -90,13 +91,31 @@ def _end(job: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(GRACE_SECONDS)
-    _, alive = psutil.wait_procs(tree, max(0.0, deadline - time.monotonic()))
-    for process in alive:
+    for process in _wait_until_ended(tree, deadline):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     if job.poll() is None:
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
+    # A killed process may run for a moment more: a retry must not begin while it can still write.
+    _wait_until_ended(tree, time.monotonic() + KILL_SECONDS)
+
+
+def _wait_until_ended(processes: list[psutil.Process], deadline: float) -> list[psutil.Process]:
+    """Wait for processes that are no children of this one; returns those that still run at the deadline.
+
+    A zombie has ended: who reaps it, and when, is not ours to say.
+    """
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False
+
+    while (running := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return running
 
 
 def _forward(output: Any, on_line: Callable[[str], None]) -> None:

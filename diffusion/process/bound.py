@@ -8,7 +8,6 @@ Everything is float64 but the network's own call.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +51,3 @@ def decoder_term(denoise: Denoise, x0: Tensor, epsilon: Tensor, log_snr_first: T
 def prior_term(x0: Tensor, log_snr_last: Tensor) -> Tensor:
     """KL(q(x_T | x_0) || N(0, I)): [batch], nats a dimension."""
     return prior_kl(x0, log_snr_last).flatten(1).mean(1)
-
-
-def bits(nats: Tensor) -> Tensor:
-    """Nats to bits."""
-    return nats / math.log(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.process.bound import PixelBins, bits, decoder_term, prior_term, transition_term
+from diffusion.process.bound import PixelBins, decoder_term, prior_term, transition_term
 from diffusion.process.schedule import Cosine, chain, noise_variance, signal
 
 STD = 0.8
@@ -43,7 +43,6 @@ def test_the_bound_reaches_the_entropy_from_above_as_the_chain_gets_finer() -> N
     assert coarse > fine > entropy - 0.03  # 0.03: three standard errors of the Monte Carlo estimate
     # The gap falls as 1 / T: extrapolated, it closes.
     assert 2 * fine - coarse == pytest.approx(entropy, abs=0.03)
-    assert bits(torch.tensor(math.log(2))).item() == pytest.approx(1)
 
 
 def test_a_transition_term_is_the_difference_of_snr_times_the_error() -> None:
