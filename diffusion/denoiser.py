@@ -16,6 +16,7 @@ from diffusion.process.bound import PixelBins
 from diffusion.process.levels import sampling_levels
 from diffusion.process.names import SamplerName, Spacing
 from diffusion.process.prediction import to_x0
+from diffusion.process.reverse import Estimate
 from diffusion.process.samplers import SAMPLERS
 from diffusion.process.schedule import Schedule, noise_variance
 from diffusion.randomness import stream
@@ -93,7 +94,17 @@ def build_network(recipe: Recipe, classes: int) -> nn.Module:
             patch=network.patch,
             classes=classes if network.class_conditional else 0,
             dropout=network.dropout,
+            outputs=6 if recipe.learned_variance else 3,
+            turns=recipe.data.quarter_turns > 0,
         )
+
+
+def read_output(recipe: Recipe, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A network's output as its prediction and, where variances are learned, their mix (`reverse.Estimate.mix`)."""
+    if not recipe.learned_variance:
+        return output, None
+    prediction, variance = output.chunk(2, dim=1)
+    return prediction, (variance + 1) / 2
 
 
 class Denoiser:
@@ -110,8 +121,8 @@ class Denoiser:
         self.schedule = make_schedule(recipe.process)
         self.device = next(network.parameters()).device
 
-    def predict_x0(self, x_t: Tensor, log_snr: Tensor, label: Tensor | None, guidance: float = 1.0) -> Tensor:
-        """x0 in process space, clipped to what pixels can be.
+    def predict(self, x_t: Tensor, log_snr: Tensor, label: Tensor | None, guidance: float = 1.0) -> Estimate:
+        """What the network says about x_t, its x0 in process space and clipped to what pixels can be.
 
         Args:
             x_t: noisy images [batch, 3, height, width].
@@ -126,12 +137,13 @@ class Denoiser:
         bf16 = self.recipe.precision == "bf16"
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
             output = self.network(network_input, variance, label)
+            prediction, mix = read_output(self.recipe, output)
             if label is not None and guidance != 1.0:
-                without = self.network(network_input, variance, None)
-                output = without + guidance * (output - without)
-        x0 = to_x0(self.recipe.process.prediction, output.to(x_t.dtype), x_t, log_snr)
+                without, _ = read_output(self.recipe, self.network(network_input, variance, None))
+                prediction = without + guidance * (prediction - without)
+        x0 = to_x0(self.recipe.process.prediction, prediction.to(x_t.dtype), x_t, log_snr)
         low, high = self.pixels.limits(x0)
-        return torch.clamp(x0, low, high)
+        return Estimate(torch.clamp(x0, low, high), mix)
 
     @torch.inference_mode()
     def sample(
@@ -142,7 +154,7 @@ class Denoiser:
         steps: int | None = None,
         sampler: SamplerName | None = None,
         spacing: Spacing | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> NDArray[np.uint8]:
         """Draw the samples `indices` of `seed`: bytes [len(indices), height, width, 3].
 
@@ -152,6 +164,7 @@ class Denoiser:
         evaluation = self.recipe.evaluation
         name = sampler or evaluation.sampler
         levels = sampling_levels(self.schedule, steps or evaluation.sampler_steps, spacing or evaluation.spacing)
+        scale = evaluation.guidance if guidance is None else guidance
         if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):
             raise ValueError("epsilon prediction can't start at pure noise")
         size = self.recipe.data.image_size
@@ -165,7 +178,7 @@ class Denoiser:
 
         label = None if labels is None else torch.from_numpy(labels).to(self.device)
         x0 = SAMPLERS[name](
-            lambda x_t, log_snr: self.predict_x0(x_t, log_snr, label, guidance),
+            lambda x_t, log_snr: self.predict(x_t, log_snr, label, scale),
             noise("sample start", 0),  # of variance one, as x_T is: in process space the data's is one as well
             levels,
             lambda step: noise("sample step", step),

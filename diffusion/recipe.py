@@ -8,10 +8,10 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from diffusion.errors import RecipeError, nearest
-from diffusion.process.names import Error, Prediction, SamplerName, Spacing, Weighting
+from diffusion.process.names import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
 
 
 class Part(BaseModel):
@@ -35,6 +35,9 @@ class Data(Part):
     """Whole shards that are shuffled together."""
     horizontal_flip: bool = True
     """Mirror every second image left to right: the sun stands in the south, so only this symmetry is free."""
+    quarter_turns: float = Field(default=0.0, ge=0, lt=1)
+    """Share of images turned by one, two or three quarters. The network is told, and samples as if by none. With the
+    mirror, all eight symmetries of the square."""
 
 
 class Network(Part):
@@ -80,8 +83,14 @@ class Process(Part):
 class Objective(Part):
     """The loss."""
 
-    noise_levels: Literal["log_normal", "uniform"] = "log_normal"
-    """How training draws noise levels: log_snr from a normal, or time evenly over the schedule."""
+    loss: Loss = "simple"
+    """simple: the weighted error of the prediction. vlb: the variational bound, with learned variances. hybrid: simple,
+    and the bound for the variances alone."""
+    bound_weight: float = Field(default=1e-3, ge=0)
+    """Weight of the bound in `hybrid` (Nichol & Dhariwal 2021, section 3.1)."""
+    noise_levels: NoiseLevels = "log_normal"
+    """How training draws noise levels. log_normal: log_snr from a normal. uniform: time, evenly over the schedule.
+    importance: by the second moments of the losses so far, which are weighted to mean what `uniform` means."""
     log_snr_mean: float = 1.0
     """Of the normal."""
     log_snr_std: float = Field(default=2.4, gt=0)
@@ -114,10 +123,11 @@ class Optimizer(Part):
 class MovingAverage(Part):
     """The weights that are sampled from."""
 
-    half_life_images: float = Field(default=500_000, gt=0)
-    """Images after which an old weight counts half."""
-    ramp: float | None = Field(default=0.05, gt=0)
-    """The half-life is at most this share of the images seen so far; null: never shortened."""
+    half_lives: tuple[PositiveFloat, ...] = Field(default=(500_000,), min_length=1)
+    """Images after which an old weight counts half, for each of the averages that are kept. The first is scored on the
+    way; after training the best is chosen, by the FID of samples that its scores do not use."""
+    ramp: PositiveFloat | None = 0.05
+    """No half-life is more than this share of the images seen so far; null: never shortened."""
 
 
 class Evaluation(Part):
@@ -137,10 +147,14 @@ class Evaluation(Part):
     """Its network evaluations."""
     spacing: Spacing = "karras"
     """Where it places them."""
+    guidance: float = Field(default=1.0, ge=0)
+    """1 takes the class as it is; above, samples are pushed towards it, at twice the network evaluations."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights are scored."""
     extractors: tuple[Literal["eurosat", "inception"], ...] = ("eurosat",)
     """Feature extractors; the first decides about promotion."""
+    choice_samples: int = Field(default=1000, ge=2)
+    """Images by which each moving average is judged when one is chosen."""
     batch: int = Field(default=100, gt=0)
     """Images that the network sees at once. It belongs to the recipe: another batch may round differently."""
 
@@ -183,6 +197,16 @@ class Recipe(Part):
             raise ValueError("network.kind seed has batch norm, which mixes the images of a batch: set data.lanes to 1")
         if network.kind == "seed" and network.class_conditional:
             raise ValueError("network.kind seed knows no classes: set network.class_conditional to false")
+        if network.kind == "seed" and data.quarter_turns:
+            raise ValueError("network.kind seed can't be told about turns: set data.quarter_turns to 0")
+        if network.kind == "seed" and self.learned_variance:
+            raise ValueError("network.kind seed has no learned variances: set objective.loss to simple")
+        if self.process.zero_terminal_snr and self.learned_variance:
+            raise ValueError(
+                "process.zero_terminal_snr needs objective.loss simple: the bound's last step is pure noise"
+            )
+        if len(set(self.ema.half_lives)) < len(self.ema.half_lives):
+            raise ValueError("ema.half_lives names one twice")
         if self.process.zero_terminal_snr and self.process.prediction == "epsilon":
             raise ValueError("process.zero_terminal_snr needs process.prediction v or x0: epsilon says nothing there")
         if self.process.zero_terminal_snr and self.evaluation.spacing != "uniform_time":
@@ -199,6 +223,11 @@ class Recipe(Part):
     def digest(self) -> str:
         """sha256 of the recipe's canonical JSON; equal recipes train equal weights from equal data."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network also says how noisy the reverse transitions are: with losses that can teach it."""
+        return self.objective.loss != "simple"
 
     @property
     def total_steps(self) -> int:

@@ -36,19 +36,19 @@ from diffusion.evaluation.statistics import (
 )
 from diffusion.job import EvaluationJob, ProgressFile, run_job
 from diffusion.model.placement import place
+from diffusion.recipe import Recipe
 from diffusion.training.checkpoint import load_tensors
-from diffusion.training.state import State, load_state
+from diffusion.training.state import State, average_name, load_state
 
 EMBEDDING_BATCH = 250
 
 
-def load_denoiser(store: Store, state: State, manifest: Manifest, device: torch.device) -> Denoiser:
-    """The denoiser of a checkpoint, with the weights that its recipe wants scored."""
-    recipe = state.recipe
-    network = build_network(recipe, len(manifest.classes))
-    network.load_state_dict(load_tensors(store, state, "ema" if recipe.evaluation.weights == "ema" else "model"))
+def load_denoiser(store: Store, state: State, manifest: Manifest, weights: str, device: torch.device) -> Denoiser:
+    """The denoiser of a checkpoint with the weights of that name: `model`, or a moving average's."""
+    network = build_network(state.recipe, len(manifest.classes))
+    network.load_state_dict(load_tensors(store, state, weights))
     network = place(network.eval().requires_grad_(False), device)
-    return Denoiser(recipe, network, Pixels(manifest.pixel_mean, manifest.pixel_std))
+    return Denoiser(state.recipe, network, Pixels(manifest.pixel_mean, manifest.pixel_std))
 
 
 def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None:
@@ -61,22 +61,35 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     if manifest is None or manifest.digest != state.dataset:
         raise DataError(f"The store {store.uri} lacks the dataset {state.dataset} that run {job.run} was trained on.")
     recipe = state.recipe
-    denoiser = load_denoiser(store, state, manifest, accelerator.device)
     progress = ProgressFile(folder, accelerator.is_main_process)
+    extractors = [load_extractor(name, accelerator.device, job.inception) for name in recipe.evaluation.extractors]
+    references = [find_reference(store, job, extractor, recipe.data.image_size) for extractor in extractors]
+    candidates = weights_to_try(state)
 
-    images, labels = generate(denoiser, manifest, job.samples, accelerator, progress)
-    embedded = []
-    for name in recipe.evaluation.extractors:
-        extractor = load_extractor(name, accelerator.device, job.inception)
-        embedded.append((extractor, embed_samples(extractor, images, accelerator)))
+    def sample(weights: str, indices: range, stage: str) -> NDArray[np.uint8]:
+        denoiser = load_denoiser(store, state, manifest, weights, accelerator.device)
+        return generate(denoiser, manifest, indices, accelerator, progress, stage)
+
+    fid_by_weights = {}
+    if len(candidates) > 1:
+        # Others than the samples that are scored: a figure must not be of what it was chosen by.
+        spare = range(job.samples, job.samples + recipe.evaluation.choice_samples)
+        for weights in candidates:
+            features = embed_samples(extractors[0], sample(weights, spare, f"sampling {weights}"), accelerator)
+            fid_by_weights[weights] = frechet_distance(Moments.of(features), references[0].train)
+    weights = min(candidates, key=lambda name: fid_by_weights.get(name, 0.0))
+    denoiser = load_denoiser(store, state, manifest, weights, accelerator.device)
+    images = sample(weights, range(job.samples), "sampling")
+    labels = sample_labels(recipe, manifest, range(job.samples))
+    embedded = [embed_samples(extractor, images, accelerator) for extractor in extractors]
     test = ShardImages(store, manifest, "test", recipe.data.image_size, job.shard_copies)
     bound = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
     if accelerator.is_main_process:
         where = evaluation_folder(job.run, job.step, job.name)
         scored = [
-            score_samples(extractor, features, labels, find_reference(store, job, extractor, images), manifest.classes)
-            for extractor, features in embedded
+            score_samples(extractor, features, labels, reference, manifest.classes)
+            for extractor, features, reference in zip(extractors, embedded, references, strict=True)
         ]
         rows = list(manifest.classes) if recipe.network.class_conditional else [""] * len(manifest.classes)
         # The columns are fixed by the samples' indices: the same noise at every milestone.
@@ -88,6 +101,8 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             step=job.step,
             images_seen=state.images_seen,
             checkpoint=state.digest,
+            weights=weights,
+            fid_by_weights=fid_by_weights,
             bound=bound,
             by_extractor=tuple(scores for scores, _ in scored),
         )
@@ -95,23 +110,36 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     accelerator.wait_for_everyone()
 
 
+def weights_to_try(state: State) -> list[str]:
+    """Names of the weights that an evaluation chooses from: one on the way, every moving average after training."""
+    recipe = state.recipe
+    if recipe.evaluation.weights == "raw":
+        return ["model"]
+    averages = [average_name(half_life) for half_life in recipe.ema.half_lives]
+    return averages if state.step == recipe.total_steps else averages[:1]
+
+
+def sample_labels(recipe: Recipe, manifest: Manifest, indices: range) -> NDArray[np.int64] | None:
+    """The classes of samples: sample i is of class i modulo their number. None for an unconditional network."""
+    return np.array(indices) % len(manifest.classes) if recipe.network.class_conditional else None
+
+
 def generate(
-    denoiser: Denoiser, manifest: Manifest, samples: int, accelerator: Accelerator, progress: ProgressFile
-) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
-    """Samples 0..samples-1 of the recipe's seed, on every process, and their labels (sample i has class i % classes)."""
+    denoiser: Denoiser, manifest: Manifest, indices: range, accelerator: Accelerator, progress: ProgressFile, stage: str
+) -> NDArray[np.uint8]:
+    """These samples of the recipe's seed, on every process."""
     recipe = denoiser.recipe
-    labels = np.arange(samples) % len(manifest.classes) if recipe.network.class_conditional else None
-    sizes = block_sizes(samples, recipe.evaluation.batch)
+    sizes = block_sizes(len(indices), recipe.evaluation.batch)
     mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
     blocks = {}
     for done, block in enumerate(mine, start=1):
         start = block * recipe.evaluation.batch
-        indices = range(start, start + sizes[block])
-        drawn = denoiser.sample(indices, None if labels is None else labels[indices.start : indices.stop], recipe.seed)
+        own = indices[start : start + sizes[block]]
+        drawn = denoiser.sample(own, sample_labels(recipe, manifest, own), recipe.seed)
         blocks[block] = torch.from_numpy(drawn).to(accelerator.device)
-        progress.write("sampling", done, len(mine))
+        progress.write(stage, done, len(mine))
     size = recipe.data.image_size
-    return gather_rows(accelerator, blocks, sizes, torch.zeros((size, size, 3), dtype=torch.uint8)), labels
+    return gather_rows(accelerator, blocks, sizes, torch.zeros((size, size, 3), dtype=torch.uint8))
 
 
 def embed_samples(extractor: Extractor, images: NDArray[np.uint8], accelerator: Accelerator) -> NDArray[np.float32]:
@@ -163,9 +191,9 @@ def score_samples(
     return scores, copies
 
 
-def find_reference(store: Store, job: EvaluationJob, extractor: Extractor, images: NDArray[np.uint8]) -> Reference:
+def find_reference(store: Store, job: EvaluationJob, extractor: Extractor, image_size: int) -> Reference:
     """The reference to hold images of that size against. Raises StoreError if it has not been measured."""
-    where = reference_name(job.dataset, extractor.name, extractor.sha256, images.shape[1])
+    where = reference_name(job.dataset, extractor.name, extractor.sha256, image_size)
     try:
         return load_reference(store, where)
     except KeyError:

@@ -1,8 +1,9 @@
-"""Bits per dimension of held-out images: the variational bound, estimated from a stratified choice of timesteps."""
+"""Bits per dimension of held-out images: the variational bound, exact or from a choice of timesteps by importance."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,14 @@ from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.job import ProgressFile
 from diffusion.process.bound import decoder_term, prior_term, transition_term
 from diffusion.process.levels import stratified_uniforms
+from diffusion.process.prediction import diffuse
+from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import chain
 from diffusion.randomness import stream
 
 SEED = 0
+PILOT_BINS = 25  # of the chain, in which the transitions count as alike when their importance is found out
+PILOT_SHARE = 0.1  # of the draws, that is left evenly spread in log_snr: no weight is more than ten times the even one
 LOWEST_LOG_SNR = -20.0  # what a last step of pure noise counts as where finite numbers are needed
 
 
@@ -41,53 +46,114 @@ def bits_per_dim(
 ) -> BoundTerms:
     """The bound of the first `images` images: decoder and prior for each, the T - 1 transitions by importance sampling.
 
-    A transition is drawn in proportion to its step in log_snr: at high SNR the error of x0 falls as 1 / SNR, so that a
-    term is about half of that step, and the draws weigh nearly alike. With `evaluation.likelihood_timesteps` of T - 1 or
-    more, every transition is measured: the exact sum.
+    A transition is drawn in proportion to the root of its second moment (Nichol & Dhariwal 2021, eq. 18), which a pilot of
+    one draw an image finds out. The pilot draws in proportion to the step in log_snr: at high SNR the error of x0 falls as
+    1 / SNR, so that a term is about half of that step. With `evaluation.likelihood_timesteps` of T - 1 or more, every
+    transition is measured: the exact sum.
     """
     recipe = denoiser.recipe
-    log_snr = chain(denoiser.schedule, recipe.process.steps).to(accelerator.device)
+    log_snr = chain(denoiser.schedule, recipe.process.steps)
     pixels = np.concatenate([shard for shard, _ in test.all()])[:images]
-    sizes = block_sizes(len(pixels), recipe.evaluation.batch)
-    draws = choose_transitions(log_snr.cpu().numpy(), len(pixels), recipe.evaluation.likelihood_timesteps)
-    count = draws.positions.shape[1]
-
-    def denoise(x: Tensor, level: Tensor) -> Tensor:
-        return denoiser.predict_x0(x, level, None)
-
-    blocks = {}
-    mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
-    for done, block in enumerate(mine, start=1):
-        rows = range(block * recipe.evaluation.batch, block * recipe.evaluation.batch + sizes[block])
-        x0 = denoiser.pixels.encode(pixels[rows.start : rows.stop], torch.float64).to(accelerator.device)
-        first, last = log_snr[0].expand(len(rows)), log_snr[-1].expand(len(rows))
-        columns = [
-            prior_term(x0, last),
-            decoder_term(denoise, x0, _noise(rows, count, x0), first, denoiser.pixels.bins(x0)),
-        ]
-        for draw in range(count):
-            position = torch.from_numpy(draws.positions[rows.start : rows.stop, draw]).to(x0.device)
-            noise = _noise(rows, draw, x0)
-            columns.append(transition_term(denoise, x0, noise, log_snr[position], log_snr[position - 1]))
-        blocks[block] = torch.stack(columns, dim=1)
-        progress.write("likelihood", done, len(mine))
-    nats = gather_rows(accelerator, blocks, sizes, torch.zeros(2 + count, dtype=torch.float64))
-    return summarise(nats, draws, log_snr.cpu().numpy())
+    count = recipe.evaluation.likelihood_timesteps
+    measure = Measurement(denoiser, pixels, log_snr.to(accelerator.device), accelerator, progress)
+    ends = measure.ends()
+    if count >= len(log_snr) - 1:
+        draws = every_transition(len(log_snr), len(pixels))
+    else:
+        even = even_in_log_snr(log_snr.numpy())
+        pilot = choose_transitions(even, len(pixels), 1, "bound pilot")
+        terms = measure.transitions(pilot, "bound pilot noise")
+        draws = choose_transitions(important(even, pilot, terms), len(pixels), count, "bound timesteps")
+    return summarise(np.concatenate([ends, measure.transitions(draws, "bound noise")], axis=1), draws, log_snr.numpy())
 
 
-def choose_transitions(log_snr: NDArray[np.float64], images: int, count: int) -> Draws:
-    """`count` transitions for each image, stratified over the images; or all of them, if there are no more."""
-    steps = len(log_snr)
+@dataclass(frozen=True)
+class Measurement:
+    """Measures terms of the bound of some images; the work is shared out in blocks of images."""
+
+    denoiser: Denoiser
+    pixels: NDArray[np.uint8]
+    log_snr: Tensor
+    """Of the chain, [T], on the device."""
+    accelerator: Accelerator
+    progress: ProgressFile
+
+    def ends(self) -> NDArray[np.float64]:
+        """Prior and decoder term of each image: nats a dimension, [images, 2]."""
+
+        def of(rows: range, x0: Tensor) -> list[Tensor]:
+            first, second, last = (self.log_snr[at].expand(len(rows)) for at in (0, 1, -1))
+            estimate = self._estimate(diffuse(x0, _noise(rows, 0, x0, "bound decoder noise"), first), first)
+            bins = self.denoiser.pixels.bins(x0)
+            return [prior_term(x0, last), decoder_term(estimate, x0, first, second, bins)]
+
+        return self._blockwise(2, of)
+
+    def transitions(self, draws: Draws, purpose: str) -> NDArray[np.float64]:
+        """The drawn terms: nats a dimension, [images, draws]."""
+
+        def of(rows: range, x0: Tensor) -> list[Tensor]:
+            terms = []
+            for draw in range(draws.positions.shape[1]):
+                position = torch.from_numpy(draws.positions[rows.start : rows.stop, draw]).to(x0.device)
+                now, before = self.log_snr[position], self.log_snr[position - 1]
+                x_t = diffuse(x0, _noise(rows, draw, x0, purpose), now)
+                terms.append(transition_term(self._estimate(x_t, now), x0, x_t, now, before))
+            return terms
+
+        return self._blockwise(draws.positions.shape[1], of)
+
+    def _estimate(self, x_t: Tensor, log_snr: Tensor) -> Estimate:
+        return self.denoiser.predict(x_t, log_snr, None)
+
+    def _blockwise(self, columns: int, of: Callable[[range, Tensor], list[Tensor]]) -> NDArray[np.float64]:
+        batch, accelerator = self.denoiser.recipe.evaluation.batch, self.accelerator
+        sizes = block_sizes(len(self.pixels), batch)
+        mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
+        blocks = {}
+        for done, block in enumerate(mine, start=1):
+            rows = range(block * batch, block * batch + sizes[block])
+            pixels = self.pixels[rows.start : rows.stop]
+            x0 = self.denoiser.pixels.encode(pixels, torch.float64).to(accelerator.device)
+            blocks[block] = torch.stack(of(rows, x0), dim=1)
+            self.progress.write("likelihood", done, len(mine))
+        return gather_rows(accelerator, blocks, sizes, torch.zeros(columns, dtype=torch.float64))
+
+
+def even_in_log_snr(log_snr: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities of the chain's positions in proportion to their step in log_snr, [T], zero at the first."""
     finite = np.maximum(log_snr, LOWEST_LOG_SNR)
     share = np.concatenate([[0.0], finite[:-1] - finite[1:]])
-    if count >= steps - 1:
-        every = np.tile(np.arange(1, steps), (images, 1))
-        return Draws(every, np.full(steps, 1 / (steps - 1)))
-    share = share / share.sum()
+    return share / share.sum()
+
+
+def important(even: NDArray[np.float64], pilot: Draws, terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities of the chain's positions in proportion to the root of their terms' second moments, [T].
+
+    Within a bin of equally many `even` draws, terms count as proportional to their even probability.
+    """
+    bin_of = np.clip((np.cumsum(even) * PILOT_BINS).astype(int), 0, PILOT_BINS - 1)
+    drawn = bin_of[pilot.positions].ravel()
+    squares = np.bincount(drawn, np.square(terms / even[pilot.positions]).ravel(), PILOT_BINS)
+    count = np.bincount(drawn, minlength=PILOT_BINS)
+    overall = squares.sum() / count.sum()
+    # A bin without draws counts as the mean of all.
+    root = np.sqrt(np.where(count > 0, squares / np.maximum(count, 1), overall))
+    share = even * root[bin_of]
+    return (1 - PILOT_SHARE) * share / share.sum() + PILOT_SHARE * even
+
+
+def every_transition(steps: int, images: int) -> Draws:
+    """All transitions of a chain for each image."""
+    return Draws(np.tile(np.arange(1, steps), (images, 1)), np.full(steps, 1 / (steps - 1)))
+
+
+def choose_transitions(share: NDArray[np.float64], images: int, count: int, purpose: str) -> Draws:
+    """`count` transitions for each image by their probabilities `share`, stratified over the images."""
     columns = []
     for draw in range(count):
-        uniforms = stratified_uniforms(stream(SEED, "bound timesteps", draw), images)
-        columns.append(np.clip(np.searchsorted(np.cumsum(share), uniforms, side="right"), 1, steps - 1))
+        uniforms = stratified_uniforms(stream(SEED, purpose, draw), images)
+        columns.append(np.clip(np.searchsorted(np.cumsum(share), uniforms, side="right"), 1, len(share) - 1))
     return Draws(np.stack(columns, axis=1), share)
 
 
@@ -110,7 +176,7 @@ def summarise(nats: NDArray[np.float64], draws: Draws, log_snr: NDArray[np.float
     )
 
 
-def _noise(rows: range, draw: int, like: Tensor) -> Tensor:
+def _noise(rows: range, draw: int, like: Tensor, purpose: str) -> Tensor:
     """Noise of one draw for the images `rows`: the same for every model, so that they compare."""
-    draws = [stream(SEED, "bound noise", row, draw).standard_normal(like.shape[1:]) for row in rows]
+    draws = [stream(SEED, purpose, row, draw).standard_normal(like.shape[1:]) for row in rows]
     return torch.from_numpy(np.stack(draws)).to(like)

@@ -90,6 +90,10 @@ class Scores(BaseModel):
     images_seen: int
     checkpoint: str
     """Digest of the checkpoint."""
+    weights: str
+    """Which of its weights were scored: `model`, or the name of a moving average."""
+    fid_by_weights: dict[str, float]
+    """Where the best of several moving averages was chosen: the FID of each, of samples that no other score uses."""
     bound: BoundTerms
     by_extractor: tuple[SampleScores, ...]
     """In the recipe's order; the first decides about promotion."""

@@ -12,8 +12,7 @@ from diffusion.randomness import stream
 Features = NDArray[np.floating]
 """[samples, dimensions]"""
 
-KID_SUBSETS = 50
-KID_SUBSET_SIZE = 500
+KID_SAMPLES = 2000
 BOOTSTRAP_DRAWS = 50
 EXTRAPOLATION_SIZES = 8
 NEIGHBOURS = 5
@@ -77,28 +76,36 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 def kernel_distance(first: Features, second: Features, seed: int = 0) -> tuple[float, float]:
     """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
-    Mean over random subsets of both sets, and the standard error of that mean as the subsets' spread suggests it. An
-    unbiased estimate may be negative.
+    Of up to `KID_SAMPLES` of each set, and its standard deviation over bootstrap draws of both sets. An unbiased estimate
+    may be negative.
     """
-    size = min(KID_SUBSET_SIZE, len(first), len(second))
-    estimates = []
-    for subset in range(KID_SUBSETS):
-        rng = stream(seed, "kid subset", subset)
-        x = first[rng.choice(len(first), size, replace=False)].astype(np.float64)
-        y = second[rng.choice(len(second), size, replace=False)].astype(np.float64)
-        estimates.append(_squared_mmd(x, y))
-    return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / np.sqrt(KID_SUBSETS))
+    x, y = (
+        features[stream(seed, "kid", side).permutation(len(features))[:KID_SAMPLES]].astype(np.float64)
+        for side, features in enumerate((first, second))
+    )
+    kernels = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    once = _squared_mmd(*kernels, np.ones(len(x)), np.ones(len(y)))
+    draws = []
+    for draw in range(BOOTSTRAP_DRAWS):
+        rng = stream(seed, "kid bootstrap", draw)
+        times_x, times_y = (rng.multinomial(len(side), np.full(len(side), 1 / len(side))) for side in (x, y))
+        draws.append(_squared_mmd(*kernels, times_x.astype(np.float64), times_y.astype(np.float64)))
+    return once, float(np.std(draws, ddof=1))
 
 
-def _squared_mmd(x: Features, y: Features) -> float:
-    n, dimensions = x.shape
+def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def kernel(a: Features, b: Features) -> NDArray[np.float64]:
-        return (a @ b.T / dimensions + 1) ** 3
 
-    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
-    return float(within - 2 * xy.mean())
+def _squared_mmd(xx: Features, yy: Features, xy: Features, times_x: Features, times_y: Features) -> float:
+    """From the kernels, each point counted as often as it was drawn; a point is never paired with itself or its copies."""
+
+    def within(kernel: Features, times: Features) -> float:
+        pairs = times.sum() ** 2 - np.square(times).sum()
+        return float((times @ kernel @ times - np.square(times) @ np.diag(kernel)) / pairs)
+
+    between = times_x @ xy @ times_y / (times_x.sum() * times_y.sum())
+    return float(within(xx, times_x) + within(yy, times_y) - 2 * between)
 
 
 def frechet_error(features: Features, reference: Moments, seed: int = 0) -> float:

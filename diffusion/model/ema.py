@@ -12,7 +12,7 @@ class EMA:
     """Keeps the averaged network beside the trained one.
 
     Args:
-        network: the network to follow; it is copied.
+        network: the network to follow; it is copied. Several averages may follow one.
         half_life_images: images after which an old weight counts half.
         ramp: the half-life is at most this share of the images seen so far, so that the start is forgotten soon
             (Karras et al. 2022, appendix F.2: 0.05); None for a constant half-life.

@@ -64,8 +64,10 @@ class SeedUNet(nn.Module):
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, noise_variance: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict like x [batch, 3, height, width]; noise_variance [batch] in [0, 1]; the label is not used."""
+    def forward(
+        self, x: Tensor, noise_variance: Tensor, label: Tensor | None = None, turn: Tensor | None = None
+    ) -> Tensor:
+        """Predict like x [batch, 3, height, width]; noise_variance [batch] in [0, 1]; label and turn are not used."""
         told = self.embedding(noise_variance)[:, :, None, None].expand(-1, -1, *x.shape[2:]).to(x.dtype)
         h = torch.cat([self.conv_in(x), told], dim=1)
         skips = []

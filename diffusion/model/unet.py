@@ -91,6 +91,8 @@ class UNet(nn.Module):
         patch: pixels of a patch x patch square become channels before the first layer (1: none).
         classes: number of classes; 0 makes the network unconditional.
         dropout: share of activations dropped in each block while training.
+        outputs: channels of the output: 3, or 6 where a network speaks of two things.
+        turns: whether it is told by how many quarters an image was turned.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class UNet(nn.Module):
         patch: int,
         classes: int,
         dropout: float,
+        outputs: int = 3,
+        turns: bool = False,
     ) -> None:
         super().__init__()
         condition = 4 * width
@@ -113,6 +117,7 @@ class UNet(nn.Module):
         )
         # The row after the last class means "no class given".
         self.class_embedding = nn.Embedding(classes + 1, condition) if classes else None
+        self.turn_embedding = nn.Embedding(4, condition) if turns else None
 
         resolution = image_size // patch
         channels = width
@@ -141,9 +146,9 @@ class UNet(nn.Module):
             self.up.append(stages)
             resolution *= 2
         self.norm_out = _norm(channels)
-        self.conv_out = _zero(nn.Conv2d(channels, 3 * patch**2, 3, padding=1))
+        self.conv_out = _zero(nn.Conv2d(channels, outputs * patch**2, 3, padding=1))
 
-    def condition(self, noise_variance: Tensor, label: Tensor | None) -> Tensor:
+    def condition(self, noise_variance: Tensor, label: Tensor | None, turn: Tensor | None = None) -> Tensor:
         """[batch, 4 width]: what every block is told."""
         v = noise_variance.double()
         # Near v = 0 and v = 1 the variance itself hardly moves while the task does: the angle of the cosine schedule,
@@ -155,17 +160,23 @@ class UNet(nn.Module):
             if label is None:
                 label = torch.full_like(noise_variance, self.classes, dtype=torch.long)
             embedded = embedded + self.class_embedding(label)
+        if self.turn_embedding is not None:
+            turn = torch.zeros_like(noise_variance, dtype=torch.long) if turn is None else turn
+            embedded = embedded + self.turn_embedding(turn)
         return F.silu(embedded)
 
-    def forward(self, x: Tensor, noise_variance: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict like x.
+    def forward(
+        self, x: Tensor, noise_variance: Tensor, label: Tensor | None = None, turn: Tensor | None = None
+    ) -> Tensor:
+        """Predict like x: [batch, outputs, image_size, image_size].
 
         Args:
             x: noisy images [batch, 3, image_size, image_size], of variance about one.
             noise_variance: [batch] in [0, 1], float64 for full resolution near one.
             label: class indices [batch]; `classes` (or None for all) means no class.
+            turn: quarter turns [batch] in 0..3; None means 0 for all. Without `turns` it is not used.
         """
-        condition = self.condition(noise_variance, label)
+        condition = self.condition(noise_variance, label, turn)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for level, stages in enumerate(self.down):

@@ -10,8 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion.process.prediction import coefficients
+from diffusion.process.prediction import coefficients, over_pixels
 from diffusion.process.schedule import noise_variance, signal
+
+
+def log_one_minus_ratio(log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
+    """log(1 - r), r = SNR_t / SNR_s < 1, float64: the share of x_s that a step back from t must find anew."""
+    return torch.log(-torch.expm1((log_snr_t - log_snr_s).double()))
 
 
 def posterior(x0: Tensor, x_t: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,14 +25,13 @@ def posterior(x0: Tensor, x_t: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> 
     Ho et al. 2020, eq. 7, written with log_snr: with r = SNR_t / SNR_s,
     mean = r (alpha_s / alpha_t) x_t + (1 - r) alpha_s x0, variance = (1 - r) v_s.
     """
-    shape = (-1,) + (1,) * (x_t.dim() - 1) if log_snr_t.dim() else ()
     log_ratio = (log_snr_t - log_snr_s).double()
     alpha_s, alpha_t = signal(log_snr_s.double()), signal(log_snr_t.double())
     # r alpha_s / alpha_t = (alpha_t / alpha_s) v_s / v_t stays finite where alpha_t = 0.
     on_x_t = alpha_t / alpha_s * noise_variance(log_snr_s.double()) / noise_variance(log_snr_t.double())
     on_x0 = -torch.expm1(log_ratio) * alpha_s
-    mean = on_x_t.reshape(shape).to(x_t) * x_t + on_x0.reshape(shape).to(x_t) * x0
-    return mean, (-torch.expm1(log_ratio) * noise_variance(log_snr_s.double())).reshape(shape)
+    mean = over_pixels(on_x_t, x_t).to(x_t) * x_t + over_pixels(on_x0, x_t).to(x_t) * x0
+    return mean, over_pixels(-torch.expm1(log_ratio) * noise_variance(log_snr_s.double()), x_t)
 
 
 def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:

@@ -22,19 +22,25 @@ def stratified_uniforms(rng: np.random.Generator, count: int) -> NDArray[np.floa
     return np.clip(rng.permutation(values), 1e-12, 1 - 1e-12)
 
 
-def uniform_in_time(uniforms: NDArray[np.float64], schedule: Schedule) -> Tensor:
-    """log_snr of times drawn evenly over the schedule."""
-    return schedule.log_snr(torch.from_numpy(uniforms))
-
-
-def log_normal(uniforms: NDArray[np.float64], mean: float, std: float, low: float, high: float) -> Tensor:
+def log_normal(uniforms: Tensor, mean: float, std: float, low: float, high: float) -> Tensor:
     """log_snr drawn from N(mean, std^2), limited to [low, high] (Karras et al. 2022, arXiv:2206.00364, table 1).
 
     There ln sigma ~ N(P_mean, P_std^2) for data of standard deviation sigma_data; for data of unit variance
     log_snr = -2 ln(sigma / sigma_data).
     """
-    normal = torch.special.ndtri(torch.from_numpy(uniforms))
+    normal = torch.special.ndtri(uniforms)
     return (mean + std * normal).clamp(low, high)
+
+
+def cells_of_log_normal(chain: Tensor, mean: float, std: float) -> Tensor:
+    """How much of N(mean, std^2) lies nearest to each log_snr of a chain: [T], float64, adding up to 1.
+
+    The ends of the chain take what lies beyond them. chain: [T], falling, finite.
+    """
+    middles = (chain[:-1] + chain[1:]) / 2
+    above = torch.special.ndtr((middles - mean) / std)
+    zero, one = torch.zeros_like(chain[:1]), torch.ones_like(chain[:1])
+    return -torch.cat([one, above, zero]).diff()
 
 
 def sampling_levels(schedule: Schedule, steps: int, spacing: Spacing, rho: float = 7.0) -> Tensor:

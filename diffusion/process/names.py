@@ -3,6 +3,8 @@
 from typing import Literal
 
 Prediction = Literal["epsilon", "x0", "v"]
+Loss = Literal["simple", "vlb", "hybrid"]
+NoiseLevels = Literal["log_normal", "uniform", "importance"]
 Weighting = Literal["none", "min_snr", "p2"]
 Error = Literal["squared", "absolute"]
 SamplerName = Literal["ancestral", "ddim", "dpmpp"]

@@ -1,11 +1,13 @@
-"""Training objectives: the simple loss with its weights, as functions of the network's output. Returns [batch] losses."""
+"""Training objectives, as functions of what the network says: the simple loss with its weights, the bound, their sum."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffusion.process.names import Error, Prediction, Weighting
+from diffusion.process.names import Error, Loss, Prediction, Weighting
 from diffusion.process.prediction import loss_weight, target
 from diffusion.process.schedule import noise_variance
 
@@ -47,3 +49,35 @@ def simple_loss(
     elementwise = difference.square() if error == "squared" else difference.abs()
     per_image = elementwise.flatten(1).mean(1)
     return per_image * weight(weighting, prediction, log_snr, gamma).to(per_image)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a batch, [batch] each."""
+
+    weighted: Tensor
+    """To be averaged and lowered."""
+    own: Tensor
+    """What each image's loss is at its noise level, whatever that level's chances were."""
+
+
+def with_bound(
+    loss: Loss, simple: Tensor, bound: Tensor, share: Tensor, steps: int, bound_weight: float, unweight_simple: bool
+) -> Losses:
+    """Losses of images whose step of the chain was drawn with probability `share`, each [batch].
+
+    vlb: steps * bound is the whole bound on average, if every step is as likely; else it is divided by steps * share.
+    hybrid: simple + bound_weight * steps * bound (Nichol & Dhariwal 2021, eq. 16).
+
+    Args:
+        bound: the bound's term of each image's step, nats a dimension.
+        unweight_simple: divide the simple loss by steps * share as well, to mean what steps drawn evenly mean; else the
+            way in which steps are drawn is part of what it means.
+    """
+    unweight = 1 / (steps * share)
+    bound = steps * bound
+    if loss == "vlb":
+        return Losses((bound * unweight).to(simple), bound.to(simple))
+    simple_weight = unweight if unweight_simple else torch.ones_like(unweight)
+    scaled = bound_weight * bound if loss == "hybrid" else torch.zeros_like(bound)
+    return Losses((simple * simple_weight + scaled * unweight).to(simple), (simple + scaled).to(simple))

@@ -12,11 +12,15 @@ from diffusion.process.names import Prediction
 from diffusion.process.schedule import noise_variance, signal
 
 
+def over_pixels(values: Tensor, like: Tensor) -> Tensor:
+    """Numbers of images, [batch], as [batch, 1, 1, 1] to go with `like`; a scalar stays one."""
+    return values.reshape((-1,) + (1,) * (like.dim() - 1)) if values.dim() else values
+
+
 def coefficients(log_snr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma = sqrt(v), computed in float64, shaped [batch, 1, 1, 1] (or scalar) and typed to go with `like`."""
-    shape = (-1,) + (1,) * (like.dim() - 1) if log_snr.dim() else ()
     alpha, sigma = signal(log_snr.double()), noise_variance(log_snr.double()).sqrt()
-    return alpha.reshape(shape).to(like), sigma.reshape(shape).to(like)
+    return over_pixels(alpha, like).to(like), over_pixels(sigma, like).to(like)
 
 
 def diffuse(x0: Tensor, epsilon: Tensor, log_snr: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Samplers: functions of (denoise, x, levels, noise) that walk from noise to data and return x0.
+"""Samplers: functions of (predict, x, levels, noise) that walk from noise to data and return x0.
 
 `levels` are rising log_snr from `levels.sampling_levels`, one network evaluation each; after the last the prediction of
-x0 is the result. `denoise(x, log_snr)` predicts x0; `noise(k)` gives standard normal noise like x for step k.
+x0 is the result. `predict(x, log_snr)` estimates x0; `noise(k)` gives standard normal noise like x for step k.
 Coefficients are computed in float64.
 """
 
@@ -13,36 +13,35 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.gaussian import posterior
 from diffusion.process.names import SamplerName
 from diffusion.process.prediction import coefficients, to_epsilon
+from diffusion.process.reverse import Predict, reverse
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 
 
-def ancestral(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:
-    """The learned reverse chain with the posterior's variance (Ho et al. 2020, algorithm 2), on any subset of times."""
+def ancestral(predict: Predict, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:
+    """The learned reverse chain (Ho et al. 2020, algorithm 2), on any subset of times."""
     for k, (now, after) in enumerate(pairwise(levels)):
-        mean, variance = posterior(denoise(x, now), x, now, after)
-        x = mean + variance.sqrt().to(x) * noise(k)
-    return denoise(x, levels[-1])
+        mean, log_variance = reverse(predict(x, now), x, now, after)
+        x = mean + torch.exp(0.5 * log_variance).to(x) * noise(k)
+    return predict(x, levels[-1]).x0
 
 
-def ddim(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
+def ddim(predict: Predict, x: Tensor, levels: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
     """Song et al. 2020 (arXiv:2010.02502), eq. 12: deterministic at eta = 0, the ancestral chain at eta = 1."""
     for k, (now, after) in enumerate(pairwise(levels)):
-        x0 = denoise(x, now)
+        x0 = predict(x, now).x0
         alpha_after, sigma_after = coefficients(after, x)
         epsilon = to_epsilon("x0", x0, x, now)
         share = eta**2 * -torch.expm1(now - after).to(x)  # of the new noise variance: fresh noise
         x = alpha_after * x0 + sigma_after * (1 - share).sqrt() * epsilon
         if eta > 0:
             x = x + sigma_after * share.sqrt() * noise(k)
-    return denoise(x, levels[-1])
+    return predict(x, levels[-1]).x0
 
 
-def dpmpp(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:
+def dpmpp(predict: Predict, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:
     """DPM-Solver++ (2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order, deterministic, one evaluation a step.
 
     In their lambda = log_snr / 2 and h the step in it: x <- sigma'/sigma x - alpha' (e^-h - 1) D, with D the
@@ -50,7 +49,7 @@ def dpmpp(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:
     """
     before: tuple[Tensor, Tensor] | None = None
     for now, after in pairwise(levels):
-        x0 = denoise(x, now)
+        x0 = predict(x, now).x0
         _, sigma = coefficients(now, x)
         alpha_after, sigma_after = coefficients(after, x)
         h = (after - now) / 2
@@ -60,10 +59,10 @@ def dpmpp(denoise: Denoise, x: Tensor, levels: Tensor, noise: Noise) -> Tensor:
             middle = x0 + (h / (2 * h_before)).to(x) * (x0 - x0_before)
         x = sigma_after / sigma * x - alpha_after * torch.expm1(-h).to(x) * middle
         before = x0, h
-    return denoise(x, levels[-1])
+    return predict(x, levels[-1]).x0
 
 
-SAMPLERS: dict[SamplerName, Callable[[Denoise, Tensor, Tensor, Noise], Tensor]] = {
+SAMPLERS: dict[SamplerName, Callable[[Predict, Tensor, Tensor, Noise], Tensor]] = {
     "ancestral": ancestral,
     "ddim": ddim,
     "dpmpp": dpmpp,

@@ -62,7 +62,7 @@ class Discrete:
     def log_snr(self, time: Tensor) -> Tensor:
         # The small allowance keeps t / T on step t where the product is rounded upwards.
         step = torch.ceil(time.double() * len(self.table) - 1e-9).long()
-        return self.table[step.clamp(1, len(self.table)) - 1]
+        return self.table.to(time.device)[step.clamp(1, len(self.table)) - 1]
 
 
 def linear(steps: int) -> Discrete:

@@ -79,7 +79,7 @@ def publish(
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the missing input example: the model takes no input
-            files = _write_files(Path(folder), store, state, dataset, grid)
+            files = _write_files(Path(folder), store, state, scores.weights, dataset, grid)
             model_folder = Path(folder, "model")
             mlflow.pyfunc.save_model(
                 path=str(model_folder),
@@ -173,9 +173,10 @@ def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> No
             raise
 
 
-def _write_files(folder: Path, store: Store, state: State, dataset: Manifest, grid: bytes) -> dict[str, str]:
-    """The model's artifacts: weights, what is needed to use them, and the grid."""
-    weights = "ema" if state.recipe.evaluation.weights == "ema" else "model"
+def _write_files(
+    folder: Path, store: Store, state: State, weights: str, dataset: Manifest, grid: bytes
+) -> dict[str, str]:
+    """The model's artifacts: the weights that were scored, what is needed to use them, and the grid."""
     contents = {
         "weights": ("weights.safetensors", checkpoint_file(store, state, f"{weights}.safetensors")),
         "recipe": ("recipe.json", state.recipe.model_dump_json(indent=1).encode()),

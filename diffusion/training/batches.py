@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffusion.data.loader import ShardImages
 from diffusion.data.order import Order
-from diffusion.denoiser import Pixels, make_schedule
-from diffusion.process.levels import log_normal, stratified_uniforms, uniform_in_time
-from diffusion.process.schedule import Schedule
+from diffusion.denoiser import Pixels
+from diffusion.process.levels import stratified_uniforms
 from diffusion.randomness import stream
 from diffusion.recipe import Recipe
-from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,12 @@ class Lane:
     """Clean images in process space, float32 [micro-batch, 3, height, width]."""
     epsilon: Tensor
     """Standard normal noise like x0."""
-    log_snr: Tensor
-    """Noise level of each image, float64 [micro-batch]."""
+    uniform: Tensor
+    """What each image's noise level is drawn from: a number in (0, 1), float64 [micro-batch]."""
     label: Tensor | None
     """Class indices, `classes` where the label is withheld; None for an unconditional network."""
-    noise_bin: Tensor
-    """1 where an image's log_snr lies in a bin of the journal's, else 0: float64 [bins, micro-batch]."""
+    turn: Tensor | None
+    """Quarter turns that were made; None where none ever are."""
     dropout_seed: int
     """Seed of what the network drops."""
 
@@ -53,12 +51,10 @@ class Lane:
         return self._map(lambda tensor: tensor.pin_memory())
 
 
-def learnable_levels(recipe: Recipe, schedule: Schedule, uniforms: np.ndarray) -> Tensor:
-    """The noise levels of a batch, from stratified uniforms: log_snr [batch], float64."""
-    if recipe.objective.noise_levels == "uniform":
-        return uniform_in_time(uniforms, schedule)
-    ends = schedule.log_snr(torch.tensor([1.0, 1e-12], dtype=torch.float64)).tolist()
-    return log_normal(uniforms, recipe.objective.log_snr_mean, recipe.objective.log_snr_std, *ends)
+def quarter_turns(rng: np.random.Generator, count: int, share: float) -> NDArray[np.int64]:
+    """How many quarters each image of a batch is turned: 0, or for `share` of them 1, 2 or 3, evenly: int64 [count]."""
+    turned, quarters = rng.random(count) < share, rng.integers(1, 4, count)
+    return np.where(turned, quarters, 0)
 
 
 class Batches:
@@ -73,7 +69,6 @@ class Batches:
         sizes = tuple(shard.samples for shard in images.shards)
         self.order = Order(sizes, recipe.data.window_shards, recipe.seed)
         self.pixels = Pixels(images.manifest.pixel_mean, images.manifest.pixel_std)
-        self.schedule = make_schedule(recipe.process)
 
     def __call__(self, step: int) -> list[Lane]:
         """The lanes of one step, in order."""
@@ -81,10 +76,9 @@ class Batches:
         micro = batch_size // recipe.data.lanes
         first = step * batch_size
         # The draws of the whole batch are cheap: each process makes all of them and takes its part.
-        levels = learnable_levels(
-            recipe, self.schedule, stratified_uniforms(stream(recipe.seed, "noise level", step), batch_size)
-        )
+        uniforms = torch.from_numpy(stratified_uniforms(stream(recipe.seed, "noise level", step), batch_size))
         mirrored = stream(recipe.seed, "mirror", step).random(batch_size) < 0.5
+        turns = quarter_turns(stream(recipe.seed, "turn", step), batch_size, recipe.data.quarter_turns)
         withheld = stream(recipe.seed, "label dropout", step).random(batch_size) < recipe.network.label_dropout
 
         lanes = []
@@ -93,6 +87,9 @@ class Batches:
             images, labels = self.images.take(*self.order.at(first + part.start, micro))
             if recipe.data.horizontal_flip:
                 images[mirrored[part]] = images[mirrored[part], :, ::-1]
+            for quarters in (1, 2, 3):
+                turned = turns[part] == quarters
+                images[turned] = np.rot90(images[turned], quarters, axes=(1, 2))
             noise = [
                 stream(recipe.seed, "noise", first + index).standard_normal(
                     (3, recipe.data.image_size, recipe.data.image_size), dtype=np.float32
@@ -106,16 +103,10 @@ class Batches:
             made = Lane(
                 x0=self.pixels.encode(images),
                 epsilon=torch.from_numpy(np.stack(noise)),
-                log_snr=levels[part],
+                uniform=uniforms[part],
                 label=label,
-                noise_bin=noise_bins(levels[part]),
+                turn=torch.from_numpy(turns[part]) if recipe.data.quarter_turns else None,
                 dropout_seed=int(stream(recipe.seed, "dropout", step, lane).integers(2**63)),
             )
             lanes.append(made.pin() if self.pin_memory else made)
         return lanes
-
-
-def noise_bins(log_snr: Tensor) -> Tensor:
-    """Which of the journal's bins each noise level lies in: float64 [bins, images], one 1 a column."""
-    inner_edges = torch.tensor(LOG_SNR_BIN_EDGES[1:-1], dtype=torch.float64)
-    return F.one_hot(torch.bucketize(log_snr, inner_edges, right=True), len(LOG_SNR_BIN_EDGES) - 1).double().T

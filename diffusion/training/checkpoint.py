@@ -16,7 +16,15 @@ from torch import Tensor
 from diffusion.data.sealed import seal
 from diffusion.data.store import Store
 from diffusion.errors import StoreError
-from diffusion.training.state import STATE, State, checkpoint_file, folder, load_state, steps_with_checkpoint
+from diffusion.training.state import (
+    STATE,
+    State,
+    average_name,
+    checkpoint_file,
+    folder,
+    load_state,
+    steps_with_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +37,10 @@ class Checkpoint:
 
     model: Tensors
     """The trained weights."""
-    ema: Tensors
-    """Their moving average."""
+    averages: dict[str, Tensors]
+    """Their moving averages, by `average_name`."""
     optimizer: Tensors
-    """The optimiser's moments and counts, by parameter."""
+    """The optimiser's moments and counts, by parameter, and what the noise levels remember."""
     journal: bytes
     """The journal up to here."""
 
@@ -41,7 +49,7 @@ def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
     """Write all files, `state.json` last; returns the state with their digests. Raises StoreError."""
     files = {
         "model.safetensors": save(content.model),
-        "ema.safetensors": save(content.ema),
+        **{f"{name}.safetensors": save(average) for name, average in content.averages.items()},
         "optimizer.safetensors": save(content.optimizer),
         "journal.jsonl": content.journal,
     }
@@ -67,10 +75,11 @@ def load_latest(store: Store, run: str) -> tuple[State, Checkpoint] | None:
 def load_checkpoint(store: Store, run: str, step: int) -> tuple[State, Checkpoint]:
     """Load and verify one checkpoint. Raises StoreError that names the file that is missing or damaged."""
     state = load_state(store, run, step)
-    model, ema, optimizer = (load_tensors(store, state, part) for part in ("model", "ema", "optimizer"))
-    return state, Checkpoint(model, ema, optimizer, checkpoint_file(store, state, "journal.jsonl"))
+    averages = {name: load_tensors(store, state, name) for name in map(average_name, state.recipe.ema.half_lives)}
+    model, optimizer = (load_tensors(store, state, part) for part in ("model", "optimizer"))
+    return state, Checkpoint(model, averages, optimizer, checkpoint_file(store, state, "journal.jsonl"))
 
 
 def load_tensors(store: Store, state: State, part: str) -> Tensors:
-    """One of a checkpoint's tensor files (`model`, `ema`, `optimizer`), verified."""
+    """One of a checkpoint's tensor files (`model`, `optimizer`, `ema-<half-life>`), verified."""
     return load(checkpoint_file(store, state, f"{part}.safetensors"))

@@ -40,8 +40,8 @@ class CheckpointWriter:
         self.wait()
         content = Checkpoint(
             _host_copy(trainer.network.state_dict()),
-            _host_copy(trainer.ema.network.state_dict()),
-            _host_copy(trainer.optimizer_tensors()),
+            {name: _host_copy(ema.network.state_dict()) for name, ema in trainer.averages.items()},
+            _host_copy(trainer.state_tensors()),
             journal,
         )
         self._pending = self._pool.submit(self._write, state, content)
@@ -82,7 +82,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     manifest = find_dataset(store, job.dataset)
     if manifest is None:
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
-    trainer = Trainer(recipe, len(manifest.classes), accelerator)
+    trainer = Trainer(recipe, manifest, accelerator)
     recorder = Recorder(recipe, accelerator, folder, job.until)
 
     found = load_latest(store, job.run)
@@ -127,9 +127,8 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     before = time.monotonic()
     for lanes in prefetch(batches, trainer.step, job.until):
         waited = time.monotonic() - before
-        moved = [lane.to(accelerator.device) for lane in lanes]
-        losses, norm, rate = trainer.train_step(moved)
-        recorder.record(trainer.step, moved, losses, norm, rate, waited)
+        report = trainer.train_step([lane.to(accelerator.device) for lane in lanes])
+        recorder.record(trainer.step, report, waited)
         # Checkpoints lie where journal records end: the stretch that a record covers is never cut by a resume.
         if trainer.step % recorder.every == 0 and trainer.step < job.until:
             # All processes stop after the same step, or the others would wait for ever.

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusion.errors import TrainingDiverged
 from diffusion.job import ProgressFile
 from diffusion.recipe import Recipe
-from diffusion.training.batches import Lane
-from diffusion.training.journal import JOURNAL, TIMING, Journal
-from diffusion.training.trainer import learning_rate
+from diffusion.training.journal import JOURNAL, LOG_SNR_BIN_EDGES, TIMING, Journal
+from diffusion.training.trainer import StepReport, learning_rate
 
 JOURNAL_POINTS = 1000  # at most about this many records of metrics in a run
 PROGRESS_SECONDS = 5.0
@@ -37,15 +37,13 @@ class Recorder:
         self._since, self._waited, self._steps = time.monotonic(), 0.0, 0
         self._progress, self._printed = ProgressFile(folder, self.main), 0.0
 
-    def record(
-        self, step: int, lanes: list[Lane], losses: list[Tensor], norm: Tensor, rate: float, waited: float
-    ) -> None:
+    def record(self, step: int, report: StepReport, waited: float) -> None:
         """Take in one step, and write a record if the stretch ends with it. Raises TrainingDiverged."""
-        self._lanes.append(torch.stack([_by_noise(lane, loss) for lane, loss in zip(lanes, losses, strict=True)]))
-        self._norms.append(norm.detach().double())
+        self._lanes.append(torch.stack([_by_noise(*lane) for lane in zip(report.log_snr, report.losses, strict=True)]))
+        self._norms.append(report.gradient_norm.detach().double())
         self._waited, self._steps = self._waited + waited, self._steps + 1
         if step % self.every == 0 or step == self.until:
-            self._write(step, rate)
+            self._write(step, report.learning_rate)
 
     def _write(self, step: int, rate: float) -> None:
         # Processes are ordered as their lanes are, so the rows arrive in lane order whatever their number.
@@ -102,10 +100,12 @@ class Recorder:
         self._since, self._waited, self._steps = now, 0.0, 0
 
 
-def _by_noise(lane: Lane, loss: Tensor) -> Tensor:
-    """Sum of the losses and number of images in each bin of log_snr: float64 [2 * bins]."""
+def _by_noise(log_snr: Tensor, loss: Tensor) -> Tensor:
+    """Sum of a lane's losses and number of its images in each bin of log_snr: float64 [2 * bins]."""
+    inner_edges = torch.tensor(LOG_SNR_BIN_EDGES[1:-1], dtype=torch.float64, device=log_snr.device)
+    member = F.one_hot(torch.bucketize(log_snr, inner_edges, right=True), len(LOG_SNR_BIN_EDGES) - 1).double()
     # A product with a 0/1 matrix adds in a fixed order, which scattered adds on a GPU do not.
-    return torch.cat([lane.noise_bin @ loss.double(), lane.noise_bin.sum(dim=1)])
+    return torch.cat([loss.double() @ member, member.sum(dim=0)])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -40,6 +40,11 @@ class State(BaseModel):
         return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()
 
 
+def average_name(half_life: float) -> str:
+    """Name of a moving average in a checkpoint, by its half-life in images."""
+    return f"ema-{half_life:.0f}"
+
+
 def folder(run: str, step: int) -> str:
     """Where a checkpoint lies in the store. The step is padded so that names sort by it."""
     return f"checkpoints/{run}/{step:09d}"

@@ -5,24 +5,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusion.denoiser import build_network
+from diffusion.data.manifest import Manifest
+from diffusion.denoiser import Pixels, build_network, read_output
 from diffusion.model.ema import EMA
 from diffusion.model.placement import place
-from diffusion.process.objective import simple_loss
-from diffusion.process.prediction import diffuse
+from diffusion.process.bound import chain_term
+from diffusion.process.objective import Losses, simple_loss, with_bound
+from diffusion.process.prediction import diffuse, to_x0
+from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import noise_variance
 from diffusion.recipe import Recipe
 from diffusion.training.batches import Lane
 from diffusion.training.checkpoint import Checkpoint
+from diffusion.training.levels import Levels, LevelSource
 from diffusion.training.reduction import GradientBuffer, Tree, sum_over_processes
+from diffusion.training.state import average_name
 
 log = logging.getLogger(__name__)
+
+NOISE_LEVELS = "noise levels"
+"""Of the checkpoint's optimiser tensors, those that no parameter owns."""
 
 
 def lanes_of_process(recipe: Recipe, rank: int, processes: int) -> range:
@@ -52,15 +61,30 @@ def _can_compile(device: torch.device) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What a step has to say. Lanes are those of this process."""
+
+    losses: list[Tensor]
+    """Of each lane: [micro-batch]."""
+    log_snr: list[Tensor]
+    """Their noise levels."""
+    gradient_norm: Tensor
+    """Before clipping."""
+    learning_rate: float
+
+
 class Trainer:
     """Everything that changes while training, and how one step changes it."""
 
-    def __init__(self, recipe: Recipe, classes: int, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, dataset: Manifest, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator = recipe, accelerator
         self.lanes = lanes_of_process(recipe, accelerator.process_index, accelerator.num_processes)
         device = accelerator.device
-        self.network = place(build_network(recipe, classes), device)
-        self.ema = EMA(self.network, recipe.ema.half_life_images, recipe.ema.ramp)
+        self.network = place(build_network(recipe, len(dataset.classes)), device)
+        self.averages = {average_name(half): EMA(self.network, half, recipe.ema.ramp) for half in recipe.ema.half_lives}
+        self.levels = LevelSource(recipe, device)
+        self.bins = Pixels(dataset.pixel_mean, dataset.pixel_std).bins(self.levels.chain)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             betas=recipe.optimizer.betas,
@@ -79,77 +103,100 @@ class Trainer:
         """Images behind the weights."""
         return self.step * self.recipe.data.batch_size
 
-    def train_step(self, lanes: list[Lane]) -> tuple[list[Tensor], Tensor, float]:
-        """One optimiser step. Returns the losses [micro-batch] of each lane, the gradient's norm, the learning rate."""
+    def train_step(self, lanes: list[Lane]) -> StepReport:
+        """One optimiser step."""
         recipe = self.recipe
         self.network.train()
-        losses = self._exact_gradients(lanes) if self.gradients else self._fast_gradients(lanes)
+        levels = [self.levels.draw(lane.uniform) for lane in lanes]
+        losses = (self._exact_gradients if self.gradients else self._fast_gradients)(lanes, levels)
+        if self.levels.learns:
+            self._observe(levels, losses)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip_norm)
         rate = learning_rate(recipe, self.images_seen + recipe.data.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.step += 1
-        self.ema.update(self.network, self.images_seen, recipe.data.batch_size)
-        return losses, norm, rate
+        for average in self.averages.values():
+            average.update(self.network, self.images_seen, recipe.data.batch_size)
+        return StepReport(losses, [level.log_snr for level in levels], norm, rate)
 
-    def _loss(self, lane: Lane) -> Tensor:
-        recipe = self.recipe
-        x_t = diffuse(lane.x0, lane.epsilon, lane.log_snr).contiguous(memory_format=torch.channels_last)
+    def _loss(self, lane: Lane, levels: Levels) -> Losses:
+        recipe, objective = self.recipe, self.recipe.objective
+        x_t = diffuse(lane.x0, lane.epsilon, levels.log_snr).contiguous(memory_format=torch.channels_last)
         if recipe.network.dropout:
             torch.manual_seed(lane.dropout_seed)  # dropout takes its numbers from the global generator only
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            output = self.forward(x_t, noise_variance(lane.log_snr), lane.label)
-        objective = recipe.objective
-        return simple_loss(
-            output,
-            lane.x0,
-            lane.epsilon,
-            lane.log_snr,
-            recipe.process.prediction,
-            objective.weighting,
-            objective.gamma,
-            objective.error,
+            output = self.forward(x_t, noise_variance(levels.log_snr), lane.label, lane.turn)
+        prediction, mix = read_output(recipe, output)
+        kind, weighting = recipe.process.prediction, objective.weighting
+        simple = simple_loss(
+            prediction, lane.x0, lane.epsilon, levels.log_snr, kind, weighting, objective.gamma, objective.error
+        )
+        if levels.position is None or levels.share is None:
+            return Losses(simple, simple)
+        bound = torch.zeros_like(levels.share)
+        if recipe.learned_variance:
+            estimate = Estimate(to_x0(kind, prediction.double(), x_t.double(), levels.log_snr), mix)
+            taught = estimate.detached_mean() if objective.loss == "hybrid" else estimate
+            bound = chain_term(taught, lane.x0, x_t, levels.position, self.levels.chain, self.bins)
+        return with_bound(
+            objective.loss,
+            simple,
+            bound,
+            levels.share,
+            self.levels.steps,
+            objective.bound_weight,
+            unweight_simple=self.levels.learns,
         )
 
-    def _exact_gradients(self, lanes: list[Lane]) -> list[Tensor]:
+    def _observe(self, levels: list[Levels], losses: list[Tensor]) -> None:
+        """Have the noise levels learn from the losses of all lanes: in lane order, the same on every process."""
+        positions = torch.stack([level.position for level in levels if level.position is not None])
+        positions, gathered = self.accelerator.gather((positions, torch.stack(losses)))
+        self.levels.observe(positions.flatten(), gathered.flatten())
+
+    def _exact_gradients(self, lanes: list[Lane], levels: list[Levels]) -> list[Tensor]:
         assert self.gradients is not None
         flat, tree, losses = self.gradients.flat, Tree(), []
-        for lane in lanes:
+        for lane, level in zip(lanes, levels, strict=True):
             flat.zero_()
-            loss = self._loss(lane)
-            loss.mean().backward()
+            loss = self._loss(lane, level)
+            loss.weighted.mean().backward()
             tree.add(flat.clone() if len(lanes) > 1 else flat)
-            losses.append(loss.detach())
+            losses.append(loss.own.detach())
         total = sum_over_processes(tree.sum())
         # The number of lanes is a power of two: this division is exact as well.
         flat.copy_(total / self.recipe.data.lanes)
         return losses
 
-    def _fast_gradients(self, lanes: list[Lane]) -> list[Tensor]:
+    def _fast_gradients(self, lanes: list[Lane], levels: list[Levels]) -> list[Tensor]:
         self.optimizer.zero_grad()
         losses = []
-        for index, lane in enumerate(lanes):
+        for index, (lane, level) in enumerate(zip(lanes, levels, strict=True)):
             last = index == len(lanes) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self._loss(lane)
-                (loss.mean() / len(lanes)).backward()
-            losses.append(loss.detach())
+                loss = self._loss(lane, level)
+                (loss.weighted.mean() / len(lanes)).backward()
+            losses.append(loss.own.detach())
         return losses
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state by parameter name."""
-        return {
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What an optimiser step needs beside the weights: its state by parameter, and what the noise levels remember."""
+        moments = {
             f"{name}/{key}": value
             for name, parameter in self.network.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
+        return moments | {f"{NOISE_LEVELS}/{key}": value for key, value in self.levels.state.items()}
 
     def restore(self, step: int, content: Checkpoint) -> None:
         """Continue from a checkpoint."""
         self.step = step
         self.network.load_state_dict(content.model)
-        self.ema.network.load_state_dict(content.ema)
+        for name, average in self.averages.items():
+            average.network.load_state_dict(content.averages[name])
+        self.levels.restore({key: content.optimizer[f"{NOISE_LEVELS}/{key}"] for key in self.levels.state})
         for name, parameter in self.network.named_parameters():
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -145,6 +145,8 @@ def scores(step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str 
         step=step,
         images_seen=32,
         checkpoint=checkpoint,
+        weights="ema-500000",
+        fid_by_weights={},
         bound=BoundTerms(
             total=4.0,
             error=0.1,

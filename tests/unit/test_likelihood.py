@@ -6,33 +6,54 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from diffusion.data.loader import ShardImages
 from diffusion.denoiser import Denoiser, Pixels, build_network
-from diffusion.evaluation.likelihood import Draws, bits_per_dim, choose_transitions, summarise
+from diffusion.evaluation.likelihood import (
+    Draws,
+    bits_per_dim,
+    choose_transitions,
+    even_in_log_snr,
+    every_transition,
+    important,
+    summarise,
+)
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.job import ProgressFile
 from diffusion.process.schedule import Cosine, chain
 from tests.conftest import Ingested, tiny_recipe
 
 
-def test_importance_weights_make_the_estimate_unbiased() -> None:
+def test_draws_by_importance_are_unbiased_and_vary_less_than_even_ones() -> None:
     levels = chain(Cosine(7.5, -10.0), 200).numpy()
     rng = np.random.default_rng(0)
-    terms = rng.uniform(0.5, 1.5, 200) * np.concatenate([[0], levels[:-1] - levels[1:]])
-    draws = choose_transitions(levels, 2000, 8)
-    assert draws.positions.min() >= 1
-    assert draws.share.sum() == pytest.approx(1)
-    nats = np.concatenate([np.zeros((2000, 2)), terms[draws.positions]], axis=1)
-    estimate = summarise(nats, draws, levels)
-    assert estimate.total * math.log(2) == pytest.approx(terms.sum(), abs=4 * estimate.error * math.log(2))
-    assert estimate.error * math.log(2) < 0.01 * terms.sum()
+    step = np.concatenate([[0], levels[:-1] - levels[1:]])
+    # Terms as trained networks have them: far from even in log_snr, and another for every image.
+    typical = step * np.exp(-0.5 * (levels - 2) ** 2 / 4)
+    even = even_in_log_snr(levels)
+
+    def measure(draws: Draws) -> NDArray[np.float64]:
+        return typical[draws.positions] * rng.uniform(0.8, 1.2, draws.positions.shape)
+
+    pilot = choose_transitions(even, 1000, 1, "pilot")
+    share = important(even, pilot, measure(pilot))
+    errors = []
+    for shares in (even, share):
+        assert shares.sum() == pytest.approx(1)
+        draws = choose_transitions(shares, 1000, 8, "test")
+        assert draws.positions.min() >= 1
+        estimate = summarise(np.concatenate([np.zeros((1000, 2)), measure(draws)], axis=1), draws, levels)
+        error = estimate.error * math.log(2)
+        assert estimate.total * math.log(2) == pytest.approx(typical.sum(), abs=4 * error)
+        errors.append(error)
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_the_parts_add_up_to_the_whole() -> None:
     levels = chain(Cosine(7.5, -10.0), 50).numpy()
-    draws = choose_transitions(levels, 10, 100)
-    assert draws.positions.shape == (10, 49), "asked for more than there are, it takes all"
+    draws = every_transition(50, 10)
+    assert draws.positions.shape == (10, 49)
     nats = np.random.default_rng(0).uniform(0, 1, (10, 51))
     bound = summarise(nats, draws, levels)
     assert len(bound.transitions) == BOUND_BINS
@@ -41,9 +62,11 @@ def test_the_parts_add_up_to_the_whole() -> None:
     assert isinstance(draws, Draws)
 
 
-def test_the_sampled_bound_of_a_network_agrees_with_the_exact_sum(ingested: Ingested, tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("loss", ["simple", "hybrid"])
+def test_the_sampled_bound_of_a_network_agrees_with_the_exact_sum(ingested: Ingested, tmp_path, loss: str) -> None:  # type: ignore[no-untyped-def]
     def measure(timesteps: int) -> BoundTerms:
-        recipe = tiny_recipe(process__steps=40, evaluation__likelihood_timesteps=timesteps)
+        steps = {"process__steps": 40, "evaluation__likelihood_timesteps": timesteps}
+        recipe = tiny_recipe(objective__loss=loss, **steps)
         torch.manual_seed(0)
         network = build_network(recipe, 10).eval()
         pixels = Pixels(ingested.manifest.pixel_mean, ingested.manifest.pixel_std)

@@ -11,7 +11,7 @@ from diffusion.model.unet import UNet
 from diffusion.recipe import load_recipe
 
 
-def small_unet(classes: int = 10, patch: int = 1) -> UNet:
+def small_unet(classes: int = 10, patch: int = 1, outputs: int = 3) -> UNet:
     torch.manual_seed(0)
     network = UNet(
         image_size=16,
@@ -22,6 +22,8 @@ def small_unet(classes: int = 10, patch: int = 1) -> UNet:
         patch=patch,
         classes=classes,
         dropout=0.0,
+        outputs=outputs,
+        turns=True,
     )
     for parameter in network.parameters():  # wake the zero-initialised layers
         nn.init.normal_(parameter, std=0.1)
@@ -52,15 +54,17 @@ def test_any_allowed_width_makes_a_network(width: int) -> None:
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_images_of_a_batch_do_not_leak_into_one_another(patch: int) -> None:
-    network = small_unet(patch=patch).double()
+    network = small_unet(patch=patch, outputs=6).double()
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     v, label = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), torch.tensor([1, 2, 10])
-    together = network(x, v, label)
+    turn = torch.tensor([0, 1, 3])
+    together = network(x, v, label, turn)
+    assert together.shape == (3, 6, 16, 16)
     changed = x.clone()
     changed[1] += 1
     v2, label2 = v.clone(), label.clone()
     v2[1], label2[1] = 0.2, 7
-    others = network(changed, v2, label2)
+    others = network(changed, v2, label2, torch.tensor([0, 2, 3]))
     torch.testing.assert_close(together[[0, 2]], others[[0, 2]], rtol=1e-12, atol=1e-12)
     assert (together[1] - others[1]).abs().max() > 1e-3
 
@@ -72,6 +76,9 @@ def test_the_network_is_told_noise_variance_and_class() -> None:
     assert (network(x, v + 0.01, torch.tensor([3])) - base).abs().max() > 1e-4
     assert (network(x, v, torch.tensor([4])) - base).abs().max() > 1e-4
     assert torch.equal(network(x, v, None), network(x, v, torch.tensor([10])))
+    turned = [network(x, v, torch.tensor([3]), torch.tensor([quarters])) for quarters in range(4)]
+    assert torch.equal(turned[0], base), "told nothing, it takes the image as not turned"
+    assert all((other - base).abs().max() > 1e-4 for other in turned[1:])
 
 
 def test_both_ends_of_the_noise_variance_stay_apart() -> None:

@@ -41,7 +41,8 @@ def test_stratified_uniforms_fall_one_in_each_stretch(count: int, position: int)
 
 
 def test_log_normal_levels_have_the_asked_moments() -> None:
-    levels = log_normal(stratified_uniforms(stream(0, "level"), 100_000), 1.0, 2.0, -10, 10)
+    uniforms = torch.from_numpy(stratified_uniforms(stream(0, "level"), 100_000))
+    levels = log_normal(uniforms, 1.0, 2.0, -10, 10)
     assert float(levels.mean()) == pytest.approx(1.0, abs=0.01)
     assert float(levels.std()) == pytest.approx(2.0, abs=0.01)
     assert torch.isfinite(levels).all()

@@ -37,6 +37,9 @@ def test_an_unknown_override_is_answered_with_the_nearest() -> None:
         ({"optimizer.learning_rate": "fast"}, "learning_rate"),
         ({"network.kind": "seed", "network.class_conditional": False}, "lanes to 1"),
         ({"process.zero_terminal_snr": True}, "uniform_time"),
+        ({"process.zero_terminal_snr": True, "objective.loss": "hybrid"}, "loss simple"),
+        ({"ema.half_lives": [5, 5.0]}, "twice"),
+        ({"ema.half_lives": []}, "half_lives"),
         ({"process.zero_terminal_snr": True, "evaluation.spacing": "uniform_time"}, "log_snr_min"),
     ],
 )

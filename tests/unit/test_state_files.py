@@ -11,13 +11,14 @@ from diffusion.data.store import FolderStore
 from diffusion.errors import StoreError
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import Journal, drop_after, records
-from diffusion.training.state import FORMAT_VERSION, State, folder, load_state, steps_with_checkpoint
+from diffusion.training.state import FORMAT_VERSION, State, average_name, folder, load_state, steps_with_checkpoint
 from tests.conftest import tiny_recipe
 
 
 def content(step: int) -> Checkpoint:
     tensors = {"weight": torch.full((3, 2), float(step)), "bias": torch.arange(2)}
-    return Checkpoint(tensors, {"weight": torch.zeros(3)}, {"weight/exp_avg": torch.ones(2)}, b'{"step": 1}\n')
+    averages = {name: {"weight": torch.zeros(3)} for name in map(average_name, tiny_recipe().ema.half_lives)}
+    return Checkpoint(tensors, averages, {"weight/exp_avg": torch.ones(2)}, b'{"step": 1}\n')
 
 
 def write(store: FolderStore, step: int, run: str = "run") -> State:
@@ -41,7 +42,12 @@ def test_a_checkpoint_gives_back_what_was_written(tmp_path: Path) -> None:
     assert torch.equal(read.model["weight"], content(10).model["weight"])
     assert read.model["bias"].dtype == torch.int64
     assert read.journal == content(10).journal
-    assert set(state.sha256) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "journal.jsonl"}
+    assert set(state.sha256) == {
+        "model.safetensors",
+        "ema-500000.safetensors",
+        "optimizer.safetensors",
+        "journal.jsonl",
+    }
 
 
 def test_the_newest_checkpoint_is_found_by_number_not_by_name(tmp_path: Path) -> None:
@@ -68,7 +74,7 @@ def test_without_its_state_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(
-    file=st.sampled_from(["model.safetensors", "ema.safetensors", "optimizer.safetensors", "journal.jsonl"]),
+    file=st.sampled_from(["model.safetensors", "ema-500000.safetensors", "optimizer.safetensors", "journal.jsonl"]),
     position=st.integers(0, 10**6),
     bit=st.integers(0, 7),
     cut=st.booleans(),
