@@ -14,18 +14,21 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 import mlflow
 
 MAX_IMAGES = 1024
+MAX_GUIDANCE = 20
 BLOCK = 8
 
 
 class Sampler(PythonModel):
-    """predict([], params={"n": 8, "steps": 20, "seed": 0, "label": "Forest"}) -> uint8 [n, height, width, 3]."""
+    """predict([], params={"n": 8, "steps": 20, "label": "Forest", "guidance": 2.0}) -> uint8 [n, height, width, 3]."""
 
     def load_context(self, context: PythonModelContext) -> None:
         from safetensors.torch import load_file
 
         from diffusion.denoiser import Denoiser, Pixels, build_network
+        from diffusion.process.samplers import SAMPLERS
         from diffusion.recipe import Recipe
 
+        self.samplers = list(SAMPLERS)
         recipe = Recipe.model_validate_json(Path(context.artifacts["recipe"]).read_bytes())
         dataset = json.loads(Path(context.artifacts["dataset"]).read_text())
         self.classes = dataset["classes"] if recipe.network.class_conditional else []
@@ -38,34 +41,48 @@ class Sampler(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> np.ndarray:
         """Image i of a seed is the same whatever `n` is; without a label, image i is of class i modulo their number."""
+        evaluation = self.denoiser.recipe.evaluation
         values = {
             "n": 8,
-            "steps": self.denoiser.recipe.evaluation.sampler_steps,
+            "steps": evaluation.sampler_steps,
+            "sampler": evaluation.sampler,
             "seed": 0,
             "label": "",
+            "guidance": evaluation.guidance,
             **(params or {}),
         }
         n, steps, seed, label = int(values["n"]), int(values["steps"]), int(values["seed"]), str(values["label"])
+        sampler, guidance = str(values["sampler"]), float(values["guidance"])
         if not 1 <= n <= MAX_IMAGES:
             raise MlflowException.invalid_parameter_value(f"n is {n}; it must be between 1 and {MAX_IMAGES}.")
         if not 1 <= steps <= 1000:
             raise MlflowException.invalid_parameter_value(f"steps is {steps}; it must be between 1 and 1000.")
         if seed < 0:
             raise MlflowException.invalid_parameter_value(f"seed is {seed}; it must not be negative.")
+        if sampler not in self.samplers:
+            raise MlflowException.invalid_parameter_value(
+                f"sampler is '{sampler}'; it must be one of {', '.join(self.samplers)}."
+            )
+        if not 0 <= guidance <= MAX_GUIDANCE:
+            raise MlflowException.invalid_parameter_value(
+                f"guidance is {guidance}; it must be between 0 and {MAX_GUIDANCE}."
+            )
         if label and label not in self.classes:
             raise MlflowException.invalid_parameter_value(
                 f"label is '{label}'; it must be empty or one of {', '.join(self.classes) or '(the model knows no classes)'}."
             )
         # Blocks are always drawn whole: how many images the network sees at once can change how it rounds.
-        blocks = [self._block(range(start, start + BLOCK), steps, seed, label) for start in range(0, n, BLOCK)]
+        blocks = [
+            self.denoiser.sample(indices, self._labels(indices, label), seed, steps, sampler, guidance=guidance)
+            for indices in (range(start, start + BLOCK) for start in range(0, n, BLOCK))
+        ]
         return np.concatenate(blocks)[:n]
 
-    def _block(self, indices: range, steps: int, seed: int, label: str) -> np.ndarray:
-        labels = None
-        if self.classes:
-            fixed = [self.classes.index(label)] if label else range(len(self.classes))
-            labels = np.array([fixed[index % len(fixed)] for index in indices])
-        return self.denoiser.sample(indices, labels, seed, steps)
+    def _labels(self, indices: range, label: str) -> np.ndarray | None:
+        if not self.classes:
+            return None
+        fixed = [self.classes.index(label)] if label else range(len(self.classes))
+        return np.array([fixed[index % len(fixed)] for index in indices])
 
 
 mlflow.models.set_model(Sampler())

@@ -110,6 +110,34 @@ class Scores(BaseModel):
                 flat[f"fid_worst_class_{scores.extractor}"] = max(scores.class_fid.values())
         return flat
 
+    def table(self) -> list[tuple[str, float, float | None, float | None]]:
+        """All figures: name, value, standard error, and what real test images have. None where there is none."""
+        rows: list[tuple[str, float, float | None, float | None]] = [
+            ("bits_per_dim", self.bound.total, self.bound.error, None),
+            ("bits_per_dim, prior", self.bound.prior, None, None),
+            ("bits_per_dim, transitions", sum(self.bound.transitions), None, None),
+            ("bits_per_dim, decoder", self.bound.decoder, None, None),
+        ]
+        for by in self.by_extractor:
+            named: list[tuple[str, float | None, float | None, float | None]] = [
+                ("fid", by.fid, by.fid_error, by.fid_floor),
+                ("fid_extrapolated", by.fid_extrapolated, None, None),
+                ("kid", by.kid, by.kid_error, by.kid_floor),
+                ("precision", by.precision, None, None),
+                ("recall", by.recall, None, None),
+                ("density", by.density, None, None),
+                ("coverage", by.coverage, None, None),
+                ("memorisation", by.memorisation, by.memorisation_error, 1.0),
+                ("class_accuracy", by.class_accuracy, None, None),
+                *((f"fid of {name}", fid, None, None) for name, fid in (by.class_fid or {}).items()),
+            ]
+            rows += [
+                (f"{name} ({by.extractor}, n = {by.samples:,})", value, error, real)
+                for name, value, error, real in named
+                if value is not None
+            ]
+        return rows
+
 
 def evaluation_folder(run: str, step: int, name: str = "") -> str:
     """Where the results of an evaluation lie in the store; `name` tells those apart that are not the recipe's own."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion.evaluation.scores import BoundTerms
+from diffusion.evaluation.scores import BoundTerms, Scores
 from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
 if TYPE_CHECKING:
@@ -56,4 +56,20 @@ def bound_by_noise_level(bound: BoundTerms) -> Figure:
     axes.set(xlabel="log SNR (noise on the left, data on the right)", ylabel="bits/dim", title=title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
+    return figure
+
+
+def class_distances(scores: Scores) -> Figure:
+    """FID of each class's samples, by the first extractor, worst on top."""
+    from matplotlib.figure import Figure
+
+    by = scores.by_extractor[0]
+    classes = sorted((by.class_fid or {}).items(), key=lambda item: item[1])
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([name for name, _ in classes], [fid for _, fid in classes], color="C0")
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set(xlabel=f"fid_{by.extractor} of a class (n = {by.samples // max(1, len(classes)):,} each)")
+    axes.set_title(f"FID by class at step {scores.step:,}; of all together: {by.fid:.1f} ± {by.fid_error:.1f}")
+    axes.grid(axis="x", alpha=0.3)
     return figure

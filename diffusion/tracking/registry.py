@@ -191,13 +191,15 @@ def _write_files(
 def _params(state: State):  # type: ignore[no-untyped-def]  # MLflow's classes are imported late
     from mlflow.types import ParamSchema, ParamSpec
 
-    steps = state.recipe.evaluation.sampler_steps
+    evaluation = state.recipe.evaluation
     return ParamSchema(
         [
             ParamSpec("n", "long", 8),
-            ParamSpec("steps", "long", steps),
+            ParamSpec("steps", "long", evaluation.sampler_steps),
+            ParamSpec("sampler", "string", evaluation.sampler),
             ParamSpec("seed", "long", 0),
             ParamSpec("label", "string", ""),
+            ParamSpec("guidance", "double", float(evaluation.guidance)),
         ]
     )
 

@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,7 @@ from PIL import Image
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, flatten
-from diffusion.tracking.figures import bound_by_noise_level
+from diffusion.tracking.figures import bound_by_noise_level, class_distances
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +132,18 @@ class TrackedRun:
         self._log_image("samples", scores.step, grid)
         self._log_image("closest_training_images", scores.step, closest)
         self.log_figure(bound_by_noise_level(scores.bound), f"figures/bound-{scores.step:09d}.png")
-        self.client.log_text(self.run_id, scores.model_dump_json(indent=1), f"scores/{scores.step:09d}.json")
+        if any(by.class_fid for by in scores.by_extractor):
+            self.log_figure(class_distances(scores), f"figures/classes-{scores.step:09d}.png")
+        self._log_table(f"scores/{scores.step:09d}.json", ("figure", "value", "error", "real images"), scores.table())
+
+    def _log_table(self, path: str, columns: tuple[str, ...], rows: Sequence[Sequence[object]]) -> None:
+        """As `MlflowClient.log_table` does it, but a repetition replaces the rows in place of adding them again."""
+        self.client.log_text(self.run_id, json.dumps({"columns": columns, "data": rows}), path)
+        tag = "mlflow.loggedArtifacts"
+        listed = json.loads(self.client.get_run(self.run_id).data.tags.get(tag, "[]"))
+        entry = {"path": path, "type": "table"}
+        if entry not in listed:
+            self.client.set_tag(self.run_id, tag, json.dumps([*listed, entry]))
 
     def _log_image(self, key: str, step: int, png: bytes) -> None:
         """As `MlflowClient.log_image` does it, but under a name that the content decides: a repetition overwrites."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
@@ -170,7 +171,11 @@ def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: Tr
     assert history(run, "score/fid_eurosat") == [(8, 20.0), (16, 12.5)]
     assert history(run, "score/bits_per_dim") == [(8, 4.0), (16, 4.0)]
     figures = [item.path for item in run.client.list_artifacts(run.run_id, "figures")]
-    assert sorted(figures) == ["figures/bound-000000008.png", "figures/bound-000000016.png"]
+    assert sorted(figures) == [f"figures/{name}-{step:09d}.png" for name in ("bound", "classes") for step in (8, 16)]
+    table = run.client.load_table(run.experiment_id, "scores/000000016.json", [run.run_id])
+    assert len(table) == len(set(table["figure"])), "a repetition added its rows again"
+    fid = table[table["figure"] == "fid (eurosat, n = 80)"].iloc[0]
+    assert (fid["value"], fid["real images"]) == (12.5, 0.5)
     images = [item.path for item in run.client.list_artifacts(run.run_id, "images")]
     for series in ("samples", "closest_training_images"):
         assert len([path for path in images if f"/{series}+step+" in path and path.endswith(".png")]) == 2
@@ -189,7 +194,11 @@ def test_the_figure_of_the_loss_by_noise_level_is_logged(run: TrackedRun, tmp_pa
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
     """Publish an untrained model: what it says is another matter."""
     recipe = tiny_recipe(seed=fields.pop("seed", 0), data__image_size=fields.pop("image_size", 16))
-    network = build_network(recipe, 10).state_dict()
+    network = build_network(recipe, 10)
+    torch.manual_seed(recipe.seed)
+    for parameter in network.parameters():  # wake the zero-initialised layers
+        torch.nn.init.normal_(parameter, std=0.1)
+    weights = network.state_dict()
     state = State(
         format_version=FORMAT_VERSION,
         run=name,
@@ -199,7 +208,9 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
         recipe=recipe,
         sha256={},
     )
-    state = write_checkpoint(store, state, Checkpoint(network, network, {"x": network["conv_in.bias"]}, b""))
+    state = write_checkpoint(
+        store, state, Checkpoint(weights, {"ema-500000": weights}, {"x": weights["conv_in.bias"]}, b"")
+    )
     tags = {"git.commit": "c" * 40}
     made = scores(checkpoint=state.digest, **fields)
     return publish(run, store, state, made, ingested.manifest, grid(), tags)
@@ -249,7 +260,10 @@ assert np.array_equal(images[:2], model.predict([], params=params | {{"n": 2}}))
 assert np.array_equal(images, model.predict([], params=params | {{"n": 11}})[:3])
 assert not np.array_equal(images, model.predict([], params=params | {{"seed": 6}}))
 assert model.predict([]).shape == (8, 16, 16, 3)
-for wrong in ({{"label": "Desert"}}, {{"n": 0}}, {{"steps": 0}}, {{"n": "many"}}, {{"seed": -1}}):
+for other in ({{"sampler": "ancestral"}}, {{"guidance": 3.0}}):
+    assert not np.array_equal(images, model.predict([], params=params | other))
+wrongs = [{{"label": "Desert"}}, {{"n": 0}}, {{"steps": 0}}, {{"n": "many"}}, {{"seed": -1}}]
+for wrong in [*wrongs, {{"sampler": "euler"}}, {{"guidance": -1.0}}]:
     try:
         model.predict([], params=wrong)
     except mlflow.MlflowException as error:

@@ -1,11 +1,14 @@
 """The networks, their conditioning, and the moving average."""
 
+import shutil
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion.denoiser import build_network
 from diffusion.model.ema import EMA
+from diffusion.model.placement import place
 from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet
 from diffusion.recipe import load_recipe
@@ -128,3 +131,50 @@ def test_ema_averages_batch_norm_statistics_and_copies_counters() -> None:
     averaged, trained = ema.network.state_dict(), network.state_dict()
     torch.testing.assert_close(averaged["running_mean"], trained["running_mean"] / 2)
     assert averaged["num_batches_tracked"].item() == 1
+
+
+def demo_network() -> tuple[UNet, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    network = build_network(load_recipe("demo"), 10).eval()
+    assert isinstance(network, UNet)
+    for parameter in network.parameters():  # as large as trained weights, with the zero-initialised layers awake
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return network, torch.randn(4, 3, 32, 32), torch.rand(4, dtype=torch.float64), torch.arange(4)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def test_channels_last_and_bf16_keep_the_result() -> None:
+    network, x, v, label = demo_network()
+    expected = network(x, v, label)
+    assert expected.std() > 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 < relative_error(network(x, v, label), expected) < 0.02
+    placed = place(network, torch.device("cpu"))
+    assert relative_error(placed(x.contiguous(memory_format=torch.channels_last), v, label), expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@torch.no_grad()
+def test_compiled_it_keeps_the_result() -> None:
+    network, x, v, label = demo_network()
+    expected = network(x, v, label)
+    assert relative_error(torch.compile(network)(x, v, label), expected) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu_compiled_in_bf16_it_keeps_the_result() -> None:
+    network, x, v, label = demo_network()
+    expected = network(x, v, label)
+    device = torch.device("cuda")
+    compiled = torch.compile(place(network, device))
+    x, v, label = x.to(device), v.to(device), label.to(device)
+    assert relative_error(compiled(x, v, label).cpu(), expected) < 1e-3  # TF32 may be in use
+    with torch.autocast("cuda", torch.bfloat16):
+        assert relative_error(compiled(x, v, label).cpu(), expected) < 0.02
