@@ -104,8 +104,11 @@ class Objective(Part):
 
 
 class Optimizer(Part):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    """How the weights follow the gradient."""
 
+    kind: Literal["adamw", "muon"] = "muon"
+    """adamw: Loshchilov & Hutter 2019, arXiv:1711.05101. muon: orthogonalised momentum for the weights of the blocks (Jordan
+    et al. 2024), AdamW for all else."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """After warm-up."""
     warmup_images: int = Field(default=0, ge=0)
@@ -113,7 +116,7 @@ class Optimizer(Part):
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after warm-up; cosine falls to zero at the end of the budget."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Decay of the two moments."""
+    """Decay of AdamW's two moments."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     clip_norm: float = Field(default=1.0, gt=0)

@@ -73,14 +73,16 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return float(max(distance, 0.0))
 
 
-def kernel_distance(first: Features, second: Features, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(
+    first: Features, second: Features, seed: int = 0, samples: int = KID_SAMPLES
+) -> tuple[float, float]:
     """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
-    Of up to `KID_SAMPLES` of each set, and its standard deviation over bootstrap draws of both sets. An unbiased estimate
+    Of up to `samples` of each set, and its standard deviation over bootstrap draws of both sets. An unbiased estimate
     may be negative.
     """
     x, y = (
-        features[stream(seed, "kid", side).permutation(len(features))[:KID_SAMPLES]].astype(np.float64)
+        features[stream(seed, "kid", side).permutation(len(features))[:samples]].astype(np.float64)
         for side, features in enumerate((first, second))
     )
     kernels = _kernel(x, x), _kernel(y, y), _kernel(x, y)

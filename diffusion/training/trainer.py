@@ -25,6 +25,7 @@ from diffusion.recipe import Recipe
 from diffusion.training.batches import Lane
 from diffusion.training.checkpoint import Checkpoint
 from diffusion.training.levels import Levels, LevelSource
+from diffusion.training.optimizer import make_optimizers
 from diffusion.training.reduction import GradientBuffer, Tree, sum_over_processes
 from diffusion.training.state import average_name
 
@@ -85,12 +86,7 @@ class Trainer:
         self.averages = {average_name(half): EMA(self.network, half, recipe.ema.ramp) for half in recipe.ema.half_lives}
         self.levels = LevelSource(recipe, device)
         self.bins = Pixels(dataset.pixel_mean, dataset.pixel_std).bins(self.levels.chain)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            betas=recipe.optimizer.betas,
-            weight_decay=recipe.optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizers = make_optimizers(recipe, self.network)
         self.step = 0
         fast = recipe.reduction == "fast"
         # DistributedDataParallel is compiled with what it wraps: only so does it send while the backward pass runs.
@@ -113,9 +109,10 @@ class Trainer:
             self._observe(levels, losses)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip_norm)
         rate = learning_rate(recipe, self.images_seen + recipe.data.batch_size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.step += 1
         for average in self.averages.values():
             average.update(self.network, self.images_seen, recipe.data.batch_size)
@@ -171,7 +168,7 @@ class Trainer:
         return losses
 
     def _fast_gradients(self, lanes: list[Lane], levels: list[Levels]) -> list[Tensor]:
-        self.optimizer.zero_grad()
+        self.network.zero_grad()
         losses = []
         for index, (lane, level) in enumerate(zip(lanes, levels, strict=True)):
             last = index == len(lanes) - 1
@@ -186,7 +183,8 @@ class Trainer:
         moments = {
             f"{name}/{key}": value
             for name, parameter in self.network.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
+            for optimizer in self.optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
         return moments | {f"{NOISE_LEVELS}/{key}": value for key, value in self.levels.state.items()}
 
@@ -197,10 +195,18 @@ class Trainer:
         for name, average in self.averages.items():
             average.network.load_state_dict(content.averages[name])
         self.levels.restore({key: content.optimizer[f"{NOISE_LEVELS}/{key}"] for key in self.levels.state})
-        for name, parameter in self.network.named_parameters():
-            state = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = content.optimizer[f"{name}/{key}"].to(parameter.device)
-                # The fused optimiser walks a parameter and its moments together: they share one memory layout.
-                state[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
-            self.optimizer.state[parameter] = state
+        parameters = dict(self.network.named_parameters())
+        owner = {
+            id(p): optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for entry, value in content.optimizer.items():
+            name, _, key = entry.partition("/")
+            if name == NOISE_LEVELS:
+                continue
+            parameter = parameters[name]
+            # The fused optimiser walks a parameter and its moments together: they share one memory layout.
+            like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+            owner[id(parameter)].state[parameter][key] = like.to(parameter.device)

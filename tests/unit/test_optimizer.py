@@ -1,0 +1,66 @@
+"""Muon: what it does to a matrix, against PyTorch's own, and to a network's parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.denoiser import build_network
+from diffusion.model.placement import place
+from diffusion.training.optimizer import Muon, make_optimizers, orthogonalised
+from tests.conftest import tiny_recipe
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32)])
+def test_singular_values_come_near_one_and_their_vectors_stay(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.T @ orthogonalised(matrix) @ v.T  # diagonal in the matrix' own singular vectors
+    values = turned.diagonal()
+    assert (turned - values.diag()).abs().max() < 1e-9
+    # A square random matrix has singular values near zero, which five iterations do not lift all the way.
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    assert values.min() > (0.6 if shape[0] != shape[1] else 0.0)
+
+
+def test_a_step_is_pytorch_s_own() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(24, 64)) for _ in range(2))
+    own = Muon([ours], weight_decay=0.1)
+    own.param_groups[0]["lr"] = 0.02
+    other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(24, 64)
+        theirs.grad = ours.grad.clone()
+        own.step()
+        other.step()
+    moved = (theirs - 1).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # theirs computes in bfloat16
+
+
+def test_a_convolution_is_taken_as_a_matrix_whatever_its_memory_layout() -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(weight.clone().contiguous(memory_format=layout))
+        parameter.grad = grad.clone().contiguous(memory_format=layout)
+        optimizer = Muon([parameter], weight_decay=0.0)
+        optimizer.param_groups[0]["lr"] = 1.0
+        optimizer.step()
+        results.append(weight - parameter.detach())
+    torch.testing.assert_close(results[0], results[1])
+    values = torch.linalg.svdvals(results[0].flatten(1))
+    assert (values / (0.2 * 36**0.5)).min() > 0.6
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_has_one_optimiser_and_only_blocks_have_muon(kind: str) -> None:
+    network = place(build_network(tiny_recipe(optimizer__kind=kind), 10), torch.device("cpu"))
+    optimizers = make_optimizers(tiny_recipe(optimizer__kind=kind), network)
+    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(map(id, network.parameters()))
+    names = {id(p): name for name, p in network.named_parameters()}
+    by_muon = [names[id(p)] for o in optimizers[1:] for group in o.param_groups for p in group["params"]]
+    assert bool(by_muon) == (kind == "muon")
+    assert all(name.startswith(("down", "middle", "up")) and name.endswith("weight") for name in by_muon)
