@@ -21,6 +21,10 @@ class TrackingError(UserError):
     """The MLflow server does not answer, or refuses."""
 
 
+class RunBusy(UserError):
+    """Another process is writing the same run."""
+
+
 class TrainingDiverged(UserError):
     """The loss or the gradient became NaN or infinite."""
 

@@ -7,6 +7,7 @@ there: `error.json` if it fails.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -27,7 +28,8 @@ from diffusion.settings import InceptionSource
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SPEC, ERROR = "job.json", "error.json"
+SPEC, ERROR, LOCK = "job.json", "error.json", "lock"
+LOCK_SECONDS = 25.0
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a child of a threaded process must not take locks
 
@@ -55,6 +57,8 @@ class TrainingJob(JobSpec):
     """Step to train to."""
     checkpoint_every: int
     """Steps between checkpoints on the way."""
+    keep: int = 2
+    """Of these, the newest that are kept; those at the recipe's milestones are kept for ever."""
 
 
 class ReferenceJob(JobSpec):
@@ -89,6 +93,7 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     end_with_parent()
     folder = Path(sys.argv[1])
@@ -96,9 +101,15 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
-        cuda = torch.cuda.is_available()
-        accelerator = Accelerator(cpu=not cuda)
+        # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
+        # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
+        same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[same_buckets])
+        lock = lock_folder(folder) if accelerator.is_main_process else None
+        accelerator.wait_for_everyone()  # nobody looks at what an earlier writer may still be changing
         body(spec, folder, accelerator)
+        if lock is not None:
+            lock.close()
         accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -115,6 +126,32 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
         part.unlink()
         logging.getLogger(__name__).exception("rank %d failed", rank)
         raise SystemExit(1) from error
+
+
+def lock_folder(folder: Path, seconds: float = LOCK_SECONDS) -> IO[bytes]:
+    """Make this process the only writer of a folder, until the file that is returned is closed or the process ends.
+
+    Waits for one that is about to end. Raises RunBusy after `seconds`.
+    """
+    file = (folder / LOCK).open("a+b")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            file.seek(0)
+            owner = file.read().decode() or "?"
+            file.close()
+            raise errors.RunBusy(
+                f"Process {owner} on this machine is writing {folder}. Wait for it to end, or end it."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        return file
 
 
 def end_with_parent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from diffusion.job import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from flows.launcher import run_job
+from flows.owner import Watch, close_abandoned, this_process
 from flows.progress import Stage, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
@@ -84,21 +85,30 @@ def run_stage(
 def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> Iterator[Run]:
     """The run of this flow run, with its MLflow run open and fed; closed as finished, failed or killed.
 
-    A retry of the flow run finds the same run again.
+    A retry of the flow run finds the same run again, and so does a new one of the same recipe, dataset and code, if the
+    last of these did not finish. Runs whose process here has died are closed first.
     """
     environment = settings()
     flow_run_id, name = str(runtime.flow_run.id), str(runtime.flow_run.name)
-    lineage = Lineage(
-        # The flow run's name is made anew by a retry; its id is not.
-        run=f"{request.preset}-seed{request.seed}-{flow_run_id}",
-        commit=git_commit(),
-        flow_run_id=flow_run_id,
-        flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
-    )
     client = connect(environment.tracking_uri)
     artifacts = environment.artifacts if environment.tracking_uri.startswith("sqlite") else None
+    experiment_id = open_experiment(client, artifacts)
+    close_abandoned(client, experiment_id, flow_run_id)
+    commit = git_commit()
+    unfinished = unfinished_run(client, experiment_id, recipe, dataset, commit)
+    if unfinished is not None and not unfinished.endswith(flow_run_id):
+        say(f"Going on with {unfinished}, which did not finish.")
+    lineage = Lineage(
+        # The flow run's name is made anew by a retry; its id is not.
+        run=unfinished or f"{request.preset}-seed{request.seed}-{flow_run_id}",
+        commit=commit,
+        flow_run_id=flow_run_id,
+        flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
+        owner=this_process(),
+    )
     tracked = TrackedRun.open(client, artifacts, name, lineage, recipe, dataset, environment.store_uri)
-    with MetricsSender(tracked, environment.runs / lineage.run) as sender:
+    watch = nullcontext() if attended() else Watch()
+    with watch, MetricsSender(tracked, environment.runs / lineage.run) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run

@@ -168,16 +168,17 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
 
 
 def register_deployments(env: dict[str, str]) -> None:
-    """The work pool, and the deployments of prefect.yaml."""
+    """The work pool, the deployments of prefect.yaml, the automations."""
     prefect = [str(BIN / "prefect"), "--no-prompt"]
     for command in (
-        ["work-pool", "create", "train-diffusion", "--type", "process", "--overwrite"],
-        ["deploy", "--all"],
+        [*prefect, "work-pool", "create", "train-diffusion", "--type", "process", "--overwrite"],
+        [*prefect, "deploy", "--all"],
+        [sys.executable, "infra/automations.py"],
     ):
-        done = subprocess.run([*prefect, *command], cwd=PROJECT, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
         if done.returncode != 0:
             down()
-            raise SystemExit(f"prefect {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def known_password() -> str:

@@ -78,7 +78,8 @@ def ingest(source: Source, store: Store, progress: Progress | None = None, shard
         pixel_std=_three(std / 127.5),
         shards=tuple(shards),
     )
-    store.write(manifest_path(source.digest), manifest.to_json())
+    if not store.create(manifest_path(source.digest), manifest.to_json()):
+        store.write(manifest_path(source.digest), manifest.to_json())  # over a damaged one
     return manifest
 
 

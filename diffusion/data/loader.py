@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class ShardImages:
-    """Decoded shards of one split, the least recently used dropped beyond `memory_bytes`.
+    """Decoded shards of one split, the least recently used dropped beyond `memory_bytes`. For one thread at a time.
 
     Args:
         image_size: size to which the images are averaged down.
@@ -47,17 +47,29 @@ class ShardImages:
         self.shards: tuple[Shard, ...] = manifest.shards_of(split)
         self._files = LocalCopy(store, folder)
         self._decoded: OrderedDict[int, tuple[Images, Labels]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-window")
+        self._pending: dict[int, Future[tuple[Images, Labels]]] = {}
 
     def shard(self, index: int) -> tuple[Images, Labels]:
         """All images and labels of one shard. Raises DataError or StoreError if its bytes are not the manifest's."""
         if index not in self._decoded:
-            samples = self._samples(index)
-            images = decode_all(samples, self.manifest.image_size, self.image_size)
-            self._decoded[index] = images, np.array([sample.label for sample in samples])
+            pending = self._pending.pop(index, None)
+            self._decoded[index] = pending.result() if pending else self._decode(index)
             while len(self._decoded) > 1 and sum(i.nbytes for i, _ in self._decoded.values()) > self.memory_bytes:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(index)
         return self._decoded[index]
+
+    def prepare(self, indices: list[int]) -> None:
+        """Begin to read and decode shards that will be asked for, in the background and in this order."""
+        for index in indices:
+            if index not in self._decoded and index not in self._pending:
+                self._pending[index] = self._pool.submit(self._decode, index)
+
+    def _decode(self, index: int) -> tuple[Images, Labels]:
+        samples = self._samples(index)
+        images = decode_all(samples, self.manifest.image_size, self.image_size)
+        return images, np.array([sample.label for sample in samples])
 
     def labels(self, index: int) -> Labels:
         """The labels of one shard, without decoding its images."""

@@ -50,6 +50,14 @@ class Order:
             start, count = start + len(shards[-1]), count - len(shards[-1])
         return np.concatenate(shards), np.concatenate(places)
 
+    def window(self, position: int) -> tuple[int, list[int]]:
+        """The window that a position lies in: the position that it ends before, and its shards."""
+        epoch, within_epoch = divmod(position, self.epoch_samples)
+        bounds = _window_bounds(self, epoch)
+        window = int(np.searchsorted(bounds, within_epoch, side="right")) - 1
+        chosen = _shard_order(self, epoch)[window * self.window_shards : (window + 1) * self.window_shards]
+        return epoch * self.epoch_samples + int(bounds[window + 1]), chosen.tolist()
+
 
 @lru_cache(maxsize=8)
 def _shard_order(order: Order, epoch: int) -> NDArray[np.int64]:

@@ -5,9 +5,12 @@ An object appears whole or not at all. Names are relative: `datasets/<digest>/ma
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -15,7 +18,12 @@ from urllib.parse import urlsplit
 from diffusion.errors import StoreError
 
 if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import ClientError
     from types_boto3_s3 import S3Client
+
+PART_BYTES = 16 << 20
+COPIES_BYTES = 8 << 30
 
 
 class Store(Protocol):
@@ -31,8 +39,12 @@ class Store(Protocol):
         """Put the object, replacing one of that name, all at once. Raises StoreError if the store can't be written."""
         ...
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Put the object unless another is there; returns whether it is there now. Raises StoreError like `write`."""
+        ...
+
     def names(self, prefix: str) -> list[str]:
-        """The names that begin with `prefix`, sorted."""
+        """The names that begin with `prefix`, sorted. A remote store may show what was just written a moment late."""
         ...
 
     def delete(self, name: str) -> None:
@@ -82,6 +94,16 @@ class FolderStore:
             raise StoreError(f"{self.path(name)} can't be read: {error.strerror}.") from error
 
     def write(self, name: str, data: bytes) -> None:
+        self._put(name, data, Path.replace)
+
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self._put(name, data, lambda part, target: os.link(part, target))
+        except FileExistsError:
+            return self.read(name) == data
+        return True
+
+    def _put(self, name: str, data: bytes, publish: Callable[[Path, Path], object]) -> None:
         target = self.path(name)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
@@ -91,15 +113,22 @@ class FolderStore:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                part.replace(target)
+                publish(part, target)
             finally:
                 part.unlink(missing_ok=True)
             _sync_folder(target.parent)
+        except FileExistsError as error:
+            if Path(str(error.filename2 or "")) == target:
+                raise
+            raise self._failure(error, target) from error
         except OSError as error:
-            raise StoreError(
-                f"The store {self.uri} can't be written ({error.strerror}: {error.filename or target}). "
-                "Make it writable, free space there, or point TRAIN_DIFFUSION_STORE elsewhere."
-            ) from error
+            raise self._failure(error, target) from error
+
+    def _failure(self, error: OSError, target: Path) -> StoreError:
+        return StoreError(
+            f"The store {self.uri} can't be written ({error.strerror}: {error.filename or target}). "
+            "Make it writable, free space there, or point TRAIN_DIFFUSION_STORE elsewhere."
+        )
 
     def names(self, prefix: str) -> list[str]:
         # Only the folder that the prefix lies in is walked, not the whole store.
@@ -146,24 +175,47 @@ class S3Store:
         return self._client
 
     def read(self, name: str) -> bytes:
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
+        content = io.BytesIO()
         try:
-            return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
+            # The transfer also begins again where a body breaks off, which a plain get does not.
+            self.client.download_fileobj(self.bucket, self.prefix + name, content, Config=_transfer())
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+            if _code(error) in ("NoSuchKey", "404"):
                 raise KeyError(f"{self.uri}/{name}") from None
             raise self._failure("read", error) from error
-        except BotoCoreError as error:
+        except (BotoCoreError, Boto3Error) as error:
             raise self._failure("read", error) from error
+        return content.getvalue()
 
     def write(self, name: str, data: bytes) -> None:
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data)
-        except (BotoCoreError, ClientError) as error:
+            # In parts where it is large; whole, with a checksum on the way, in any case.
+            self.client.upload_fileobj(io.BytesIO(data), self.bucket, self.prefix + name, Config=_transfer())
+        except (BotoCoreError, ClientError, Boto3Error) as error:
             raise self._failure("written", error) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if _code(error) == "NotImplemented":  # a server without conditional writes
+                self.write(name, data)
+                return True
+            if _code(error) not in ("PreconditionFailed", "412"):
+                raise self._failure("written", error) from error
+            # It is there; also if an earlier try had put it, and only its answer was lost.
+            return self.read(name) == data
+        except BotoCoreError as error:
+            raise self._failure("written", error) from error
+        return True
 
     def names(self, prefix: str) -> list[str]:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -192,28 +244,61 @@ class S3Store:
         )
 
 
+def _code(error: ClientError) -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
+def _transfer() -> TransferConfig:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, num_download_attempts=8)
+
+
 class StoreDamage(StoreError):
     """An object does not have the bytes that were promised."""
 
 
 class LocalCopy:
-    """Reads objects whose sha256 is known, keeping copies in a local folder where the store itself is remote."""
+    """Reads objects whose sha256 is known, keeping copies in a local folder where the store itself is remote.
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        self.store, self.folder = store, folder
+    Args:
+        limit_bytes: beyond this the copies that were read longest ago are deleted.
+    """
+
+    def __init__(self, store: Store, folder: Path, limit_bytes: int = COPIES_BYTES) -> None:
+        self.store, self.folder, self.limit_bytes = store, folder, limit_bytes
 
     def read(self, name: str, sha256: str) -> bytes:
         """The object's bytes, checked. Raises KeyError if there is none, StoreDamage if its bytes are others."""
         if isinstance(self.store, FolderStore):
             return _checked(self.store.read(name), sha256)
         copy = self.folder / sha256
-        if copy.exists():
+        try:
             data = copy.read_bytes()
-            if hashlib.sha256(data).hexdigest() == sha256:
-                return data
+        except FileNotFoundError:  # never there, or deleted by another process meanwhile
+            data = b""
+        if hashlib.sha256(data).hexdigest() == sha256:
+            os.utime(copy)  # when it was read last
+            return data
         data = _checked(self.store.read(name), sha256)
         FolderStore(self.folder).write(sha256, data)
+        self._shrink(keep=copy)
         return data
+
+    def _shrink(self, keep: Path) -> None:
+        """Other processes may read and shrink the folder at the same time: what is gone is gone."""
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self.limit_bytes:
+                break
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def _checked(data: bytes, sha256: str) -> bytes:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "train-diffusion"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
-RUN_KEY = "train_diffusion.run"
+RUN_KEY, OWNER_TAG = "train_diffusion.run", "train_diffusion.owner"
 THUMBNAIL = (1024, 1024)  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
 
@@ -35,11 +35,13 @@ class Lineage:
     """What a run came from."""
 
     run: str
-    """The key by which the run is found again: one for each flow run."""
+    """The key by which the run is found again: one for each flow run, unless it goes on with an earlier one."""
     commit: str
     """Git commit of the code, with `-dirty` if files differ from it."""
     flow_run_id: str
     flow_run_url: str
+    owner: str
+    """The process that runs it, as text."""
 
 
 class TrackedRun:
@@ -66,7 +68,7 @@ class TrackedRun:
         """
         from mlflow.entities import Param, RunTag
 
-        experiment_id = _experiment(client, artifacts)
+        experiment_id = open_experiment(client, artifacts)
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
         if found:
             run = found[0]
@@ -83,6 +85,7 @@ class TrackedRun:
             "recipe.digest": recipe.digest,
             "prefect.flow_run_id": lineage.flow_run_id,
             "prefect.flow_run_url": lineage.flow_run_url,
+            OWNER_TAG: lineage.owner,
             "mlflow.note.content": _note(recipe, dataset, lineage),
         }
         client.log_batch(
@@ -168,7 +171,8 @@ class TrackedRun:
         self.client.set_terminated(self.run_id, status)
 
 
-def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
+def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
+    """The id of the experiment that all runs belong to, made if it is not there."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)
@@ -184,6 +188,23 @@ def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
             if found is None:
                 raise
     return found.experiment_id
+
+
+def unfinished_run(
+    client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str
+) -> str | None:
+    """Key of the newest run of that recipe, dataset and code, if it failed or was stopped: what it has is worth going on with.
+
+    None if the newest one finished, or if the code is not known exactly.
+    """
+    if commit == "unknown" or commit.endswith("-dirty"):
+        return None
+    wanted = {"recipe.digest": recipe.digest, "dataset.digest": dataset.digest, "git.commit": commit}
+    same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
+    found = client.search_runs([experiment_id], same, order_by=["attributes.start_time DESC"], max_results=1)
+    if found and found[0].info.status in ("FAILED", "KILLED"):
+        return str(found[0].data.tags[RUN_KEY])
+    return None
 
 
 def _note(recipe: Recipe, dataset: Manifest, lineage: Lineage) -> str:

@@ -7,7 +7,6 @@ begins at the beginning.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from diffusion.errors import TrackingError
 from diffusion.tracking.connection import without_credentials
 from diffusion.tracking.run import TrackedRun
-from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, records
+from diffusion.training.journal import JOURNAL, TIMING, committed_step, records
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class MetricsSender:
     def send_committed(self) -> None:
         """Send what was committed since the last call. Raises what the client raises; nothing is lost then."""
         with self._lock:
-            committed = _committed_step(self.folder)
+            committed = committed_step(self.folder)
             if committed <= self._sent:
                 return
             rows: list[tuple[str, float, int]] = []
@@ -94,11 +93,6 @@ class MetricsSender:
                     "MLflow does not take the metrics (%s); trying again in %.0f s.", self._said(error), RETRY_SECONDS
                 )
                 time.sleep(RETRY_SECONDS)
-
-
-def _committed_step(folder: Path) -> int:
-    path = folder / COMMITTED
-    return int(json.loads(path.read_text())["step"]) if path.exists() else 0
 
 
 def _journal_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:

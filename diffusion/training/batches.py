@@ -58,7 +58,7 @@ def quarter_turns(rng: np.random.Generator, count: int, share: float) -> NDArray
 
 
 class Batches:
-    """The lanes of this process at any step.
+    """The lanes of this process at any step; the window after the one that is in use is read ahead.
 
     Args:
         lanes: indices of the lanes that fall to this process.
@@ -68,6 +68,7 @@ class Batches:
         self.recipe, self.images, self.lanes, self.pin_memory = recipe, images, lanes, pin_memory
         sizes = tuple(shard.samples for shard in images.shards)
         self.order = Order(sizes, recipe.data.window_shards, recipe.seed)
+        self._prepared_at = 0  # where the window ends whose successor is being read
         self.pixels = Pixels(images.manifest.pixel_mean, images.manifest.pixel_std)
 
     def __call__(self, step: int) -> list[Lane]:
@@ -75,6 +76,9 @@ class Batches:
         recipe, batch_size = self.recipe, self.recipe.data.batch_size
         micro = batch_size // recipe.data.lanes
         first = step * batch_size
+        if first >= self._prepared_at:
+            self._prepared_at, _ = self.order.window(first)
+            self.images.prepare(self.order.window(self._prepared_at)[1])
         # The draws of the whole batch are cheap: each process makes all of them and takes its part.
         uniforms = torch.from_numpy(stratified_uniforms(stream(recipe.seed, "noise level", step), batch_size))
         mirrored = stream(recipe.seed, "mirror", step).random(batch_size) < 0.5

@@ -62,9 +62,13 @@ def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
     return state
 
 
-def load_latest(store: Store, run: str) -> tuple[State, Checkpoint] | None:
-    """The newest checkpoint of a run that is whole, or None. A damaged one is named, loudly, and passed over."""
-    for step in reversed(steps_with_checkpoint(store, run)):
+def load_latest(store: Store, run: str, known: int = 0) -> tuple[State, Checkpoint] | None:
+    """The newest checkpoint of a run that is whole, or None. A damaged one is named, loudly, and passed over.
+
+    Args:
+        known: a step that is known to have been written, should the store's listing not show it yet.
+    """
+    for step in sorted({*steps_with_checkpoint(store, run), *([known] if known else [])}, reverse=True):
         try:
             return load_checkpoint(store, run, step)
         except StoreError as error:

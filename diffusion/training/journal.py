@@ -49,3 +49,9 @@ def records(content: bytes) -> list[dict[str, Any]]:
     """The records of a journal's bytes. A last line without its end was never written and does not count."""
     whole, newline, _ = content.rpartition(b"\n")
     return [json.loads(line) for line in whole.splitlines()] if newline else []
+
+
+def committed_step(folder: Path) -> int:
+    """The step of the newest checkpoint that is safely in the store, as a run's folder knows it; 0 for none."""
+    path = folder / COMMITTED
+    return int(json.loads(path.read_text())["step"]) if path.exists() else 0

@@ -9,7 +9,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from diffusion.data.ingest import find_dataset
@@ -18,20 +20,25 @@ from diffusion.data.store import Store, open_store
 from diffusion.errors import DataError, RecipeError, StoreError
 from diffusion.job import TrainingJob
 from diffusion.training.batches import Batches
-from diffusion.training.checkpoint import Checkpoint, load_latest, write_checkpoint
-from diffusion.training.journal import COMMITTED, drop_after
+from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
+from diffusion.training.journal import COMMITTED, committed_step, drop_after
 from diffusion.training.recorder import Recorder
-from diffusion.training.state import FORMAT_VERSION, State
+from diffusion.training.state import FORMAT_VERSION, State, delete_checkpoint, steps_with_checkpoint
 from diffusion.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background: the loop waits only for the copy to host memory."""
+    """Writes checkpoints in the background: the loop waits only for the copy to host memory.
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        self.store, self.folder = store, folder
+    Args:
+        folder: the run's, where the newest one that is safely in the store is noted.
+        keep: how many of those that are no milestone are kept.
+    """
+
+    def __init__(self, store: Store, folder: Path, keep: int) -> None:
+        self.store, self.folder, self.keep = store, folder, keep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -51,6 +58,12 @@ class CheckpointWriter:
         part = self.folder / f"{COMMITTED}.part"
         part.write_text(json.dumps({"step": written.step, "digest": written.digest}))
         part.replace(self.folder / COMMITTED)
+        try:
+            passing = [s for s in steps_with_checkpoint(self.store, state.run) if s not in state.recipe.milestones]
+            for step in passing[: -self.keep]:
+                delete_checkpoint(self.store, state.run, step)
+        except StoreError as error:
+            log.warning("Older checkpoints were not deleted: %s", error)
 
     def wait(self) -> None:
         """Wait for the write that is under way. A failure is said, and training goes on: the next save tries again."""
@@ -72,6 +85,16 @@ def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
+def find_checkpoint(store: Store, run: str, folder: Path, accelerator: Accelerator) -> tuple[State, Checkpoint] | None:
+    """The newest checkpoint, the same on all processes: a store's listing may show them different ones."""
+    found = load_latest(store, run, known=committed_step(folder)) if accelerator.is_main_process else None
+    step = torch.tensor([found[0].step if found else -1], device=accelerator.device)
+    chosen = int(broadcast(step).item())
+    if chosen < 0 or accelerator.is_main_process:
+        return found
+    return load_checkpoint(store, run, chosen)
+
+
 def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     """Train to step `job.until` and leave a checkpoint there.
 
@@ -85,7 +108,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     trainer = Trainer(recipe, manifest, accelerator)
     recorder = Recorder(recipe, accelerator, folder, job.until)
 
-    found = load_latest(store, job.run)
+    found = find_checkpoint(store, job.run, folder, accelerator)
     if found is not None:
         state, content = found
         if (state.recipe, state.dataset) != (recipe, manifest.digest):
@@ -100,7 +123,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
 
     images = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies)
     batches = Batches(recipe, images, trainer.lanes, pin_memory=accelerator.device.type == "cuda")
-    writer = CheckpointWriter(store, folder)
+    writer = CheckpointWriter(store, folder, job.keep)
     saved_at, stop_asked = trainer.step, False
 
     def ask_to_stop(*_: object) -> None:

@@ -74,7 +74,9 @@ def load_state(store: Store, run: str, step: int) -> State:
 
 def is_whole(store: Store, run: str, step: int) -> bool:
     """Whether the run has a checkpoint at that step with all its files undamaged; what is wrong with it is logged."""
-    if step not in steps_with_checkpoint(store, run):
+    try:
+        store.read(f"{folder(run, step)}/{STATE}")  # not looked up in a listing, which may lag
+    except KeyError:
         return False
     try:
         state = load_state(store, run, step)
@@ -96,3 +98,11 @@ def checkpoint_file(store: Store, state: State, name: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != state.sha256.get(name):
         raise StoreError(f"The checkpoint file {store.uri}/{where} is damaged: its sha256 is not the one in {STATE}.")
     return content
+
+
+def delete_checkpoint(store: Store, run: str, step: int) -> None:
+    """Delete a checkpoint, its state first: what is left of a deletion that breaks off is no checkpoint for any reader."""
+    where = folder(run, step)
+    store.delete(f"{where}/{STATE}")
+    for name in store.names(f"{where}/"):
+        store.delete(name)

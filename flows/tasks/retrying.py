@@ -8,14 +8,14 @@ from prefect import Task
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from diffusion.errors import StoreError, TrackingError, UserError
+from diffusion.errors import RunBusy, StoreError, TrackingError, UserError
 
 
 async def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """A crash, or a server that did not answer; not what the user has to change first."""
+    """A crash, a server that did not answer, a run that is about to be free; not what the user has to change first."""
     try:
         await state.result()
-    except (StoreError, TrackingError):
+    except (RunBusy, StoreError, TrackingError):
         return True
     except UserError:
         return False

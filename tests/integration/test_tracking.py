@@ -35,7 +35,7 @@ from mlflow import MlflowClient
 from tests.conftest import Ingested, Server, tiny_recipe
 
 MODEL = "generated-fields-and-water-ddpm"
-LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1")
+LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}")
 
 
 @pytest.fixture

@@ -90,6 +90,17 @@ def test_a_window_holds_whole_shards_and_no_others(sizes: tuple[int, ...], windo
     assert sum(map(len, seen)) == len(sizes)
 
 
+@given(sizes, st.integers(1, 5), st.integers(0, 300))
+def test_a_window_is_known_before_it_is_read(sizes: tuple[int, ...], window: int, position: int) -> None:
+    order = Order(sizes, window, seed=2)
+    end, shards = order.window(position)
+    assert end > position
+    read, _ = order.at(position, end - position)
+    assert set(read.tolist()) <= set(shards)
+    assert sum(sizes[shard] for shard in shards) >= end - position
+    assert order.window(end)[0] > end
+
+
 def test_seeking_far_reads_no_more_than_its_window() -> None:
     order = Order(tuple([800] * 30), 8, seed=1)
     shards, _ = order.at(1000 * order.epoch_samples + 12_345, 400)

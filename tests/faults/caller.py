@@ -1,0 +1,35 @@
+"""What the flow does around a training job, as a process of its own that can be killed: `python -m tests.faults.caller FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from diffusion.data.ingest import find_dataset
+from diffusion.data.store import open_store
+from diffusion.job import TrainingJob
+from diffusion.tracking.connection import connect
+from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.sender import MetricsSender
+from flows.launcher import run_job
+
+
+def main(folder: Path) -> None:
+    told = json.loads((folder / "caller.json").read_text())
+    job = TrainingJob.model_validate(told["job"])
+    manifest = find_dataset(open_store(job.store), job.dataset)
+    assert manifest is not None
+    lineage = Lineage(run=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
+    client = connect(told["tracking_uri"])
+    run = TrackedRun.open(client, None, job.run, lineage, job.recipe, manifest, job.store)
+    (folder / "mlflow_run").write_text(run.run_id)
+    with MetricsSender(run, folder) as sender:
+        processes = told["processes"]
+        run_job("diffusion.training.job", job, folder, processes, lambda progress: None, lambda line: None, threads=1)
+        sender.flush()
+    run.close("FINISHED")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

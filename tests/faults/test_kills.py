@@ -1,0 +1,194 @@
+"""Kill anything at any moment: the finished run has the same weights and journal, each metric once, and no process is left.
+
+Each trial is one training that is killed several times and begun again until it is done. What is killed, and when, is drawn from
+a recorded seed: SOAK_KILLS=200 SOAK_SEED=7 pytest tests/faults/test_kills.py. The table of all kills goes to SOAK_REPORT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diffusion.job import TrainingJob
+from diffusion.training.journal import JOURNAL, records
+from diffusion.training.state import folder as checkpoint_folder
+from flows.launcher import _wait_until_ended
+from tests.conftest import Ingested, Server, tiny_recipe
+from tests.faults.report import Kill, write_report
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("SOAK_KILLS", "40"))
+SEED = int(os.environ.get("SOAK_SEED", "20261124"))
+KILLS_A_TRIAL = 5
+STEPS, EVERY, PROCESSES = 120, 8, 2
+GONE_SECONDS = 15.0
+VICTIMS = ("rank 0", "rank 1", "agent", "caller", "rank 0 in a checkpoint")
+MOMENTS_A_CHECKPOINT = 22  # half, flushed, before, after for each of five files; before and after for committed.json
+
+
+@dataclass
+class Trial:
+    """One training, and how it is begun again and again."""
+
+    name: str
+    ingested: Ingested
+    tmp_path: Path
+    tracking_uri: str
+    kills: list[Kill] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.tmp_path / self.name
+
+    def prepare(self) -> None:
+        self.folder.mkdir()
+        recipe = tiny_recipe(data__images=16 * STEPS, evaluation__every_images=16 * STEPS, network__dropout=0.1)
+        job = TrainingJob(
+            run=self.name,
+            store=self.ingested.store.uri,
+            dataset=self.ingested.manifest.digest,
+            shard_copies=self.tmp_path / "copies",
+            recipe=recipe,
+            until=STEPS,
+            checkpoint_every=EVERY,
+        )
+        told = {"job": job.model_dump(mode="json"), "tracking_uri": self.tracking_uri, "processes": PROCESSES}
+        (self.folder / "caller.json").write_text(json.dumps(told))
+
+    def begin(self, **env: str) -> subprocess.Popen[bytes]:
+        output = (self.folder / "caller.log").open("ab")
+        command = [sys.executable, "-m", "tests.faults.caller", str(self.folder)]
+        return subprocess.Popen(command, env={**os.environ, **env}, stdout=output, stderr=output)
+
+    def step(self) -> int:
+        journal = self.folder / JOURNAL
+        found = records(journal.read_bytes()) if journal.exists() else []
+        return int(found[-1]["step"]) if found else 0
+
+    def finish(self, caller: subprocess.Popen[bytes]) -> None:
+        assert caller.wait(120) == 0, (self.folder / "caller.log").read_text()[-3000:]
+
+    def weights(self) -> str:
+        store = self.ingested.store
+        names = store.names(f"{checkpoint_folder(self.name, STEPS)}/")
+        assert len(names) == 5
+        return hashlib.sha256(
+            b"".join(store.read(name) for name in names if not name.endswith("state.json"))
+        ).hexdigest()
+
+    def points(self) -> list[tuple[str, int, float]]:
+        """All points of the journal's metrics in MLflow."""
+        from diffusion.tracking.connection import connect
+
+        client, run = connect(self.tracking_uri), (self.folder / "mlflow_run").read_text()
+        names = ("train/loss", "train/gradient_norm", "train/learning_rate")
+        return [(name, p.step, p.value) for name in names for p in client.get_metric_history(run, name)]
+
+
+def tree_of(caller: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+    """The caller, torchrun's agent and the ranks, as far as they live."""
+    found = {"caller": psutil.Process(caller.pid)}
+    for process in found["caller"].children(recursive=True):
+        try:
+            line, rank = process.cmdline(), process.environ().get("RANK")
+        except psutil.Error:
+            continue
+        if "torch.distributed.run" in line:
+            found["agent"] = process
+        elif "diffusion.training.job" in line and rank is not None:
+            found[f"rank {rank}"] = process
+    return found
+
+
+def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
+    """Begin the training, kill the victim at a random moment, and see that the whole tree is gone soon."""
+    said = trial.folder / "fault"
+    said.unlink(missing_ok=True)
+    env = {}
+    if victim == "rank 0 in a checkpoint":
+        at = rng.randrange(1, 3 * MOMENTS_A_CHECKPOINT)
+        interpose = str(Path(__file__).parent / "interpose")
+        env = {"PYTHONPATH": interpose, "FAULT_AT": str(at), "FAULT_SAID": str(said)}
+    # One in five is killed while it starts; the others some steps on.
+    steps_on, delay = (
+        (None, rng.uniform(0.5, 6.0)) if rng.random() < 0.2 else (rng.randrange(1, 25), rng.uniform(0, 0.2))
+    )
+    first_step = trial.step()
+    caller = trial.begin(**env)
+    tree: dict[str, psutil.Process] = {}
+    began = time.monotonic()
+    while caller.poll() is None and time.monotonic() < began + 90:
+        tree |= tree_of(caller) if len(tree) < 2 + PROCESSES else {}
+        if victim == "rank 0 in a checkpoint":
+            if said.exists():
+                break
+        elif steps_on is None:
+            if time.monotonic() > began + delay and victim in tree:
+                break
+        elif trial.step() >= first_step + steps_on and victim in tree:
+            time.sleep(delay)
+            break
+        time.sleep(0.02)
+    if caller.poll() is not None:  # it was done before its time came
+        return
+    moment = said.read_text() if said.exists() else "starting" if steps_on is None else "training"
+    step, killed = trial.step(), time.monotonic()
+    if victim != "rank 0 in a checkpoint":
+        tree[victim].kill()
+    caller_fails = caller.wait(60)
+    left = _wait_until_ended(list(tree.values()), killed + GONE_SECONDS)
+    gone = time.monotonic() - killed
+    assert left == [], f"{victim} was killed; after {gone:.0f} s {left} still run"
+    assert caller_fails != 0
+    trial.kills.append(Kill(trial.name, victim, moment, step, round(gone, 1)))
+
+
+def victims(rng: random.Random, count: int) -> Iterator[str]:
+    """Each victim equally often, in random order; checkpoints twice as often as others."""
+    chosen = [(*VICTIMS, VICTIMS[-1])[index % (len(VICTIMS) + 1)] for index in range(count)]
+    rng.shuffle(chosen)
+    return iter(chosen)
+
+
+def test_whatever_is_killed_the_run_ends_the_same(ingested: Ingested, tmp_path: Path, mlflow_server: Server) -> None:
+    undisturbed = Trial("undisturbed", ingested, tmp_path, mlflow_server.url)
+    undisturbed.prepare()
+    undisturbed.finish(undisturbed.begin())
+    weights, journal, points = undisturbed.weights(), (undisturbed.folder / JOURNAL).read_bytes(), undisturbed.points()
+    assert len(points) == 3 * STEPS == len({(name, step) for name, step, _ in points})
+
+    rng = random.Random(SEED)
+    kills: list[Kill] = []
+    order = victims(rng, KILLS)
+    while len(kills) < KILLS:
+        trial = Trial(f"trial-{len(kills)}", ingested, tmp_path, mlflow_server.url)
+        trial.prepare()
+        for victim in [v for _, v in zip(range(KILLS_A_TRIAL), order, strict=False)] or ["rank 0"]:
+            kill_once(trial, rng, victim)
+        resumed, step = time.monotonic(), trial.step()
+        last = trial.begin()
+        while trial.step() <= step and last.poll() is None:
+            time.sleep(0.05)
+        recovered = time.monotonic() - resumed
+        trial.finish(last)
+        assert trial.weights() == weights
+        assert (trial.folder / JOURNAL).read_bytes() == journal
+        assert sorted(trial.points()) == sorted(points)
+        kills += [
+            Kill(**{**asdict(kill), "recovered_seconds": round(recovered, 1), "identical": True})
+            for kill in trial.kills
+        ]
+        assert trial.kills, "a trial without a kill"
+    write_report(kills, SEED)
