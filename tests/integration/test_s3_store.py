@@ -1,5 +1,7 @@
 """The S3 store against a real S3 server: the same behaviour as a folder, and clear errors."""
 
+import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from diffusion.data.eurosat import Source
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.loader import ShardImages
-from diffusion.data.store import FolderStore, S3Store, check_writable, open_store
+from diffusion.data.store import FolderStore, LocalCopy, S3Store, check_writable, open_store
 from diffusion.errors import StoreError
 from tests.conftest import Ingested
 
@@ -68,3 +70,18 @@ def test_a_server_that_is_gone_is_said_within_its_retries(monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL_S3"):
         open_store("s3://tests/x").read("a")
+
+
+def test_local_copies_are_bounded_and_those_read_longest_ago_go_first(store: S3Store, tmp_path: Path) -> None:
+    digests = {}
+    for name in "abcd":
+        store.write(name, name.encode() * 1000)
+        digests[name] = hashlib.sha256(name.encode() * 1000).hexdigest()
+    copies = LocalCopy(store, tmp_path, limit_bytes=2500)
+    for name in "abacd":
+        copies.read(name, digests[name])
+        time.sleep(0.01)  # the file system's clock
+        kept = {name for name, digest in digests.items() if (tmp_path / digest).exists()}
+        assert len(kept) <= 2
+    assert kept == {"c", "d"}
+    assert copies.read("a", digests["a"]) == b"a" * 1000

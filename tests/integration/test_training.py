@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 
 from diffusion.data.store import FolderStore
-from diffusion.errors import RecipeError, TrainingDiverged
+from diffusion.errors import RecipeError, RunBusy, TrainingDiverged
 from diffusion.evaluation.scores import Scores
-from diffusion.job import SPEC, EvaluationJob, JobSpec, ReferenceJob, TrainingJob
+from diffusion.job import SPEC, EvaluationJob, JobSpec, ReferenceJob, TrainingJob, lock_folder
 from diffusion.recipe import Recipe
 from diffusion.training.journal import records
 from diffusion.training.state import folder, steps_with_checkpoint
@@ -126,6 +127,71 @@ def test_killed_between_checkpoints_it_ends_with_the_same_bits(ingested: Ingeste
     job.wait()
     assert max(steps_with_checkpoint(trainer.store, run)) < 60
     assert trainer.train(run, 60, processes=1) == expected
+
+
+def test_checkpoints_at_milestones_stay_and_of_the_others_the_last_two(
+    ingested: Ingested, tmp_path: Path, unique: str
+) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe())
+    assert trainer.recipe.milestones == (8, 16)
+    run = f"kept-{unique}"
+    start(trainer.folder(run), trainer.spec(run, 16, every=2), "diffusion.training.job", 1)
+    assert steps_with_checkpoint(trainer.store, run) == [8, 12, 14, 16]
+    assert len(trainer.store.names(f"checkpoints/{run}/")) == 4 * 5, "parts of dropped checkpoints are left"
+
+
+def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
+    ingested: Ingested, tmp_path: Path, unique: str
+) -> None:
+    """DistributedDataParallel would sort its buckets anew after a first step, and a ring of 4 add in another order."""
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast"))
+    expected = trainer.train(f"fast-whole-{unique}", 6, processes=4)
+    trainer.train(f"fast-resumed-{unique}", 3, processes=4)
+    assert trainer.train(f"fast-resumed-{unique}", 6, processes=4) == expected
+
+
+def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
+    ingested: Ingested, tmp_path: Path, unique: str
+) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * 400, evaluation__every_images=10**6))
+    expected = trainer.train(f"roomy-{unique}", 400, processes=1)
+    run = f"full-{unique}"
+    where = trainer.folder(run)
+    where.mkdir()
+    (where / SPEC).write_text(trainer.spec(run, 400, every=20).model_dump_json())
+    job = subprocess.Popen(
+        [sys.executable, "-u", "-m", "diffusion.training.job", str(where)],
+        env={**os.environ, **ONE_THREAD},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if b"The checkpoint was not written" in line and b"can't be written" in line:
+            break
+    else:
+        raise AssertionError("the failure was not said")
+    resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    job.communicate(timeout=120)
+    assert job.returncode == 0
+    assert digest(trainer.store, run, 400) == expected
+    assert len(steps_with_checkpoint(trainer.store, run)) == 3, "the saves after the failed one"
+
+
+def test_a_second_writer_of_a_run_is_refused_and_takes_over_when_the_first_has_ended(tmp_path: Path) -> None:
+    where = tmp_path / "busy"
+    where.mkdir()
+    with lock_folder(where):
+        with pytest.raises(RunBusy, match=f"Process {os.getpid()} on this machine is writing"):
+            lock_folder(where, seconds=0.2)
+        code = "from pathlib import Path; from diffusion.job import lock_folder; lock_folder(Path({!r}), {})"
+        refused = subprocess.run([sys.executable, "-c", code.format(str(where), 0.5)], capture_output=True, text=True)
+        assert "RunBusy" in refused.stderr
+        waiting = subprocess.Popen([sys.executable, "-c", code.format(str(where), 60)])
+        time.sleep(1)
+        assert waiting.poll() is None
+    assert waiting.wait(30) == 0, "it takes over when the first has ended"
 
 
 def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp_path: Path, unique: str) -> None:

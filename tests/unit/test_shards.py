@@ -229,3 +229,12 @@ def test_the_manifest_names_every_shard_by_its_digest(ingested: Ingested) -> Non
     for shard in ingested.manifest.shards:
         data = ingested.store.read(f"datasets/{ingested.manifest.digest}/{shard.name}")
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+
+
+def test_creating_leaves_another_s_object_alone(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    assert store.create("a/b", b"mine")
+    assert store.create("a/b", b"mine"), "the same again is no conflict"
+    assert not store.create("a/b", b"another's")
+    assert store.read("a/b") == b"mine"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]

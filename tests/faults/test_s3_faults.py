@@ -1,0 +1,173 @@
+"""The S3 store on bad days, through a proxy that fails on purpose, in front of a real server: nothing is lost, nothing is twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diffusion.data.eurosat import Source
+from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.store import S3Store, open_store
+from diffusion.errors import StoreError
+from diffusion.job import SPEC, TrainingJob
+from diffusion.training.checkpoint import load_checkpoint
+from flows.launcher import run_job
+from tests.conftest import Ingested, tiny_recipe
+from tests.faults.s3_proxy import Faults, proxy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def through(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """Credentials are set; `through_proxy` puts the proxy in between."""
+    for key, value in s3.items():
+        monkeypatch.setenv(key, value)
+    with ExitStack() as stack:
+        yield stack
+
+
+def through_proxy(stack: ExitStack, faults: Faults, monkeypatch: pytest.MonkeyPatch, s3: dict[str, str]) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", stack.enter_context(proxy(s3["AWS_ENDPOINT_URL_S3"], faults)))
+
+
+def test_what_is_written_is_read_whatever_the_network_does(
+    through: ExitStack, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(unavailable=0.15, cut=0.2, slow=0.1, lost_answer=0.1, seed=3)
+    through_proxy(through, faults, monkeypatch, s3)
+    store = open_store("s3://tests/bad-day")
+    rng = random.Random(0)
+    objects = {f"objects/{i}": rng.randbytes(rng.randrange(1, 200_000)) for i in range(40)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda item: store.write(*item), objects.items()))
+    assert store.names("objects/") == sorted(objects)
+    assert all(store.read(name) == data for name, data in objects.items())
+    assert {what for what, count in faults.seen.items() if count} == {"unavailable", "cut", "slow", "lost_answer"}
+
+
+def test_large_objects_go_in_parts_and_arrive_whole(
+    through: ExitStack, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[str] = []
+    through_proxy(through, Faults(on_put=paths.append, unavailable=0.1), monkeypatch, s3)
+    monkeypatch.setattr("diffusion.data.store.PART_BYTES", 5 << 20)
+    store, data = open_store("s3://tests/large"), random.Random(1).randbytes(17 << 20)
+    store.write("large", data)
+    assert len({path.split("partNumber=")[1].split("&")[0] for path in paths if "partNumber=" in path}) == 4
+    assert store.read("large") == data
+
+
+def test_creating_is_done_once_also_when_the_answer_was_lost(
+    through: ExitStack, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(lost_answer=0.5, seed=1)
+    through_proxy(through, faults, monkeypatch, s3)
+    store = open_store("s3://tests/create")
+    for index in range(10):
+        assert store.create(f"n{index}", b"mine")
+        assert store.create(f"n{index}", b"mine"), "the same again is no conflict"
+        assert not store.create(f"n{index}", b"another's")
+        assert store.read(f"n{index}") == b"mine"
+    assert faults.seen["lost_answer"] > 3
+
+
+def test_a_server_that_stays_away_is_said_and_not_waited_for_forever(
+    through: ExitStack, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through_proxy(through, Faults(unavailable=1.0), monkeypatch, s3)
+    before = time.monotonic()
+    with pytest.raises(StoreError, match="can't be written"):
+        open_store("s3://tests/away").write("a", b"1")
+    assert time.monotonic() - before < 90
+
+
+def job_on_s3(run: str, dataset: str, tmp_path: Path, steps: int, every: int) -> TrainingJob:
+    return TrainingJob(
+        run=run,
+        store="s3://tests/training",
+        dataset=dataset,
+        shard_copies=tmp_path / "copies",
+        recipe=tiny_recipe(data__images=16 * steps, evaluation__every_images=16 * steps),
+        until=steps,
+        checkpoint_every=every,
+    )
+
+
+def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same_weights(
+    through: ExitStack,
+    s3: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: Source,
+    ingested: Ingested,
+    tmp_path: Path,
+) -> None:
+    steps, every, uploads = 60, 10, [7, 13, 16]
+    quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every).model_copy(
+        update={"store": ingested.store.uri, "run": "quiet-s3"}
+    )
+    nobody = lambda _: None  # noqa: E731
+    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 2, nobody, nobody, threads=1)
+
+    puts = 0
+    killed: list[int] = []
+    rank_0: list[psutil.Process] = []
+
+    def kill_in_upload(path: str) -> None:
+        nonlocal puts
+        if "/checkpoints/" in path:
+            puts += 1
+            if puts in uploads and rank_0:
+                killed.append(puts)
+                rank_0[0].kill()
+
+    faults = Faults(unavailable=0.05, cut=0.05, slow=0.1, lost_answer=0.05, listing_lag=3.0, on_put=kill_in_upload)
+    through_proxy(through, faults, monkeypatch, s3)
+    store = open_store("s3://tests/training")
+    assert isinstance(store, S3Store)
+    ingest(source, store, shard_bytes=60_000)
+    deadline = time.monotonic() + 20
+    while find_dataset(store, source.digest) is None:
+        assert time.monotonic() < deadline
+    job = job_on_s3("faulty", source.digest, tmp_path, steps, every)
+    folder = tmp_path / "faulty"
+    folder.mkdir()
+    (folder / SPEC).write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += [
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "--local-addr",
+        "127.0.0.1",
+        "-m",
+        "diffusion.training.job",
+        str(folder),
+    ]
+    for _ in range(len(uploads) + 1):
+        rank_0.clear()
+        agent = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        while agent.poll() is None:
+            for child in psutil.Process(agent.pid).children() if not rank_0 else []:
+                try:
+                    if child.environ().get("RANK") == "0":
+                        rank_0.append(child)
+                except psutil.Error:
+                    continue
+            time.sleep(0.05)
+        if agent.returncode == 0:
+            break
+    assert agent.returncode == 0
+    assert killed == uploads
+    expected, found = load_checkpoint(ingested.store, "quiet-s3", steps)[0], load_checkpoint(store, "faulty", steps)[0]
+    assert found.sha256 == expected.sha256
+    assert faults.seen["listing_lag"] > 0
