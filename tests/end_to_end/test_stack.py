@@ -3,71 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from flows.deployment_plugin import bare_name_position
-from tests.conftest import BIN, TINY, free_port
+from tests.conftest import TINY
+from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow
-
-PROJECT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Project:
-    """A copy of the project in a fresh folder with its servers up, and a shell in which only the environment is active."""
-
-    folder: Path
-    env: dict[str, str]
-    printed: str
-
-    def shell(self, *command: str, folder: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=folder or self.folder, env=self.env | env, capture_output=True, text=True, timeout=300
-        )
-
-    def stack(self, verb: str) -> subprocess.CompletedProcess[str]:
-        return self.shell(sys.executable, "infra/stack.py", verb)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
-    folder = tmp_path_factory.mktemp("stack") / "project"
-    folder.mkdir()
-    for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml"):
-        source = PROJECT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
-    downloads = folder / "var" / "downloads"
-    downloads.mkdir(parents=True)
-    shutil.copy(archive, downloads / "generated-fields-and-water-1.zip")
-    home = folder.parent / "home"
-    home.mkdir()
-    env = {
-        "HOME": str(home),
-        "PATH": f"{BIN}{os.pathsep}/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "PREFECT_PORT": str(free_port()),
-        "MLFLOW_PORT": str(free_port()),
-    }
-    made = Project(folder, env, "")
-    up = made.stack("up")
-    assert up.returncode == 0, up.stdout + up.stderr
-    for port in ("PREFECT_PORT", "MLFLOW_PORT"):
-        del env[port]  # a fresh shell knows nothing of them
-    yield Project(folder, env, up.stdout)
-    made.stack("down")
+    with running_project(tmp_path_factory.mktemp("stack"), archive) as project:
+        yield project
 
 
 def stack_processes(project: Project) -> list[psutil.Process]:
@@ -82,13 +36,13 @@ def test_the_literal_command_trains_a_model(project: Project) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "train-diffusion/train-diffusion" in done.stdout
     assert "Completed" in done.stdout
-    servers = json.loads((project.folder / "var/stack/servers.json").read_text())
+    servers = project.servers
     code = (
         "from mlflow import MlflowClient; c = MlflowClient(); r = c.search_runs([c.get_experiment_by_name('train-diffusion')"
         ".experiment_id])[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
         "print(c.get_model_version_by_alias('generated-fields-and-water-ddpm', 'champion').version)"
     )
-    found = project.shell(sys.executable, "-c", code, MLFLOW_DISABLE_TELEMETRY="true", **servers)
+    found = project.shell(sys.executable, "-c", code, env={"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
     assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr
 
 
@@ -111,8 +65,8 @@ async def main():
             print(json.dumps([d.name, schedule, limit, keys]))
 asyncio.run(main())
 """
-    servers = json.loads((project.folder / "var/stack/servers.json").read_text())
-    done = project.shell(sys.executable, "-c", code, **servers)
+    servers = project.servers
+    done = project.shell(sys.executable, "-c", code, env=servers)
     found = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
     keys = ["preset", "overrides", "seed", "source", "processes"]
     assert found == {
@@ -133,14 +87,14 @@ def test_other_names_are_resolved_left_alone_or_refused_with_help(project: Proje
     module = project.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
     assert "no deployment" in module.stderr
     elsewhere = project.shell(
-        "prefect", "deployment", "run", "train-diffusion", PREFECT_API_URL="http://127.0.0.1:9/api"
+        "prefect", "deployment", "run", "train-diffusion", env={"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     )
     assert elsewhere.returncode == 1
     assert "does not answer" in elsewhere.stderr
 
 
 def test_the_servers_want_credentials_and_listen_on_loopback_only(project: Project) -> None:
-    servers = json.loads((project.folder / "var/stack/servers.json").read_text())
+    servers = project.servers
     password = servers["MLFLOW_TRACKING_PASSWORD"]
     assert password in project.printed
     assert oct((project.folder / "var/stack/servers.json").stat().st_mode & 0o777) == "0o600"

@@ -1,0 +1,236 @@
+"""Kill what runs the flow: the servers that it talks to, its ranks, the flow itself, its worker. The model is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from diffusion.data.eurosat import Source
+from diffusion.data.ingest import ingest
+from diffusion.data.store import FolderStore
+from diffusion.job import TrainingJob
+from diffusion.recipe import Recipe, load_recipe
+from diffusion.training.journal import JOURNAL, records
+from flows.launcher import _wait_until_ended, run_job
+from tests.conftest import TINY
+from tests.faults.report import Kill, write_report
+from tests.stack import Project, running_project
+
+pytestmark = pytest.mark.slow
+
+STEPS = 250
+OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS // 2}
+GONE_SECONDS = 15.0
+COMMIT = "c" * 40
+
+QUERIES = """
+import asyncio, json, sys
+from prefect import get_client
+from mlflow import MlflowClient
+async def main():
+    async with get_client() as client:
+        run = await client.read_flow_run(sys.argv[1])
+        state = [run.state.type.value, run.state.message or ""]
+    tracking = MlflowClient()
+    experiment = tracking.get_experiment_by_name("train-diffusion")
+    runs = tracking.search_runs([experiment.experiment_id]) if experiment else []
+    found = [{"status": r.info.status, "failure": r.data.tags.get("failure", ""), "key": r.data.tags["train_diffusion.run"],
+              "losses": [[p.step, p.value] for p in tracking.get_metric_history(r.info.run_id, "train/loss")]} for r in runs]
+    print(json.dumps({"state": state, "runs": found}))
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
+    with running_project(
+        tmp_path_factory.mktemp("faults"), archive, TRAIN_DIFFUSION_COMMIT=COMMIT, MLFLOW_DISABLE_TELEMETRY="true"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[str, bytes]]:
+    """Weights and journal of an undisturbed training with some seed."""
+
+    def train(seed: int) -> tuple[str, bytes]:
+        tmp_path = tmp_path_factory.mktemp("undisturbed")
+        store = FolderStore(tmp_path / "store")
+        manifest = ingest(source, store)  # cut into shards as the flow does it: the order depends on them
+        job = TrainingJob(
+            run="undisturbed",
+            store=store.uri,
+            dataset=manifest.digest,
+            shard_copies=tmp_path,
+            recipe=recipe(seed),
+            until=STEPS,
+            checkpoint_every=1000,
+        )
+        run_job("diffusion.training.job", job, tmp_path / "job", 1, lambda p: None, lambda line: None, threads=1)
+        return weights(store, "undisturbed"), (tmp_path / "job" / JOURNAL).read_bytes()
+
+    return train
+
+
+def recipe(seed: int) -> Recipe:
+    return load_recipe("demo", OVERRIDES, seed)
+
+
+def weights(store: FolderStore, run: str) -> str:
+    where = f"checkpoints/{run}/{STEPS:09d}"
+    return hashlib.sha256(
+        b"".join(store.read(f"{where}/{part}.safetensors") for part in ("model", "optimizer"))
+    ).hexdigest()
+
+
+class FlowRun:
+    """One run of the deployment."""
+
+    def __init__(self, project: Project, seed: int) -> None:
+        self.project = project
+        parameters = {"preset": "demo", "source": "generated", "overrides": OVERRIDES, "seed": seed}
+        command = ["prefect", "deployment", "run", "train-diffusion", "--params", json.dumps(parameters)]
+        done = project.shell(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.id = next(line for line in done.stdout.splitlines() if "UUID" in line).split()[-1]
+
+    def told(self) -> dict[str, Any]:
+        done = self.project.shell(sys.executable, "-c", QUERIES, self.id, env=self.project.servers)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return dict(json.loads(done.stdout))
+
+    def journals(self) -> list[Path]:
+        return list((self.project.folder / "var/runs").glob(f"demo-*/{JOURNAL}"))
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, log_of(self.project, "worker")
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int, key: str = "") -> None:
+        self.wait_for(lambda: any(last_step(path) >= step for path in self.journals() if key in str(path)))
+
+    def wait_for_end(self) -> dict[str, Any]:
+        self.wait_for(lambda: self.told()["state"][0] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), 240)
+        return self.told()
+
+
+def last_step(journal: Path) -> int:
+    found = records(journal.read_bytes())
+    return int(found[-1]["step"]) if found else 0
+
+
+def log_of(project: Project, name: str) -> str:
+    return (project.folder / f"var/stack/{name}.log").read_text()[-3000:]
+
+
+def process(project: Project, name: str) -> psutil.Process:
+    return psutil.Process(int((project.folder / f"var/stack/{name}.pid").read_text().split()[0]))
+
+
+def flow_process(project: Project) -> psutil.Process:
+    """The flow's own process: the worker's child."""
+    (child,) = process(project, "worker").children()
+    return child
+
+
+def prepare_restart(project: Project, name: str) -> Callable[[], None]:
+    """What starts a process of the stack again as it was started: ask while it lives."""
+    command, env = process(project, name).cmdline(), process(project, name).environ()
+
+    def restart() -> None:
+        with (project.folder / f"var/stack/{name}.log").open("ab") as log:
+            started = subprocess.Popen(
+                command, cwd=project.folder, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+        created = psutil.Process(started.pid).create_time()
+        (project.folder / f"var/stack/{name}.pid").write_text(f"{started.pid} {created}")
+
+    return restart
+
+
+def kill_and_restart(project: Project, name: str, away: float) -> None:
+    """Kill a server with all its children, and start it again with the same command after a while."""
+    restart, server = prepare_restart(project, name), process(project, name)
+    for one in [*server.children(recursive=True), server]:
+        one.kill()
+    time.sleep(away)
+    restart()
+    health = {
+        "prefect-server": f"{project.servers['PREFECT_API_URL']}/health",
+        "mlflow-server": f"{project.servers['MLFLOW_TRACKING_URI']}/health",
+    }
+    deadline = time.monotonic() + 60
+    while name in health:
+        try:
+            requests.get(health[name], timeout=2)
+            break
+        except requests.RequestException:
+            assert time.monotonic() < deadline, log_of(project, name)
+            time.sleep(0.2)
+
+
+def assert_the_same(project: Project, key: str, told: dict[str, Any], expected: tuple[str, bytes]) -> None:
+    assert weights(FolderStore(project.folder / "var/store"), key) == expected[0]
+    assert (project.folder / "var/runs" / key / JOURNAL).read_bytes() == expected[1]
+    (run,) = [run for run in told["runs"] if run["key"] == key]
+    assert run["status"] == "FINISHED"
+    wanted = [[record["step"], record["loss"]] for record in records(expected[1]) if record["kind"] == "metrics"]
+    assert run["losses"] == wanted, "a point is missing, or there twice"
+
+
+def test_servers_that_die_cost_neither_a_step_nor_a_point(
+    project: Project, expected: Callable[[int], tuple[str, bytes]]
+) -> None:
+    run = FlowRun(project, seed=1)
+    run.wait_for_step(10)
+    kill_and_restart(project, "mlflow-server", away=5)
+    kill_and_restart(project, "prefect-server", away=3)
+    told = run.wait_for_end()
+    assert told["state"][0] == "COMPLETED", told["state"]
+    assert_the_same(project, f"demo-seed1-{run.id}", told, expected(1))
+
+
+@pytest.mark.parametrize("victim", ["flow", "worker"])
+def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
+    project: Project, expected: Callable[[int], tuple[str, bytes]], victim: str
+) -> None:
+    seed = {"flow": 2, "worker": 3}[victim]
+    run = FlowRun(project, seed)
+    key = f"demo-seed{seed}-{run.id}"
+    run.wait_for_step(60, key)
+    tree = [flow_process(project), *flow_process(project).children(recursive=True)]
+    killed = time.monotonic()
+    if victim == "flow":
+        tree[0].kill()
+    else:
+        restart = prepare_restart(project, "worker")
+        process(project, "worker").kill()
+    left = _wait_until_ended(tree, killed + GONE_SECONDS)
+    gone = time.monotonic() - killed
+    assert left == [], left
+    step = last_step(project.folder / "var/runs" / key / JOURNAL)
+    assert step < STEPS
+    if victim == "worker":
+        restart()
+    run.wait_for(lambda: run.told()["state"][0] == "CRASHED", 60)
+
+    started = time.monotonic()
+    again = FlowRun(project, seed)
+    again.wait_for_step(step + 1, key)
+    recovered = time.monotonic() - started
+    told = again.wait_for_end()
+    assert told["state"][0] == "COMPLETED", told["state"]
+    assert_the_same(project, key, told, expected(seed))
+    write_report([Kill(key, victim, "training", step, round(gone, 1), round(recovered, 1), True)], seed)

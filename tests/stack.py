@@ -1,0 +1,74 @@
+"""A copy of the project in a fresh folder with the servers of `make up`, for tests that act on it as a user or a fault would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import BIN, free_port
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project in a fresh folder with its servers up, and a shell in which only the environment is active."""
+
+    folder: Path
+    env: dict[str, str]
+    printed: str
+
+    def shell(
+        self, *command: str, folder: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=folder or self.folder, env=self.env | (env or {}), capture_output=True, text=True, timeout=300
+        )
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """The environment of a client of the servers."""
+        return dict(json.loads((self.folder / "var/stack/servers.json").read_text()))
+
+    def stack(self, verb: str) -> subprocess.CompletedProcess[str]:
+        return self.shell(sys.executable, "infra/stack.py", verb)
+
+
+@contextmanager
+def running_project(parent: Path, archive: Path, **environment: str) -> Iterator[Project]:
+    """Bring the stack up in a folder of its own, with the archive where the generated one is looked for."""
+    folder = parent / "project"
+    folder.mkdir()
+    for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml"):
+        source = PROJECT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    downloads = folder / "var" / "downloads"
+    downloads.mkdir(parents=True)
+    shutil.copy(archive, downloads / "generated-fields-and-water-1.zip")
+    home = folder.parent / "home"
+    home.mkdir()
+    env = {
+        "HOME": str(home),
+        "PATH": f"{BIN}{os.pathsep}/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PREFECT_PORT": str(free_port()),
+        "MLFLOW_PORT": str(free_port()),
+        **environment,
+    }
+    made = Project(folder, env, "")
+    up = made.stack("up")
+    assert up.returncode == 0, up.stdout + up.stderr
+    for port in ("PREFECT_PORT", "MLFLOW_PORT"):
+        del env[port]  # a fresh shell knows nothing of them
+    yield Project(folder, env, up.stdout)
+    made.stack("down")
