@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint up down status profile extractor
+.PHONY: help install demo test soak lint up down status profile extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: install ## Train, score and register a small model on this machine, in abo
 
 test: install ## All tests that need no network
 	$(BIN)/python -m pytest
+
+soak: install ## Kill trainings N times at random moments; make soak N=200 SEED=1
+	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py
 
 lint: install ## Style and types
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ class Budget:
 
 
 BUDGETS = {
-    "small": Budget(32, 40_960, 2_000, 400, {"network.width": 32, "network.multipliers": [1, 2, 4]}),
+    "small": Budget(32, 40_960, 1_000, 400, {"network.width": 32, "network.multipliers": [1, 2, 4]}),
     "full": Budget(
         64, 2_430_000, 10_000, 2_700, {"network.width": 40, "network.multipliers": [1, 2, 2, 2], "data.batch_size": 128}
     ),
@@ -72,12 +72,27 @@ def arms(budget: Budget, seed: int) -> list[Arm]:
         "evaluation.samples": budget.samples,
         "evaluation.likelihood_images": budget.likelihood_images,
     }
-    old = load_recipe("seed", common | {"data.images": budget.images}, seed)
+    # One lane is one process: `fast` lets it use all cores, where `exact` would keep it to one thread.
+    old = load_recipe("seed", common | {"data.images": budget.images, "reduction": "fast"}, seed)
     made = [Arm("seed", old, {w: old.evaluation.model_copy(update={"weights": w}) for w in ("raw", "ema")})]
     for name, images in (("default", budget.images), ("default at a quarter", budget.images // 4)):
         new = load_recipe("demo", common | budget.default | {"data.images": images}, seed)
-        made.append(Arm(name, new, {w: new.evaluation.model_copy(update={"weights": w}) for w in ("raw", "ema")}))
+        made.append(Arm(name, new, {"ema": new.evaluation}))
+        if images == budget.images:
+            made.append(Arm("default, without guidance", new, {"unguided": replaced(new.evaluation, guidance=1.0)}))
     return made
+
+
+def replaced(evaluation: Evaluation, **values: Any) -> Evaluation:
+    """The evaluation with other values."""
+    return evaluation.model_copy(update=values)
+
+
+def compare_samplers(bench: Bench, arm: Arm, samples: int) -> dict[str, Scores]:
+    """The default's 20 steps against 1000 of the learned chain, with the same weights, labels and numbers, unguided."""
+    few = replaced(arm.recipe.evaluation, guidance=1.0, samples=samples, likelihood_images=1, likelihood_timesteps=1)
+    chain = replaced(few, sampler="ancestral", sampler_steps=1000, spacing="uniform_time")
+    return bench.score(Arm(arm.name, arm.recipe, {"20-steps": few, "1000-steps": chain}))
 
 
 def gigaflops(recipe: Recipe, classes: int) -> float:
@@ -144,11 +159,20 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--chain-samples", type=int, default=0, help="compare samplers instead, on so many samples")
     arguments = parser.parse_args()
     budget, bench = BUDGETS[arguments.budget], Bench()
     bench.reference(budget.image_size)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
+    if arguments.chain_samples:
+        (arm,) = (arm for arm in arms(budget, arguments.seeds[0]) if arm.name == "default")
+        for name, scores in compare_samplers(bench, arm, arguments.chain_samples).items():
+            by = scores.by_extractor[0]
+            print(
+                f"{name}: fid {by.fid:.2f} ± {by.fid_error:.2f}, kid {by.kid:.3f} ± {by.kid_error:.3f}, n = {by.samples}"
+            )
+        return
     rows = []
     for seed in arguments.seeds:
         for arm in arms(budget, seed):

@@ -47,6 +47,8 @@ class JobSpec(BaseModel):
     """Digest of the dataset."""
     shard_copies: Path
     """Folder for local copies of a remote store's shards."""
+    deterministic: bool = False
+    """Whether GPUs use deterministic algorithms alone."""
 
 
 class TrainingJob(JobSpec):
@@ -101,6 +103,9 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
+        if spec.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for, before its first call
+            torch.use_deterministic_algorithms(True)
         # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
         # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
         same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)

@@ -35,6 +35,11 @@ class Settings:
     """The Inception network (`TRAIN_DIFFUSION_INCEPTION`, `TRAIN_DIFFUSION_INCEPTION_SHA256`)."""
     commit: str | None
     """Git commit of the code where it does not lie in a repository (`TRAIN_DIFFUSION_COMMIT`)."""
+    s3_block: str | None
+    """Name of the Prefect block with the store's credentials (`TRAIN_DIFFUSION_S3_BLOCK`); None: the environment's."""
+    deterministic: bool
+    """Compute on GPUs by deterministic algorithms alone, slower, so that a resume gives the same bits there too
+    (`TRAIN_DIFFUSION_DETERMINISTIC=1`)."""
 
     @property
     def downloads(self) -> Path:
@@ -71,4 +76,6 @@ def settings() -> Settings:
         if inception
         else None,
         commit=os.environ.get("TRAIN_DIFFUSION_COMMIT"),
+        s3_block=os.environ.get("TRAIN_DIFFUSION_S3_BLOCK"),
+        deterministic=os.environ.get("TRAIN_DIFFUSION_DETERMINISTIC", "0") not in ("", "0"),
     )

@@ -63,6 +63,7 @@ def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any
         "store": settings.store_uri,
         "dataset": dataset.digest,
         "shard_copies": settings.shard_copies,
+        "deterministic": settings.deterministic,
     }
 
 

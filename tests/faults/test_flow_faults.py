@@ -202,29 +202,57 @@ def test_servers_that_die_cost_neither_a_step_nor_a_point(
     assert_the_same(project, f"demo-seed1-{run.id}", told, expected(1))
 
 
-@pytest.mark.parametrize("victim", ["flow", "worker"])
+def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
+    project: Project, expected: Callable[[int], tuple[str, bytes]]
+) -> None:
+    run = FlowRun(project, seed=5)
+    key = f"demo-seed5-{run.id}"
+    run.wait_for_step(60, key)
+    tree = [flow_process(project), *flow_process(project).children(recursive=True)]
+    asked = time.monotonic()
+    done = project.shell("prefect", "flow-run", "cancel", run.id)
+    assert done.returncode == 0, done.stderr
+    run.wait_for(lambda: _wait_until_ended(tree, time.monotonic()) == [], 30)
+    gone = time.monotonic() - asked
+    run.wait_for(lambda: run.told()["state"][0] == "CANCELLED", 30)
+    assert run.told()["runs"][0]["status"] == "KILLED"
+    step = last_step(project.folder / "var/runs" / key / JOURNAL)
+    assert f"{step:09d}" in {path.name for path in (project.folder / "var/store/checkpoints" / key).iterdir()}
+    started = time.monotonic()
+    again = FlowRun(project, seed=5)
+    again.wait_for_step(step + 1, key)
+    recovered = time.monotonic() - started
+    told = again.wait_for_end()
+    assert told["state"][0] == "COMPLETED", told["state"]
+    assert_the_same(project, key, told, expected(5))
+    write_report([Kill(key, "flow, cancelled", "training", step, round(gone, 1), round(recovered, 1), True)], 5)
+
+
+@pytest.mark.parametrize("victim", ["flow", "worker", "flow and worker"])
 def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
     project: Project, expected: Callable[[int], tuple[str, bytes]], victim: str
 ) -> None:
-    seed = {"flow": 2, "worker": 3}[victim]
+    seed = {"flow": 2, "worker": 3, "flow and worker": 4}[victim]
     run = FlowRun(project, seed)
     key = f"demo-seed{seed}-{run.id}"
     run.wait_for_step(60, key)
     tree = [flow_process(project), *flow_process(project).children(recursive=True)]
     killed = time.monotonic()
-    if victim == "flow":
-        tree[0].kill()
-    else:
-        restart = prepare_restart(project, "worker")
+    restart = prepare_restart(project, "worker")
+    if "worker" in victim:
         process(project, "worker").kill()
+    if "flow" in victim:
+        tree[0].kill()
     left = _wait_until_ended(tree, killed + GONE_SECONDS)
     gone = time.monotonic() - killed
     assert left == [], left
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert step < STEPS
-    if victim == "worker":
+    # With nobody left who could say so, the automation notices the silence.
+    run.wait_for(lambda: run.told()["state"][0] == "CRASHED", 200 if victim == "flow and worker" else 60)
+    assert ("No heartbeat" in run.told()["state"][1]) == (victim == "flow and worker")
+    if "worker" in victim:
         restart()
-    run.wait_for(lambda: run.told()["state"][0] == "CRASHED", 60)
 
     started = time.monotonic()
     again = FlowRun(project, seed)

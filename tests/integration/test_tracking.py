@@ -23,10 +23,11 @@ from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
 from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Scores
+from diffusion.recipe import Recipe
 from diffusion.tracking.connection import connect
 from diffusion.tracking.figures import loss_by_noise_level
 from diffusion.tracking.registry import champion_version, promote, publish
-from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
@@ -189,6 +190,35 @@ def test_the_figure_of_the_loss_by_noise_level_is_logged(run: TrackedRun, tmp_pa
     assert [item.path for item in run.client.list_artifacts(run.run_id, "figures")] == [
         "figures/loss_by_noise_level.png"
     ]
+
+
+def test_a_run_that_did_not_finish_is_found_by_the_next_of_its_recipe_data_and_code(
+    client: MlflowClient, ingested: Ingested
+) -> None:
+    recipe, other = tiny_recipe(seed=77), tiny_recipe(seed=78)
+    experiment = open_experiment(client, None)
+
+    def look(commit: str = "c" * 40, of: Recipe = recipe) -> str | None:
+        return unfinished_run(client, experiment, of, ingested.manifest, commit)
+
+    def begin(key: str) -> TrackedRun:
+        lineage = replace(LINEAGE, run=key)
+        return TrackedRun.open(client, None, key, lineage, recipe, ingested.manifest, ingested.store.uri)
+
+    assert look() is None
+    first = begin("first")
+    assert look() is None, "it is still running"
+    first.close("FAILED", "killed")
+    assert look() == "first"
+    assert look(of=other) is None
+    assert look(commit="d" * 40) is None
+    assert look(commit="unknown") is None
+    assert look(commit="c" * 40 + "-dirty") is None
+    begin("first").close("FINISHED")
+    assert look() is None
+    time.sleep(0.01)
+    begin("second").close("KILLED")
+    assert look() == "second"
 
 
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
