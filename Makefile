@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint up down status profile extractor
+.PHONY: help install demo test faults soak lint up down status profile extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,8 +20,11 @@ install: .venv/installed ## The tested set of packages, in .venv
 demo: install ## Train, score and register a small model on this machine, in about six minutes
 	@$(BIN)/python -m flows.demo
 
-test: install ## All tests that need no network
-	$(BIN)/python -m pytest
+test: install ## All tests but those that kill; none needs a network
+	$(BIN)/python -m pytest --ignore=tests/faults
+
+faults: install ## Kill, cut and corrupt at recorded moments; the result must be the same
+	$(BIN)/python -m pytest -s tests/faults
 
 soak: install ## Kill trainings N times at random moments; make soak N=200 SEED=1
 	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py

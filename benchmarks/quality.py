@@ -119,7 +119,7 @@ class Bench:
         return {"run": run, "store": self.environment.store_uri, "dataset": self.dataset.digest, "shard_copies": shards}
 
     def _job(self, module: str, spec: JobSpec, name: str, processes: int) -> None:
-        say: Callable[[str], None] = lambda line: print(f"  {line}", flush=True) if line.startswith("step ") else None  # noqa: E731
+        say: Callable[[str], None] = lambda line: print(f"  {line}", flush=True) if "] step " in line else None  # noqa: E731
         run_job(module, spec, self.environment.runs / "benchmarks" / name, processes, lambda progress: None, say)
 
     def reference(self, image_size: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -100,6 +101,7 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     end_with_parent()
     folder = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
+    sys.stdout = sys.stderr = RankOutput(f"[rank {rank}] ", sys.stdout)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
@@ -131,6 +133,21 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
         part.unlink()
         logging.getLogger(__name__).exception("rank %d failed", rank)
         raise SystemExit(1) from error
+
+
+class RankOutput(io.TextIOBase):
+    """Writes whole lines, each with a prefix: several ranks share one log."""
+
+    def __init__(self, prefix: str, output: TextIO) -> None:
+        self._prefix, self._output, self._line = prefix, output, ""
+
+    def write(self, text: str) -> int:
+        """Keep the text until its line is whole."""
+        *whole, self._line = (self._line + text).split("\n")
+        if whole:
+            self._output.write("".join(f"{self._prefix}{line}\n" for line in whole))
+            self._output.flush()
+        return len(text)
 
 
 def lock_folder(folder: Path, seconds: float = LOCK_SECONDS) -> IO[bytes]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -26,6 +27,10 @@ from diffusion.data.store import FolderStore
 from diffusion.recipe import Recipe, load_recipe
 
 BIN = Path(sys.executable).parent
+
+# No test is about time: a busy machine must not fail one.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 TINY: dict[str, Any] = {
     "data.image_size": 16,
@@ -221,3 +226,9 @@ def random_images() -> Callable[[int, int], np.ndarray]:
     """Makes bytes that look like images: [count, size, size, 3]."""
     rng = np.random.default_rng(0)
     return lambda count, size: rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def unique(request: pytest.FixtureRequest) -> str:
+    """A run name of the test's own, in the store that all share."""
+    return str(abs(hash(request.node.name)))

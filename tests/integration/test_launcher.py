@@ -62,7 +62,7 @@ def test_output_and_progress_reach_the_caller(job_module: str, tmp_path: Path) -
     lines: list[str] = []
     progress: list[dict[str, object]] = []
     run_job(job_module, spec("well", tmp_path), tmp_path / "job", 2, progress.append, lines.append)
-    assert {"hello from rank 0", "hello from rank 1"} <= set(lines)
+    assert {"[rank 0] hello from rank 0", "[rank 1] hello from rank 1"} <= set(lines)
     assert progress[-1] == {"stage": "working", "done": 1, "total": 1, "note": ""}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,67 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.data.store import FolderStore
 from diffusion.errors import RecipeError, RunBusy, TrainingDiverged
 from diffusion.evaluation.scores import Scores
-from diffusion.job import SPEC, EvaluationJob, JobSpec, ReferenceJob, TrainingJob, lock_folder
-from diffusion.recipe import Recipe
+from diffusion.job import SPEC, EvaluationJob, ReferenceJob, lock_folder
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
-from diffusion.training.state import folder, steps_with_checkpoint
-from flows.launcher import run_job
+from diffusion.training.state import steps_with_checkpoint
 from tests.conftest import Ingested, tiny_recipe
+from tests.jobs import ONE_THREAD, Trainer, start
 
 pytestmark = pytest.mark.slow
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-class Trainer:
-    """Runs training jobs of one recipe into a store."""
-
-    def __init__(self, ingested: Ingested, tmp_path: Path, recipe: Recipe) -> None:
-        self.store, self.tmp_path, self.recipe, self.dataset = (
-            ingested.store,
-            tmp_path,
-            recipe,
-            ingested.manifest.digest,
-        )
-
-    def common(self, run: str) -> dict[str, Any]:
-        return {
-            "run": run,
-            "store": self.store.uri,
-            "dataset": self.dataset,
-            "shard_copies": self.tmp_path / "copies",
-        }
-
-    def spec(self, run: str, until: int, every: int = 1000) -> TrainingJob:
-        return TrainingJob(**self.common(run), recipe=self.recipe, until=until, checkpoint_every=every)
-
-    def folder(self, run: str) -> Path:
-        return self.tmp_path / run
-
-    def train(self, run: str, until: int, processes: int) -> str:
-        """Train and return the digest of everything that the checkpoint holds."""
-        start(self.folder(run), self.spec(run, until), "diffusion.training.job", processes)
-        return digest(self.store, run, until)
-
-
-def start(where: Path, spec: JobSpec, module: str, processes: int) -> None:
-    run_job(module, spec, where, processes, lambda progress: None, lambda line: None, threads=1)
-
-
-def digest(store: FolderStore, run: str, step: int) -> str:
-    names = [name for name in store.names(f"{folder(run, step)}/") if not name.endswith("state.json")]
-    return hashlib.sha256(b"".join(store.read(name) for name in names)).hexdigest()
-
-
-@pytest.fixture
-def unique(request: pytest.FixtureRequest) -> str:
-    """A run name of the test's own, in the store that all share."""
-    return str(abs(hash(request.node.name)))
-
 
 EVERYTHING: dict[str, Any] = {
     "objective__loss": "hybrid",
@@ -148,45 +95,6 @@ def test_checkpoints_at_milestones_stay_and_of_the_others_the_last_two(
     assert len(trainer.store.names(f"checkpoints/{run}/")) == 4 * 5, "parts of dropped checkpoints are left"
 
 
-def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
-    ingested: Ingested, tmp_path: Path, unique: str
-) -> None:
-    """DistributedDataParallel would sort its buckets anew after a first step, and a ring of 4 add in another order."""
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast"))
-    expected = trainer.train(f"fast-whole-{unique}", 6, processes=4)
-    trainer.train(f"fast-resumed-{unique}", 3, processes=4)
-    assert trainer.train(f"fast-resumed-{unique}", 6, processes=4) == expected
-
-
-def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
-    ingested: Ingested, tmp_path: Path, unique: str
-) -> None:
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * 400, evaluation__every_images=10**6))
-    expected = trainer.train(f"roomy-{unique}", 400, processes=1)
-    run = f"full-{unique}"
-    where = trainer.folder(run)
-    where.mkdir()
-    (where / SPEC).write_text(trainer.spec(run, 400, every=20).model_dump_json())
-    job = subprocess.Popen(
-        [sys.executable, "-u", "-m", "diffusion.training.job", str(where)],
-        env={**os.environ, **ONE_THREAD},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
-    )
-    assert job.stdout is not None
-    for line in job.stdout:
-        if b"The checkpoint was not written" in line and b"can't be written" in line:
-            break
-    else:
-        raise AssertionError("the failure was not said")
-    resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    job.communicate(timeout=120)
-    assert job.returncode == 0
-    assert digest(trainer.store, run, 400) == expected
-    assert len(steps_with_checkpoint(trainer.store, run)) == 3, "the saves after the failed one"
-
-
 def test_a_second_writer_of_a_run_is_refused_and_takes_over_when_the_first_has_ended(tmp_path: Path) -> None:
     where = tmp_path / "busy"
     where.mkdir()
@@ -211,7 +119,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp
     job = subprocess.Popen([sys.executable, "-m", "diffusion.training.job", str(where)], stdout=subprocess.PIPE)
     assert job.stdout is not None
     for line in job.stdout:  # the first line of progress: it trains
-        if line.startswith(b"step "):
+        if line.startswith(b"[rank 0] step "):
             break
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=60)

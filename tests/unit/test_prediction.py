@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.process.names import Prediction
+from diffusion.process.names import Prediction, Weighting
 from diffusion.process.objective import simple_loss, weight
 from diffusion.process.prediction import diffuse, target, to_epsilon, to_x0
 
@@ -51,3 +51,15 @@ def test_min_snr_for_v_is_the_clamped_snr_over_snr_plus_one() -> None:
 def test_p2_is_the_published_weight_on_epsilon() -> None:
     log_snr = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(weight("p2", "epsilon", log_snr, gamma=0.5), (1 + log_snr.exp()) ** -0.5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", ["none", "min_snr", "p2"])
+def test_gradients_of_the_simple_loss_by_finite_differences(prediction: Prediction, weighting: Weighting) -> None:
+    rng = torch.Generator().manual_seed(0)
+    output, x0, epsilon = (torch.randn(3, 2, 2, 2, generator=rng, dtype=torch.float64) for _ in range(3))
+    log_snr = torch.tensor([-6.0, 0.3, 5.0], dtype=torch.float64)
+    output.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda out: simple_loss(out, x0, epsilon, log_snr, prediction, weighting), (output,)
+    )

@@ -1,0 +1,57 @@
+"""What may befall a training job by itself: a full disk, a resume of the fast reduction on many processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion.job import SPEC
+from diffusion.training.state import steps_with_checkpoint
+from tests.conftest import Ingested, tiny_recipe
+from tests.jobs import ONE_THREAD, Trainer, digest
+
+pytestmark = pytest.mark.slow
+
+
+def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
+    ingested: Ingested, tmp_path: Path, unique: str
+) -> None:
+    """DistributedDataParallel would sort its buckets anew after a first step, and a ring of 4 add in another order."""
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast"))
+    expected = trainer.train(f"fast-whole-{unique}", 6, processes=4)
+    trainer.train(f"fast-resumed-{unique}", 3, processes=4)
+    assert trainer.train(f"fast-resumed-{unique}", 6, processes=4) == expected
+
+
+def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
+    ingested: Ingested, tmp_path: Path, unique: str
+) -> None:
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * 400, evaluation__every_images=10**6))
+    expected = trainer.train(f"roomy-{unique}", 400, processes=1)
+    run = f"full-{unique}"
+    where = trainer.folder(run)
+    where.mkdir()
+    (where / SPEC).write_text(trainer.spec(run, 400, every=20).model_dump_json())
+    job = subprocess.Popen(
+        [sys.executable, "-u", "-m", "diffusion.training.job", str(where)],
+        env={**os.environ, **ONE_THREAD},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if b"The checkpoint was not written" in line and b"can't be written" in line:
+            break
+    else:
+        raise AssertionError("the failure was not said")
+    resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    job.communicate(timeout=120)
+    assert job.returncode == 0
+    assert digest(trainer.store, run, 400) == expected
+    assert len(steps_with_checkpoint(trainer.store, run)) == 3, "the saves after the failed one"
