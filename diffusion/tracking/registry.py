@@ -1,11 +1,10 @@
-"""Model versions: publishing one with its lineage, and deciding which one is the champion."""
+"""Model versions: publishing one with its lineage."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -19,31 +18,18 @@ from diffusion.tracking.run import TrackedRun
 from diffusion.training.state import State, checkpoint_file
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
     from mlflow import MlflowClient
 
-CHAMPION, CHALLENGER = "champion", "challenger"
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
-COMPARABLE = ("dataset.digest", "image_size")
-"""Tags that must agree before two figures are compared."""
+PROTOCOL = "1: fixed noise by sample index, classes in turn, the recipe's own sampler"
+"""How figures are made, by number: those of another protocol do not compare."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
 
 
 def model_name(dataset: Manifest) -> str:
     """The registered model of a dataset: models of EuroSAT are `eurosat-ddpm`, and others never compete with them."""
     return f"{dataset.source.lower()}-ddpm"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Which alias a version got, and why."""
-
-    model: str
-    version: str
-    alias: str
-    reason: str
 
 
 def publish(
@@ -63,6 +49,7 @@ def publish(
         "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
         "image_size": str(state.recipe.data.image_size),
+        "evaluation.protocol": f"{PROTOCOL}, {state.recipe.evaluation.samples} samples",
         "recipe.digest": state.recipe.digest,
         "checkpoint.digest": state.digest,
         "checkpoint.step": str(state.step),
@@ -113,54 +100,6 @@ def publish(
         await_creation_for=0,
     )
     return str(version.version)
-
-
-def promote(client: MlflowClient, model: str, version: str) -> Decision:
-    """Compare a version with the champion and give it the alias `champion` or `challenger`.
-
-    The first version becomes champion; a later one if its FID, by the recipe's first extractor, over as many samples of
-    the same size, against the same dataset, is lower. Running it again for the same version changes nothing.
-    """
-    challenger = client.get_model_version(model, version)
-    champion = champion_version(client, model)
-
-    def decide(alias: str, reason: str) -> Decision:
-        client.set_model_version_tag(model, version, "decision", reason)
-        client.set_registered_model_alias(model, alias, version)
-        return Decision(model, version, alias, reason)
-
-    if champion is None:
-        return decide(CHAMPION, "It is the first version.")
-    if str(champion.version) == version:  # a database gives the number, a server its text
-        return Decision(model, version, CHAMPION, challenger.tags.get("decision", "It is the champion already."))
-    new, old = (Scores.model_validate_json(v.tags["scores"]).by_extractor[0] for v in (challenger, champion))
-    name = f"fid_{new.extractor}"
-    different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-    different += [field for field in ("extractor_sha256", "samples") if getattr(new, field) != getattr(old, field)]
-    if different:
-        return decide(
-            CHALLENGER,
-            f"Its {name} can't be compared with that of version {champion.version}: they differ in {', '.join(different)}. "
-            "Move the alias champion by hand if it is to go live.",
-        )
-    figures = (
-        f"{name} over {new.samples:,} samples is {new.fid:.2f}; that of version {champion.version} is {old.fid:.2f}"
-    )
-    if new.fid < old.fid:
-        return decide(CHAMPION, f"Better: its {figures}.")
-    return decide(CHALLENGER, f"Not better: its {figures}.")
-
-
-def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:
-    """The version that is live, or None."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(model, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
-            return None
-        raise
 
 
 def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> None:

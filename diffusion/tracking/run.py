@@ -17,6 +17,7 @@ from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, flatten
 from diffusion.tracking.figures import bound_by_noise_level, class_distances
+from diffusion.tracking.promotion import Decision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,6 +139,12 @@ class TrackedRun:
         if any(by.class_fid for by in scores.by_extractor):
             self.log_figure(class_distances(scores), f"figures/classes-{scores.step:09d}.png")
         self._log_table(f"scores/{scores.step:09d}.json", ("figure", "value", "error", "real images"), scores.table())
+
+    def log_decision(self, decision: Decision) -> None:
+        """Log why a version was promoted or not: a table of gates, and a tag."""
+        if rows := [(gate.name, gate.passed, gate.figures) for gate in decision.gates]:
+            self._log_table("promotion.json", ("gate", "passed", "figures"), rows)
+        self.client.set_tag(self.run_id, "promotion", f"{decision.alias}: {decision.reason}"[:5000])
 
     def _log_table(self, path: str, columns: tuple[str, ...], rows: Sequence[Sequence[object]]) -> None:
         """As `MlflowClient.log_table` does it, but a repetition replaces the rows in place of adding them again."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from diffusion.tracking.registry import Decision, model_name
-from diffusion.tracking.registry import promote as decide
+from diffusion.tracking.promotion import Decision
+from diffusion.tracking.promotion import promote as decide
+from diffusion.tracking.registry import model_name
 from flows.run import Run
 from flows.tasks.retrying import worth_retrying
 
@@ -20,5 +21,7 @@ from flows.tasks.retrying import worth_retrying
     retry_condition_fn=worth_retrying,
 )
 def promote(run: Run, version: str) -> Decision:
-    """Make the version champion if it is the first or its FID is lower; else it stays challenger."""
-    return decide(run.tracked.client, model_name(run.dataset), version)
+    """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
+    decision = decide(run.tracked.client, run.store, model_name(run.dataset), version)
+    run.tracked.log_decision(decision)
+    return decision

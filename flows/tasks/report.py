@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.connection import without_credentials
-from diffusion.tracking.registry import Decision
+from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
 from flows.run import Run

@@ -13,7 +13,7 @@ from diffusion.data.find import find_archive
 from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
-from diffusion.tracking.registry import champion_version
+from diffusion.tracking.promotion import champion_version
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow

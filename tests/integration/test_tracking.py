@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Sc
 from diffusion.recipe import Recipe
 from diffusion.tracking.connection import connect
 from diffusion.tracking.figures import loss_by_noise_level
-from diffusion.tracking.registry import champion_version, promote, publish
+from diffusion.tracking.promotion import champion_version, promote
+from diffusion.tracking.registry import publish
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
@@ -253,26 +255,45 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     client, store = run.client, FolderStore(tmp_path / "store")
     assert champion_version(client, MODEL) is None
     first = make_version(run, ingested, store, "a", fid=20.0)
-    assert promote(client, MODEL, first).alias == "champion"
+    assert promote(client, store, MODEL, first).alias == "champion"
     assert make_version(run, ingested, store, "a", fid=20.0) == first, "the same checkpoint became another version"
 
     worse = make_version(run, ingested, store, "b", seed=1, fid=25.0)
-    decision = promote(client, MODEL, worse)
+    decision = promote(client, store, MODEL, worse)
     assert decision.alias == "challenger"
     assert "25.00" in decision.reason
     assert "20.00" in decision.reason
     other = make_version(run, ingested, store, "c", seed=2, fid=1.0, samples=40)
-    assert "differ in samples" in promote(client, MODEL, other).reason
+    assert "differ in samples" in promote(client, store, MODEL, other).reason
     bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32)
-    assert "differ in image_size" in promote(client, MODEL, bigger).reason
+    assert "differ in image_size" in promote(client, store, MODEL, bigger).reason
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
-    assert promote(client, MODEL, better).alias == "champion"
-    assert promote(client, MODEL, better).alias == "champion", "a repetition changed the decision"
+    assert promote(client, store, MODEL, better).alias == "champion"
+    assert promote(client, store, MODEL, better).alias == "champion", "a repetition changed the decision"
     champion = champion_version(client, MODEL)
     assert champion is not None
     assert champion.version == better
     assert champion.tags["dataset.digest"] == ingested.manifest.digest
     assert "fid_eurosat (n = 80) | 15.00" in champion.description
+    assert "| fid_eurosat is lower | yes | 15.00 against 20.00" in champion.description
+    assert champion.tags["gate.memorisation is not higher"].startswith("passed")
+    entries = [json.loads(store.read(name)) for name in store.names("promotions/") if name.endswith(".json")]
+    assert [(entry["from"], entry["to"]) for entry in entries] == [(None, first), (first, better)]
+
+    # Of two that end at once, each is judged against the champion of its moment: the best of them is live in the end.
+    rivals = [make_version(run, ingested, store, f"rival{n}", seed=10 + n, fid=fid) for n, fid in enumerate((9.0, 5.0))]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda rival: promote(client, store, MODEL, rival), rivals))
+    champion = champion_version(client, MODEL)
+    assert champion is not None
+    assert str(champion.version) == rivals[1]
+    # Back to an older one is one move of the alias, and stays.
+    client.set_registered_model_alias(MODEL, "champion", better)
+    weak = make_version(run, ingested, store, "weak", seed=20, fid=30.0)
+    assert promote(client, store, MODEL, weak).alias == "challenger"
+    champion = champion_version(client, MODEL)
+    assert champion is not None
+    assert str(champion.version) == better
 
     # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder.
     code = f"""

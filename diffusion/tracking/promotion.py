@@ -1,0 +1,226 @@
+"""Which version is live: a challenger takes the champion's place only where named gates, each with its figures, say so.
+
+Every promotion is an entry of a log in the store, `promotions/<model>/<number>.json`, made before the alias is moved: of several
+runs that end at once, one writes the next entry, and the others judge again, against the new champion.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from diffusion.data.store import Store
+from diffusion.errors import TrackingError
+from diffusion.evaluation.scores import Scores
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from mlflow import MlflowClient
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+COMPARABLE = ("dataset.digest", "image_size", "evaluation.protocol")
+"""Tags that must agree before two figures are compared."""
+DEVIATIONS = 1.96  # of an interval of 95 %
+COLLAPSE = 1.5
+"""A class whose FID is more than this many times the champion's has collapsed."""
+UNIFORM_BITS_PER_DIM = 8.0
+DECISION_HEADING = "## Decision"
+ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition of a promotion."""
+
+    name: str
+    passed: bool
+    figures: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which alias a version got, and why."""
+
+    model: str
+    version: str
+    alias: str
+    reason: str
+    gates: tuple[Gate, ...] = ()
+
+
+def gates_against(new: Scores, old: Scores) -> tuple[Gate, ...]:
+    """What a challenger must show against the champion, both scored under one protocol."""
+    by, before = new.by_extractor[0], old.by_extractor[0]
+    low, high = interval(by.fid - before.fid, by.fid_error, before.fid_error)
+    bits = interval(new.bound.total - old.bound.total, new.bound.error, old.bound.error)
+    gates = [
+        Gate(
+            f"fid_{by.extractor} is lower",
+            high < 0,
+            f"{by.fid:.2f} against {before.fid:.2f} over {by.samples:,} samples: a difference of {low:.2f} to {high:.2f} (95 %)",
+        ),
+        Gate(
+            "bits_per_dim is not higher",
+            bits[0] <= 0,
+            f"{new.bound.total:.3f} against {old.bound.total:.3f}: a difference of {bits[0]:.3f} to {bits[1]:.3f} (95 %)",
+        ),
+    ]
+    if by.class_fid and before.class_fid:
+        worst = {name: fid / before.class_fid[name] for name, fid in by.class_fid.items() if before.class_fid.get(name)}
+        name = max(worst, key=lambda key: worst[key])
+        gates.append(
+            Gate(
+                "no class has collapsed",
+                worst[name] <= COLLAPSE,
+                f"{name} has changed most: FID {by.class_fid[name]:.1f} against {before.class_fid[name]:.1f}",
+            )
+        )
+    more = interval(by.memorisation - before.memorisation, by.memorisation_error, before.memorisation_error)
+    gates.append(
+        Gate(
+            "memorisation is not higher",
+            more[0] <= 0 or not_memorised(new),
+            f"{by.memorisation:.2f} ± {by.memorisation_error:.2f} against {before.memorisation:.2f} (new real images: 1)",
+        )
+    )
+    return tuple(gates)
+
+
+def gates_alone(new: Scores) -> tuple[Gate, ...]:
+    """What the first version ever must show."""
+    by = new.by_extractor[0]
+    return (
+        Gate(f"fid_{by.extractor} is a number", math.isfinite(by.fid), f"{by.fid:.2f} over {by.samples:,} samples"),
+        Gate(
+            "bits_per_dim is below that of no model",
+            new.bound.total < UNIFORM_BITS_PER_DIM,
+            f"{new.bound.total:.3f}; an even guess has {UNIFORM_BITS_PER_DIM:g}",
+        ),
+        Gate(
+            "nothing is copied",
+            not_memorised(new),
+            f"memorisation {by.memorisation:.2f} ± {by.memorisation_error:.2f} (new real images: 1)",
+        ),
+    )
+
+
+def not_memorised(scores: Scores) -> bool:
+    """Whether samples are no nearer to training images than new real images are, as far as can be told."""
+    by = scores.by_extractor[0]
+    return by.memorisation - DEVIATIONS * by.memorisation_error <= 1
+
+
+def interval(difference: float, *errors: float) -> tuple[float, float]:
+    """The 95 % interval of a difference of independent figures with these standard errors."""
+    spread = DEVIATIONS * math.hypot(*errors)
+    return difference - spread, difference + spread
+
+
+def promote(client: MlflowClient, store: Store, model: str, version: str) -> Decision:
+    """Judge a version against the champion and give it the alias `champion` or `challenger`; again, it changes nothing.
+
+    Raises TrackingError if other runs promote without end.
+    """
+    for _ in range(ATTEMPTS):
+        entries = _log(store, model)
+        _complete(client, store, model, entries)
+        challenger, champion = client.get_model_version(model, version), champion_version(client, model)
+        if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
+            reason = challenger.tags.get("decision", "It is the champion already.")
+            return Decision(model, version, CHAMPION, reason)
+        alias, reason, gates = _judge(challenger, champion)
+        decision = Decision(model, version, alias, reason, gates)
+        if alias == CHALLENGER:
+            _tell(client, decision)
+            client.set_registered_model_alias(model, CHALLENGER, version)
+            return decision
+        entry: dict[str, object] = {
+            "from": str(champion.version) if champion else None,
+            "to": version,
+            "reason": reason,
+            "gates": [asdict(gate) for gate in gates],
+        }
+        if store.create(_entry(model, len(entries)), json.dumps(entry, indent=1).encode()):
+            _tell(client, decision)
+            _complete(client, store, model, [*entries, entry])
+            return decision
+    raise TrackingError(f"Version {version} of {model} could not be judged: other runs were promoted {ATTEMPTS} times.")
+
+
+def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str, str, tuple[Gate, ...]]:
+    new = Scores.model_validate_json(challenger.tags["scores"])
+    if champion is None:
+        gates = gates_alone(new)
+        opening = "It is the first version"
+    else:
+        old = Scores.model_validate_json(champion.tags["scores"])
+        different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
+        first, second = new.by_extractor[0], old.by_extractor[0]
+        different += [f for f in ("extractor_sha256", "samples") if getattr(first, f) != getattr(second, f)]
+        if different:
+            reason = (
+                f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}. "
+                "Move the alias champion by hand if it is to go live."
+            )
+            return CHALLENGER, reason, ()
+        gates = gates_against(new, old)
+        opening = f"Against version {champion.version}"
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        return CHALLENGER, f"{opening}: it fails '{failed[0].name}' ({failed[0].figures}).", gates
+    return CHAMPION, f"{opening}: {gates[0].figures}; all {len(gates)} gates passed.", gates
+
+
+def _tell(client: MlflowClient, decision: Decision) -> None:
+    """Keep the decision on the version: as tags, and in its card."""
+    client.set_model_version_tag(decision.model, decision.version, "decision", decision.reason)
+    for gate in decision.gates:
+        text = f"{'passed' if gate.passed else 'FAILED'}: {gate.figures}"
+        client.set_model_version_tag(decision.model, decision.version, f"gate.{gate.name}", text)
+    card = (client.get_model_version(decision.model, decision.version).description or "").partition(DECISION_HEADING)[0]
+    rows = "".join(f"| {gate.name} | {'yes' if gate.passed else 'NO'} | {gate.figures} |\n" for gate in decision.gates)
+    table = f"\n| gate | passed | figures |\n| --- | --- | --- |\n{rows}" if rows else ""
+    client.update_model_version(
+        decision.model, decision.version, f"{card.rstrip()}\n\n{DECISION_HEADING}\n\n{decision.reason}\n{table}"
+    )
+
+
+def _complete(client: MlflowClient, store: Store, model: str, entries: list[dict[str, object]]) -> None:
+    """Move the alias as the log's last entry says, if whoever wrote it did not come to that."""
+    if not entries:
+        return
+    try:
+        store.read(_applied(model, len(entries) - 1))
+        return  # where the alias has gone since, by hand, it stays
+    except KeyError:
+        pass
+    client.set_registered_model_alias(model, CHAMPION, str(entries[-1]["to"]))
+    store.write(_applied(model, len(entries) - 1), b"")
+
+
+def _log(store: Store, model: str) -> list[dict[str, object]]:
+    names = [name for name in store.names(f"promotions/{model}/") if name.endswith(".json")]
+    return [json.loads(store.read(name)) for name in names]
+
+
+def _entry(model: str, number: int) -> str:
+    return f"promotions/{model}/{number:06d}.json"
+
+
+def _applied(model: str, number: int) -> str:
+    return f"promotions/{model}/{number:06d}.applied"
+
+
+def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:
+    """The version that is live, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(model, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
