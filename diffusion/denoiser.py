@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from diffusion.process.levels import sampling_levels
 from diffusion.process.names import SamplerName, Spacing
 from diffusion.process.prediction import to_x0
 from diffusion.process.reverse import Estimate
-from diffusion.process.samplers import SAMPLERS
+from diffusion.process.samplers import SAMPLERS, ddim
 from diffusion.process.schedule import Schedule, noise_variance
 from diffusion.randomness import stream
 from diffusion.recipe import Process, Recipe
@@ -137,10 +138,12 @@ class Denoiser:
         bf16 = self.recipe.precision == "bf16"
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
             output = self.network(network_input, variance, label)
-            prediction, mix = read_output(self.recipe, output)
-            if label is not None and guidance != 1.0:
-                without, _ = read_output(self.recipe, self.network(network_input, variance, None))
-                prediction = without + guidance * (prediction - without)
+            guided = label is not None and guidance != 1.0
+            output_without = self.network(network_input, variance, None) if guided else output
+        prediction, mix = read_output(self.recipe, output.float())
+        if guided:  # in float32: the difference of two numbers that are nearly alike is stretched
+            without, _ = read_output(self.recipe, output_without.float())
+            prediction = without + guidance * (prediction - without)
         x0 = to_x0(self.recipe.process.prediction, prediction.to(x_t.dtype), x_t, log_snr)
         low, high = self.pixels.limits(x0)
         return Estimate(torch.clamp(x0, low, high), mix)
@@ -177,7 +180,8 @@ class Denoiser:
             return torch.from_numpy(np.stack(draws)).to(self.device)
 
         label = None if labels is None else torch.from_numpy(labels).to(self.device)
-        x0 = SAMPLERS[name](
+        walk = partial(ddim, eta=evaluation.eta) if name == "ddim" else SAMPLERS[name]
+        x0 = walk(
             lambda x_t, log_snr: self.predict(x_t, log_snr, label, scale),
             noise("sample start", 0),  # of variance one, as x_T is: in process space the data's is one as well
             levels,

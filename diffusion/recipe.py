@@ -34,7 +34,7 @@ class Data(Part):
     window_shards: int = Field(default=8, gt=0)
     """Whole shards that are shuffled together."""
     horizontal_flip: bool = True
-    """Mirror every second image left to right: the sun stands in the south, so only this symmetry is free."""
+    """Mirror every second image left to right, the symmetry that patches break least (docs/experiments.md)."""
     quarter_turns: float = Field(default=0.0, ge=0, lt=1)
     """Share of images turned by one, two or three quarters. The network is told, and samples as if by none. With the
     mirror, all eight symmetries of the square."""
@@ -150,6 +150,8 @@ class Evaluation(Part):
     """Its network evaluations."""
     spacing: Spacing = "karras"
     """Where it places them."""
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Fresh noise in the steps of `ddim`: 0 none, 1 as much as the ancestral chain."""
     guidance: float = Field(default=1.0, ge=0)
     """1 takes the class as it is; above, samples are pushed towards it, at twice the network evaluations."""
     weights: Literal["ema", "raw"] = "ema"
@@ -208,8 +210,10 @@ class Recipe(Part):
             raise ValueError(
                 "process.zero_terminal_snr needs objective.loss simple: the bound's last step is pure noise"
             )
-        if len(set(self.ema.half_lives)) < len(self.ema.half_lives):
-            raise ValueError("ema.half_lives names one twice")
+        if len(set(map(round, self.ema.half_lives))) < len(self.ema.half_lives):
+            raise ValueError("ema.half_lives names one twice, in whole images")
+        if self.process.log_snr_min >= self.process.log_snr_max:
+            raise ValueError("process.log_snr_min must lie below process.log_snr_max")
         if self.process.zero_terminal_snr and self.process.prediction == "epsilon":
             raise ValueError("process.zero_terminal_snr needs process.prediction v or x0: epsilon says nothing there")
         if self.process.zero_terminal_snr and self.evaluation.spacing != "uniform_time":

@@ -78,8 +78,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
-    Of up to `samples` of each set, and its standard deviation over bootstrap draws of both sets. An unbiased estimate
-    may be negative.
+    Of up to `samples` of each set, and its standard deviation over bootstrap draws of both sets, which is too large, by up
+    to a factor of two, where the distance is near zero. An unbiased estimate may be negative.
     """
     x, y = (
         features[stream(seed, "kid", side).permutation(len(features))[:samples]].astype(np.float64)
@@ -124,15 +124,16 @@ def frechet_error(features: Features, reference: Moments, seed: int = 0) -> floa
 
 def frechet_extrapolated(features: Features, reference: Moments, seed: int = 0) -> float:
     """The Fréchet distance of infinitely many samples: it is linear in 1 / n to first order, so a line is fitted to
-    random subsets from a third of the samples up to all (Chong & Forsyth 2020, arXiv:1911.07023)."""
-    order = stream(seed, "fid extrapolation").permutation(len(features))
+    random subsets from a third of the samples up to all (Chong & Forsyth 2020, arXiv:1911.07023).
+
+    Its own error is about that of the distance itself.
+    """
     sizes = np.linspace(len(features) / 3, len(features), EXTRAPOLATION_SIZES).astype(int)
-    # Each subset is drawn afresh: nested ones would share their fluctuations.
-    starts = [int(stream(seed, "fid extrapolation", 1, k).integers(0, len(features))) for k in range(len(sizes))]
-    distances = [
-        frechet_distance(Moments.of(features[np.roll(order, start)[:size]]), reference)
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+    distances = []
+    for k, size in enumerate(sizes):
+        # Each subset is drawn afresh: nested ones would share their fluctuations.
+        chosen = stream(seed, "fid extrapolation", k).permutation(len(features))[:size]
+        distances.append(frechet_distance(Moments.of(features[chosen]), reference))
     slope_and_limit = np.polyfit(1 / sizes, distances, 1)
     return float(slope_and_limit[1])
 
@@ -189,19 +190,28 @@ class Memorisation:
     nearest: NDArray[np.int64]
     """Index of the nearest training image of each sample."""
     distances: NDArray[np.float64]
-    """Its distance."""
+    """Its distance, relative to that image's own nearest neighbour's."""
 
 
 def memorisation(train: Features, held_out: Features, samples: Features) -> Memorisation:
-    """Compare the distances to the nearest training image of samples and of held-out real images."""
+    """Compare how near to a training image samples and held-out real images lie.
+
+    A distance is taken relative to the one from that training image to its own nearest: else the classes whose images are
+    all alike, such as open water, would be the only ones that count.
+    """
     train = train.astype(np.float64)
-    distances, nearest = _nearest(samples.astype(np.float64), train, 1)
-    threshold = np.quantile(_nearest(held_out.astype(np.float64), train, 1)[0][:, 0], HELD_OUT_QUANTILE)
-    share = float((distances[:, 0] < threshold).mean())
+    relative, nearest = [], []
+    for features in (samples, held_out):
+        distances, found = _nearest(features.astype(np.float64), train, 1)
+        neighbours, place = np.unique(found[:, 0], return_inverse=True)
+        # The nearest of its own set is the point itself.
+        own = _nearest(train[neighbours], train, 2)[0][:, 1]
+        relative.append(distances[:, 0] / np.maximum(own[place], np.finfo(np.float64).tiny))
+        nearest.append(found[:, 0])
+    threshold = np.quantile(relative[1], HELD_OUT_QUANTILE)
+    share = float((relative[0] < threshold).mean())
     spread = HELD_OUT_QUANTILE * (1 - HELD_OUT_QUANTILE) * (1 / len(samples) + 1 / len(held_out))
-    return Memorisation(
-        share / HELD_OUT_QUANTILE, float(np.sqrt(spread) / HELD_OUT_QUANTILE), nearest[:, 0], distances[:, 0]
-    )
+    return Memorisation(share / HELD_OUT_QUANTILE, float(np.sqrt(spread) / HELD_OUT_QUANTILE), nearest[0], relative[0])
 
 
 def _distances(a: Features, b: Features) -> NDArray[np.float64]:

@@ -18,6 +18,8 @@ GROUPS = 100
 """Neighbouring steps of the chain whose losses are remembered together."""
 UNIFORM_SHARE = 0.001
 """Of the importance: no step is ever without a chance."""
+BOUND_SHARE = 0.05
+"""Of log-normal levels that a bound is learned from, those drawn evenly: no step weighs more than 20 times what it is."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,20 @@ class Levels:
 class LevelSource:
     """Draws noise levels as a recipe says; for `importance` it learns from the losses which ones matter.
 
-    Losses that are a bound need the steps of a chain: then, and for `importance`, the levels are those of the chain.
+    Losses that are a bound need the steps of a chain: then, and for `importance`, the levels are those of the chain. What is
+    remembered stays on the CPU: a GPU has no deterministic cumulative sum.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.objective, self.steps = recipe.objective, recipe.process.steps
         self.schedule: Schedule = make_schedule(recipe.process)
         self.learns = recipe.objective.noise_levels == "importance"
         self.on_chain = self.learns or recipe.learned_variance
-        self.chain = chain(self.schedule, self.steps).to(device)
+        self.chain = chain(self.schedule, self.steps)
         groups = min(GROUPS, self.steps)
-        self.group = torch.arange(self.steps, device=device) * groups // self.steps
-        self.second_moment = torch.zeros(groups, dtype=torch.float64, device=device)
-        self.seen = torch.zeros(groups, dtype=torch.float64, device=device)
+        self.group = torch.arange(self.steps) * groups // self.steps
+        self.second_moment = torch.zeros(groups, dtype=torch.float64)
+        self.seen = torch.zeros(groups, dtype=torch.float64)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -62,9 +65,10 @@ class LevelSource:
     def shares(self) -> Tensor:
         """The probability of each position of the chain, [T]."""
         objective = self.objective
-        if objective.noise_levels == "log_normal":
-            return cells_of_log_normal(self.chain, objective.log_snr_mean, objective.log_snr_std)
         uniform = torch.full_like(self.chain, 1 / self.steps)
+        if objective.noise_levels == "log_normal":
+            cells = cells_of_log_normal(self.chain, objective.log_snr_mean, objective.log_snr_std)
+            return (1 - BOUND_SHARE) * cells + BOUND_SHARE * uniform
         if objective.noise_levels == "uniform" or bool((self.seen < REMEMBERED).any()):
             return uniform
         important = self.second_moment.sqrt()[self.group]
@@ -74,9 +78,9 @@ class LevelSource:
         """Noise levels from numbers in (0, 1), [micro-batch], float64."""
         objective = self.objective
         if self.on_chain:
-            shares = self.shares()
-            position = torch.searchsorted(shares.cumsum(0), uniforms, right=True).clamp(max=self.steps - 1)
-            return Levels(self.chain[position], position, shares[position])
+            shares, device = self.shares(), uniforms.device
+            position = torch.searchsorted(shares.cumsum(0), uniforms.cpu(), right=True).clamp(max=self.steps - 1)
+            return Levels(self.chain[position].to(device), position.to(device), shares[position].to(device))
         if objective.noise_levels == "uniform":
             return Levels(self.schedule.log_snr(uniforms), None, None)
         ends = self.schedule.log_snr(torch.tensor([1.0, 1e-12], dtype=torch.float64)).tolist()
@@ -87,6 +91,7 @@ class LevelSource:
 
         The second moment moves towards that of the new losses by the share that they have among `REMEMBERED`.
         """
+        positions, losses = positions.cpu(), losses.cpu()
         member = torch.nn.functional.one_hot(self.group[positions], len(self.seen)).double()
         count = member.sum(dim=0)
         mean_square = (losses.double().square() @ member) / count.clamp(min=1)

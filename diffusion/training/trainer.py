@@ -84,8 +84,9 @@ class Trainer:
         device = accelerator.device
         self.network = place(build_network(recipe, len(dataset.classes)), device)
         self.averages = {average_name(half): EMA(self.network, half, recipe.ema.ramp) for half in recipe.ema.half_lives}
-        self.levels = LevelSource(recipe, device)
-        self.bins = Pixels(dataset.pixel_mean, dataset.pixel_std).bins(self.levels.chain)
+        self.levels = LevelSource(recipe)
+        self.chain = self.levels.chain.to(device)
+        self.bins = Pixels(dataset.pixel_mean, dataset.pixel_std).bins(self.chain)
         self.optimizers = make_optimizers(recipe, self.network)
         self.step = 0
         fast = recipe.reduction == "fast"
@@ -136,7 +137,7 @@ class Trainer:
         if recipe.learned_variance:
             estimate = Estimate(to_x0(kind, prediction.double(), x_t.double(), levels.log_snr), mix)
             taught = estimate.detached_mean() if objective.loss == "hybrid" else estimate
-            bound = chain_term(taught, lane.x0, x_t, levels.position, self.levels.chain, self.bins)
+            bound = chain_term(taught, lane.x0, x_t, levels.position, self.chain, self.bins)
         return with_bound(
             objective.loss,
             simple,

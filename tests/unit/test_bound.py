@@ -106,8 +106,10 @@ def test_gradients_of_the_bound_by_finite_differences(position: int) -> None:
     at = torch.tensor([position, 3])  # beside another step: both branches are there
     assert torch.autograd.gradcheck(lambda g, m: chain_term(Estimate(g, m), x0, x_t, at, levels, bins), (guess, mix))
     terms = chain_term(Estimate(guess, mix).detached_mean(), x0, x_t, at, levels, bins)
-    (of_mix,) = torch.autograd.grad(terms.sum(), mix)
+    of_mix, of_guess = torch.autograd.grad(terms.sum(), (mix, guess), allow_unused=True)
     assert torch.isfinite(of_mix).all()
+    assert of_mix.abs().max() > 0
+    assert of_guess is None, "detached, it teaches the variance alone"
     assert (
         not torch.autograd.grad(chain_term(Estimate(guess, mix), x0, x_t, at, levels, bins).sum(), guess)[0]
         .isnan()

@@ -13,8 +13,6 @@ from diffusion.training.batches import quarter_turns
 from diffusion.training.levels import LevelSource
 from tests.conftest import tiny_recipe
 
-CPU = torch.device("cpu")
-
 
 def uniforms(step: int, count: int = 64) -> Tensor:
     return torch.from_numpy(stratified_uniforms(stream(0, "level", step), count))
@@ -26,7 +24,7 @@ def loss_at(position: Tensor) -> Tensor:
 
 
 def trained_source() -> LevelSource:
-    source = LevelSource(tiny_recipe(objective__noise_levels="importance", process__steps=200), CPU)
+    source = LevelSource(tiny_recipe(objective__noise_levels="importance", process__steps=200))
     for step in range(200):
         levels = source.draw(uniforms(step))
         assert levels.position is not None
@@ -35,7 +33,11 @@ def trained_source() -> LevelSource:
 
 
 def test_importance_is_uniform_until_every_group_was_seen_and_then_follows_the_losses() -> None:
-    source = LevelSource(tiny_recipe(objective__noise_levels="importance", process__steps=200), CPU)
+    source = LevelSource(tiny_recipe(objective__noise_levels="importance", process__steps=200))
+    torch.testing.assert_close(source.shares(), torch.full((200,), 1 / 200, dtype=torch.float64))
+    positions = torch.arange(100)  # of half the groups, often
+    for _ in range(20):
+        source.observe(positions, loss_at(positions))
     torch.testing.assert_close(source.shares(), torch.full((200,), 1 / 200, dtype=torch.float64))
     shares = trained_source().shares()
     assert float(shares.sum()) == pytest.approx(1)
@@ -62,7 +64,7 @@ def test_losses_drawn_by_importance_are_unbiased_and_vary_less() -> None:
 
 def test_the_importance_goes_on_from_a_checkpoint() -> None:
     first = trained_source()
-    second = LevelSource(tiny_recipe(objective__noise_levels="importance", process__steps=200), CPU)
+    second = LevelSource(tiny_recipe(objective__noise_levels="importance", process__steps=200))
     second.restore({name: value.clone() for name, value in first.state.items()})
     for step in range(3):
         ours, theirs = first.draw(uniforms(step)), second.draw(uniforms(step))
@@ -86,7 +88,7 @@ def test_steps_of_a_chain_drawn_log_normally_have_the_normal_s_moments() -> None
 @pytest.mark.parametrize("noise_levels", ["uniform", "log_normal", "importance"])
 def test_the_bound_means_the_same_however_steps_are_drawn(noise_levels: str) -> None:
     recipe = tiny_recipe(objective__loss="vlb", objective__noise_levels=noise_levels, process__steps=100)
-    source = LevelSource(recipe, CPU)
+    source = LevelSource(recipe)
     terms = torch.linspace(0.001, 0.1, 100, dtype=torch.float64)
     estimates = []
     for step in range(400):
