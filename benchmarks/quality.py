@@ -228,7 +228,8 @@ def table(rows: list[dict[str, Any]], budget: str) -> str:
         f"Budget `{budget}`. FID and KID by the `eurosat` extractor; ± is the larger of the standard deviation over seeds and the",
         "bootstrap error of one. Weights: whichever of raw and averaged scored better.",
         "",
-        "| recipe | seeds | images seen | GFLOP an image | evaluations a sample | fid_eurosat | kid_eurosat | bits/dim | recall | memorisation |",
+        "| recipe | seeds | images seen | GFLOP an image | evaluations a sample "
+        "| fid_eurosat | kid_eurosat | bits/dim | recall | memorisation |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(row["recipe"] for row in rows):

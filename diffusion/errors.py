@@ -17,6 +17,10 @@ class StoreError(UserError):
     """The object store cannot be reached, read or written."""
 
 
+class CheckpointDamaged(StoreError):
+    """A checkpoint has a file that is missing or is not what was written: the store answers, but not with the checkpoint."""
+
+
 class TrackingError(UserError):
     """The MLflow server does not answer, or refuses."""
 

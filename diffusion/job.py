@@ -94,11 +94,14 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
 
     An error is written to `error.json` as {"kind", "message", "rank"}, and ends the process with code 1.
     """
+    parent = os.getppid()
+    end_with_parent()
+    if os.getppid() != parent:  # it died before the kernel had been asked
+        raise SystemExit(1)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    end_with_parent()
     folder = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
     sys.stdout = sys.stderr = RankOutput(f"[rank {rank}] ", sys.stdout)
@@ -155,6 +158,7 @@ def lock_folder(folder: Path, seconds: float = LOCK_SECONDS) -> IO[bytes]:
 
     Waits for one that is about to end. Raises RunBusy after `seconds`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("a+b")
     deadline = time.monotonic() + seconds
     while True:

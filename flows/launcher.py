@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from diffusion.job import ERROR, SPEC, JobSpec, ProgressFile, end_with_parent, e
 
 POLL_SECONDS = 0.2
 KILL_SECONDS = 5.0
-GRACE_SECONDS = 20.0  # Prefect kills the flow 30 s after it asked it to end
+GRACE_SECONDS = 13.0  # a rank gives up by itself after 12; Prefect kills the flow 30 s after it asked it to end
 LOG = "output.log"
 TAIL_LINES = 30
 
@@ -63,15 +64,18 @@ def run_job(
             preexec_fn=end_with_parent,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
         )
+        tree: dict[int, psutil.Process] = {}
         try:
             while job.poll() is None:
+                if len(tree) < processes:
+                    _remember(job, tree)
                 _forward(output, on_line)
                 _report(folder, on_progress)
                 time.sleep(POLL_SECONDS)
             _forward(output, on_line)
             _report(folder, on_progress)
         finally:
-            _end(job)
+            _end(job, list(tree.values()))
     if job.returncode != 0:
         tail = "\n".join((folder / LOG).read_text().splitlines()[-TAIL_LINES:])
         raise error_of(folder) or RuntimeError(f"{module} ended with code {job.returncode}:\n{tail}")
@@ -82,23 +86,37 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end(job: subprocess.Popen[bytes]) -> None:
+def _remember(job: subprocess.Popen[bytes], tree: dict[int, psutil.Process]) -> None:
+    """Note the job's processes while their parents live: afterwards nothing says whose they were."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree |= {process.pid: process for process in psutil.Process(job.pid).children(recursive=True)}
+
+
+def _end(job: subprocess.Popen[bytes], tree: list[psutil.Process]) -> None:
     """End the job's whole tree: the agent, and the ranks, which torchrun gives sessions of their own."""
-    if job.poll() is not None:
-        return
-    tree = psutil.Process(job.pid).children(recursive=True)
-    os.killpg(job.pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        job.wait(GRACE_SECONDS)
-    for process in _wait_until_ended(tree, deadline):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    if job.poll() is None:
-        os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    # A killed process may run for a moment more: a retry must not begin while it can still write.
-    _wait_until_ended(tree, time.monotonic() + KILL_SECONDS)
+    # A second request must not interrupt what the first one began.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if _in_main_thread() else None
+    try:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(GRACE_SECONDS)
+        for process in _wait_until_ended(tree, deadline):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        # A killed process may run for a moment more: a retry must not begin while it can still write.
+        _wait_until_ended(tree, time.monotonic() + KILL_SECONDS)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _wait_until_ended(processes: list[psutil.Process], deadline: float) -> list[psutil.Process]:

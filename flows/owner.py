@@ -1,12 +1,14 @@
-"""Who runs a flow run: noted where others find it, watched by itself, closed by the next start when it has died."""
+"""Who runs a flow run: noted where others find it, ended with its worker, closed by the next start when it has died."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -23,8 +25,10 @@ from flows.progress import say
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-WATCH_SECONDS = 3.0
-ENDED = (StateType.CANCELLING, StateType.CANCELLED, StateType.CRASHED, StateType.FAILED, StateType.COMPLETED)
+WATCH_SECONDS = 1.0
+TELL_SECONDS = 3.0
+
+log = logging.getLogger(__name__)
 
 
 def boot_id() -> str:
@@ -58,18 +62,22 @@ def is_dead(owner: str) -> bool:
 
 
 def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str) -> list[str]:
-    """Close the MLflow and Prefect runs that still say they run though their process here has died; returns their ids."""
+    """Close the MLflow and Prefect runs that still say they run though their process here has died; returns their ids.
+
+    The flow run that asks may have died itself before, and be retried: its MLflow run is closed, and found by what follows.
+    """
     closed = []
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     for run in running:
         owner, flow_run = run.data.tags.get(OWNER_TAG), run.data.tags.get("prefect.flow_run_id", "")
-        if owner is None or flow_run == own_flow_run or not is_dead(owner):
+        if owner is None or not is_dead(owner):
             continue
         told = json.loads(owner)
         reason = f"Its process {told['pid']} on {told['host']} ended without a word; found by flow run {own_flow_run}."
         client.set_tag(run.info.run_id, "failure", reason)
         client.set_terminated(run.info.run_id, "FAILED")
-        _crash_flow_run(flow_run, reason)
+        if flow_run != own_flow_run:
+            _crash_flow_run(flow_run, reason)
         say(f"Closed the MLflow run {run.info.run_name}: {reason}")
         closed.append(run.info.run_id)
     return closed
@@ -81,49 +89,33 @@ def _crash_flow_run(flow_run: str, reason: str) -> None:
     with get_client(sync_client=True) as prefect:
         try:
             state = prefect.read_flow_run(UUID(flow_run)).state
-            if state is None or state.type not in ENDED:
+            if state is not None and state.type in (StateType.RUNNING, StateType.PENDING):
                 prefect.set_flow_run_state(UUID(flow_run), Crashed(message=reason), force=True)
         except (ObjectNotFound, ValueError):  # of another server, or of a temporary one
-            say(f"Prefect does not know the flow run {flow_run}.")
+            log.info("Prefect does not know the flow run %s", flow_run)
 
 
-class Watch:
-    """Ends this process as a cancellation would, when the worker that started it has died or its flow run is over.
+def end_with_worker() -> None:
+    """End this process as a cancellation would, once the worker that started it has died: nobody else could cancel it.
 
-    A dead worker can't cancel: the state would change and nothing end. Use it as a context, in a deployed flow run only.
+    Prefect is told, if it answers soon. Call it in a deployed flow run only.
     """
+    parent, flow_run = os.getppid(), str(runtime.flow_run.id)
 
-    def __init__(self) -> None:
-        self._flow_run, self._parent = str(runtime.flow_run.id), os.getppid()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        # In a thread of its own: a server that is silent must not keep the process alive.
+        telling = threading.Thread(target=_tell, args=(flow_run,), daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def _loop(self) -> None:
-        while not self._stop.wait(WATCH_SECONDS):
-            if os.getppid() != self._parent:
-                _crash_quietly(self._flow_run, "The worker that ran it has died.")
-                return os.kill(os.getpid(), signal.SIGTERM)
-            if self._is_over():
-                return os.kill(os.getpid(), signal.SIGTERM)
-
-    def _is_over(self) -> bool:
-        try:
-            with get_client(sync_client=True) as client:
-                state = client.read_flow_run(UUID(self._flow_run)).state
-        except Exception:  # no answer is no news: the server may be restarting
-            return False
-        return state is not None and state.type in ENDED
+    threading.Thread(target=watch, name="watch", daemon=True).start()
 
 
-def _crash_quietly(flow_run: str, reason: str) -> None:
+def _tell(flow_run: str) -> None:
     try:
-        _crash_flow_run(flow_run, reason)
-    except Exception as error:  # ending matters more than saying so
-        say(f"Prefect could not be told that {flow_run} ends ({type(error).__name__}).")
+        _crash_flow_run(flow_run, "The worker that ran it has died.")
+    except Exception:
+        log.exception("Prefect could not be told that the flow run %s ends", flow_run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +13,21 @@ from prefect import runtime
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store, open_store
-from diffusion.job import JobSpec
+from diffusion.errors import RunBusy
+from diffusion.job import JobSpec, lock_folder
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from flows.launcher import run_job
-from flows.owner import Watch, close_abandoned, this_process
+from flows.owner import close_abandoned, this_process
 from flows.progress import Stage, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
 
+FLOW_FOLDER = "flow"
+"""Of a run's folder, what the flow locks; the folder itself is locked by its jobs."""
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -96,20 +99,25 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     experiment_id = open_experiment(client, artifacts)
     close_abandoned(client, experiment_id, flow_run_id)
     commit = git_commit()
+    # The flow run's name is made anew by a retry; its id is not.
+    key, lock = f"{request.preset}-seed{request.seed}-{flow_run_id}", None
     unfinished = unfinished_run(client, experiment_id, recipe, dataset, commit)
-    if unfinished is not None and not unfinished.endswith(flow_run_id):
-        say(f"Going on with {unfinished}, which did not finish.")
+    if unfinished is not None:
+        try:
+            key, lock = unfinished, lock_folder(environment.runs / unfinished / FLOW_FOLDER, seconds=0)
+            say(f"Going on with {unfinished}, which did not finish.")
+        except RunBusy:  # another flow run was first
+            say(f"{unfinished} is being continued by another flow run: starting anew.")
+    lock = lock or lock_folder(environment.runs / key / FLOW_FOLDER)
     lineage = Lineage(
-        # The flow run's name is made anew by a retry; its id is not.
-        run=unfinished or f"{request.preset}-seed{request.seed}-{flow_run_id}",
+        run=key,
         commit=commit,
         flow_run_id=flow_run_id,
         flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
         owner=this_process(),
     )
     tracked = TrackedRun.open(client, artifacts, name, lineage, recipe, dataset, environment.store_uri)
-    watch = nullcontext() if attended() else Watch()
-    with watch, MetricsSender(tracked, environment.runs / lineage.run) as sender:
+    with lock, MetricsSender(tracked, environment.runs / lineage.run) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run

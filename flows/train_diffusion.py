@@ -12,6 +12,8 @@ from diffusion.recipe import preset_names
 from diffusion.settings import settings
 from flows.checks import check_before_compute
 from flows.credentials import use_block
+from flows.owner import end_with_worker
+from flows.progress import attended
 from flows.request import TrainingRequest
 from flows.run import tracked_run
 from flows.tasks.evaluate import evaluate
@@ -46,6 +48,8 @@ def train_diffusion(
         processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
     """
     request = TrainingRequest(preset=preset, overrides=overrides or {}, seed=seed, source=source, processes=processes)
+    if not attended():
+        end_with_worker()
     use_block(settings().s3_block)
     recipe, workers = check_before_compute(request)
     archive = find_source(request.source)

@@ -42,13 +42,13 @@ def zombies() -> Automation:
 
 
 async def main() -> None:
-    """Make the automations; one that is there already is made anew."""
+    """Make the automations that are not there. Those that are stay: with them the server would forget whom it listens for."""
     for automation in (zombies(),):
         try:
-            await (await Automation.aread(name=automation.name)).adelete()
+            await Automation.aread(name=automation.name)
         except ValueError:
-            print(f"making '{automation.name}'")
-        await automation.acreate()
+            await automation.acreate()
+            print(f"made '{automation.name}'")
 
 
 if __name__ == "__main__":

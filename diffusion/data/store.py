@@ -278,7 +278,8 @@ class LocalCopy:
         except FileNotFoundError:  # never there, or deleted by another process meanwhile
             data = b""
         if hashlib.sha256(data).hexdigest() == sha256:
-            os.utime(copy)  # when it was read last
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(copy)  # when it was read last
             return data
         data = _checked(self.store.read(name), sha256)
         FolderStore(self.folder).write(sha256, data)

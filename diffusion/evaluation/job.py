@@ -41,6 +41,7 @@ from diffusion.training.checkpoint import load_tensors
 from diffusion.training.state import State, average_name, load_state
 
 EMBEDDING_BATCH = 250
+SEED = 0
 
 
 def load_denoiser(store: Store, state: State, manifest: Manifest, weights: str, device: torch.device) -> Denoiser:
@@ -127,7 +128,7 @@ def sample_labels(recipe: Recipe, manifest: Manifest, indices: range) -> NDArray
 def generate(
     denoiser: Denoiser, manifest: Manifest, indices: range, accelerator: Accelerator, progress: ProgressFile, stage: str
 ) -> NDArray[np.uint8]:
-    """These samples of the recipe's seed, on every process."""
+    """These samples, on every process; from the same noise for every model, so that they compare."""
     recipe = denoiser.recipe
     sizes = block_sizes(len(indices), recipe.evaluation.batch)
     mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
@@ -135,7 +136,7 @@ def generate(
     for done, block in enumerate(mine, start=1):
         start = block * recipe.evaluation.batch
         own = indices[start : start + sizes[block]]
-        drawn = denoiser.sample(own, sample_labels(recipe, manifest, own), recipe.seed)
+        drawn = denoiser.sample(own, sample_labels(recipe, manifest, own), SEED)
         blocks[block] = torch.from_numpy(drawn).to(accelerator.device)
         progress.write(stage, done, len(mine))
     size = recipe.data.image_size

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from diffusion.data.store import Store
 from diffusion.errors import TrackingError
@@ -68,14 +70,16 @@ def gates_against(new: Scores, old: Scores) -> tuple[Gate, ...]:
             f"{new.bound.total:.3f} against {old.bound.total:.3f}: a difference of {bits[0]:.3f} to {bits[1]:.3f} (95 %)",
         ),
     ]
+    worst: dict[str, float] = {}
     if by.class_fid and before.class_fid:
         worst = {name: fid / before.class_fid[name] for name, fid in by.class_fid.items() if before.class_fid.get(name)}
+    if worst:
         name = max(worst, key=lambda key: worst[key])
         gates.append(
             Gate(
                 "no class has collapsed",
                 worst[name] <= COLLAPSE,
-                f"{name} has changed most: FID {by.class_fid[name]:.1f} against {before.class_fid[name]:.1f}",
+                f"{name} has changed most: its FID is {worst[name]:.2f} times the champion's",
             )
         )
     more = interval(by.memorisation - before.memorisation, by.memorisation_error, before.memorisation_error)
@@ -129,15 +133,19 @@ def promote(client: MlflowClient, store: Store, model: str, version: str) -> Dec
         _complete(client, store, model, entries)
         challenger, champion = client.get_model_version(model, version), champion_version(client, model)
         if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
-            reason = challenger.tags.get("decision", "It is the champion already.")
-            return Decision(model, version, CHAMPION, reason)
+            written = [entry for entry in entries if entry["to"] == version]
+            if not written:  # made champion by hand
+                return Decision(model, version, CHAMPION, "It is the champion already.")
+            decision = _decision(model, written[-1])
+            _tell(client, decision)  # whoever wrote the entry may not have come to that
+            return decision
         alias, reason, gates = _judge(challenger, champion)
         decision = Decision(model, version, alias, reason, gates)
         if alias == CHALLENGER:
             _tell(client, decision)
             client.set_registered_model_alias(model, CHALLENGER, version)
             return decision
-        entry: dict[str, object] = {
+        entry: dict[str, Any] = {
             "from": str(champion.version) if champion else None,
             "to": version,
             "reason": reason,
@@ -150,17 +158,25 @@ def promote(client: MlflowClient, store: Store, model: str, version: str) -> Dec
     raise TrackingError(f"Version {version} of {model} could not be judged: other runs were promoted {ATTEMPTS} times.")
 
 
+def _decision(model: str, entry: dict[str, Any]) -> Decision:
+    gates = tuple(Gate(**gate) for gate in entry["gates"])
+    return Decision(model, entry["to"], CHAMPION, entry["reason"], gates)
+
+
 def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str, str, tuple[Gate, ...]]:
     new = Scores.model_validate_json(challenger.tags["scores"])
     if champion is None:
         gates = gates_alone(new)
         opening = "It is the first version"
     else:
-        old = Scores.model_validate_json(champion.tags["scores"])
         different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-        first, second = new.by_extractor[0], old.by_extractor[0]
-        different += [f for f in ("extractor_sha256", "samples") if getattr(first, f) != getattr(second, f)]
-        if different:
+        old = _scores(champion)
+        if old is None:
+            different.append("the form of their scores")
+        else:
+            first, second = new.by_extractor[0], old.by_extractor[0]
+            different += [f for f in ("extractor_sha256", "samples") if getattr(first, f) != getattr(second, f)]
+        if different or old is None:
             reason = (
                 f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}. "
                 "Move the alias champion by hand if it is to go live."
@@ -172,6 +188,14 @@ def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str
     if failed:
         return CHALLENGER, f"{opening}: it fails '{failed[0].name}' ({failed[0].figures}).", gates
     return CHAMPION, f"{opening}: {gates[0].figures}; all {len(gates)} gates passed.", gates
+
+
+def _scores(version: ModelVersion) -> Scores | None:
+    """A version's scores; None if it has none that this code can read."""
+    try:
+        return Scores.model_validate_json(version.tags["scores"])
+    except (KeyError, ValidationError):
+        return None
 
 
 def _tell(client: MlflowClient, decision: Decision) -> None:
@@ -188,22 +212,34 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
     )
 
 
-def _complete(client: MlflowClient, store: Store, model: str, entries: list[dict[str, object]]) -> None:
+def _complete(client: MlflowClient, store: Store, model: str, entries: list[dict[str, Any]]) -> None:
     """Move the alias as the log's last entry says, if whoever wrote it did not come to that."""
-    if not entries:
-        return
+    while entries and not _exists(store, _applied(model, len(entries) - 1)):
+        client.set_registered_model_alias(model, CHAMPION, str(entries[-1]["to"]))
+        store.write(_applied(model, len(entries) - 1), b"")
+        # A slow writer may have moved it back after another had moved it on: the log's end decides.
+        newer = _log(store, model)
+        if len(newer) > len(entries):
+            client.set_registered_model_alias(model, CHAMPION, str(newer[-1]["to"]))
+        entries = newer
+
+
+def _log(store: Store, model: str) -> list[dict[str, Any]]:
+    """All entries; read one by one, since a listing may lag."""
+    entries: list[dict[str, Any]] = []
+    while True:
+        try:
+            entries.append(json.loads(store.read(_entry(model, len(entries)))))
+        except KeyError:
+            return entries
+
+
+def _exists(store: Store, name: str) -> bool:
     try:
-        store.read(_applied(model, len(entries) - 1))
-        return  # where the alias has gone since, by hand, it stays
+        store.read(name)
     except KeyError:
-        pass
-    client.set_registered_model_alias(model, CHAMPION, str(entries[-1]["to"]))
-    store.write(_applied(model, len(entries) - 1), b"")
-
-
-def _log(store: Store, model: str) -> list[dict[str, object]]:
-    names = [name for name in store.names(f"promotions/{model}/") if name.endswith(".json")]
-    return [json.loads(store.read(name)) for name in names]
+        return False
+    return True
 
 
 def _entry(model: str, number: int) -> str:

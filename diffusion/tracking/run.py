@@ -74,8 +74,11 @@ class TrackedRun:
         if found:
             run = found[0]
             client.update_run(run.info.run_id, "RUNNING")
+            if "failure" in run.data.tags:
+                client.delete_tag(run.info.run_id, "failure")
         else:
-            run = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: lineage.run})
+            tags = {RUN_KEY: lineage.run, OWNER_TAG: lineage.owner, "prefect.flow_run_id": lineage.flow_run_id}
+            run = client.create_run(experiment_id, run_name=name, tags=tags)
         self = cls(client, run.info.run_id, experiment_id, run.info.start_time)
         tags = {
             "mlflow.source.name": "train-diffusion",

@@ -72,7 +72,9 @@ class MetricsSender:
                 return
             rows: list[tuple[str, float, int]] = []
             for name, convert in ((JOURNAL, _journal_rows), (TIMING, _timing_rows)):
-                for record in records((self.folder / name).read_bytes()):
+                path = self.folder / name
+                # Timing is only here: a run that goes on on another machine has none of what was before.
+                for record in records(path.read_bytes() if path.exists() else b""):
                     if self._sent < record["step"] <= committed:
                         rows += convert(record)
             self.run.log_metrics(rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.data.sealed import seal
 from diffusion.data.store import Store
-from diffusion.errors import StoreError
+from diffusion.errors import CheckpointDamaged
 from diffusion.training.state import (
     STATE,
     State,
@@ -62,22 +62,26 @@ def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
     return state
 
 
-def load_latest(store: Store, run: str, known: int = 0) -> tuple[State, Checkpoint] | None:
+def load_latest(store: Store, run: str, known: int = 0, until: int | None = None) -> tuple[State, Checkpoint] | None:
     """The newest checkpoint of a run that is whole, or None. A damaged one is named, loudly, and passed over.
+
+    Raises StoreError if the store does not answer: that is no reason to go back.
 
     Args:
         known: a step that is known to have been written, should the store's listing not show it yet.
+        until: no later one is wanted.
     """
-    for step in sorted({*steps_with_checkpoint(store, run), *([known] if known else [])}, reverse=True):
+    steps = {*steps_with_checkpoint(store, run), *([known] if known else [])}
+    for step in sorted((step for step in steps if until is None or step <= until), reverse=True):
         try:
             return load_checkpoint(store, run, step)
-        except StoreError as error:
+        except CheckpointDamaged as error:
             log.error("%s Falling back to the checkpoint before it.", error)
     return None
 
 
 def load_checkpoint(store: Store, run: str, step: int) -> tuple[State, Checkpoint]:
-    """Load and verify one checkpoint. Raises StoreError that names the file that is missing or damaged."""
+    """Load and verify one checkpoint. Raises CheckpointDamaged that names the file that is missing or damaged."""
     state = load_state(store, run, step)
     averages = {name: load_tensors(store, state, name) for name in map(average_name, state.recipe.ema.half_lives)}
     model, optimizer = (load_tensors(store, state, part) for part in ("model", "optimizer"))

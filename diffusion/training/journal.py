@@ -8,7 +8,7 @@ from typing import Any
 
 JOURNAL, TIMING = "journal.jsonl", "timing.jsonl"
 COMMITTED = "committed.json"
-"""The step and digest of the newest checkpoint that is safely in the store: the journal up to there is final."""
+"""The step of the newest checkpoint that is safely in the store: the journal up to there is final."""
 
 LOG_SNR_BIN_EDGES = tuple(range(-10, 11, 2))
 """Bins of the records' `loss_by_log_snr`; the outer two reach to infinity."""
@@ -55,3 +55,10 @@ def committed_step(folder: Path) -> int:
     """The step of the newest checkpoint that is safely in the store, as a run's folder knows it; 0 for none."""
     path = folder / COMMITTED
     return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+
+
+def commit(folder: Path, step: int) -> None:
+    """Note that the journal is final up to a step: its checkpoint is safely in the store."""
+    part = folder / f"{COMMITTED}.part"
+    part.write_text(json.dumps({"step": step}))
+    part.replace(folder / COMMITTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -21,12 +20,14 @@ from diffusion.errors import DataError, RecipeError, StoreError
 from diffusion.job import TrainingJob
 from diffusion.training.batches import Batches
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
-from diffusion.training.journal import COMMITTED, committed_step, drop_after
+from diffusion.training.journal import commit, committed_step, drop_after
 from diffusion.training.recorder import Recorder
 from diffusion.training.state import FORMAT_VERSION, State, delete_checkpoint, steps_with_checkpoint
 from diffusion.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+STOP_SECONDS = 12
 
 
 class CheckpointWriter:
@@ -55,11 +56,11 @@ class CheckpointWriter:
 
     def _write(self, state: State, content: Checkpoint) -> None:
         written = write_checkpoint(self.store, state, content)
-        part = self.folder / f"{COMMITTED}.part"
-        part.write_text(json.dumps({"step": written.step, "digest": written.digest}))
-        part.replace(self.folder / COMMITTED)
+        commit(self.folder, written.step)
         try:
-            passing = [s for s in steps_with_checkpoint(self.store, state.run) if s not in state.recipe.milestones]
+            # Later ones are damaged, or this one would not have been made: they do not count.
+            earlier = [step for step in steps_with_checkpoint(self.store, state.run) if step <= state.step]
+            passing = [step for step in earlier if step not in state.recipe.milestones]
             for step in passing[: -self.keep]:
                 delete_checkpoint(self.store, state.run, step)
         except StoreError as error:
@@ -70,7 +71,7 @@ class CheckpointWriter:
         if self._pending is not None:
             try:
                 self._pending.result()
-            except StoreError as error:
+            except (StoreError, OSError) as error:
                 log.error("The checkpoint was not written: %s", error)
             self._pending = None
 
@@ -85,9 +86,13 @@ def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def find_checkpoint(store: Store, run: str, folder: Path, accelerator: Accelerator) -> tuple[State, Checkpoint] | None:
+def find_checkpoint(
+    store: Store, job: TrainingJob, folder: Path, accelerator: Accelerator
+) -> tuple[State, Checkpoint] | None:
     """The newest checkpoint, the same on all processes: a store's listing may show them different ones."""
-    found = load_latest(store, run, known=committed_step(folder)) if accelerator.is_main_process else None
+    found, run = None, job.run
+    if accelerator.is_main_process:
+        found = load_latest(store, run, known=committed_step(folder), until=job.until)
     step = torch.tensor([found[0].step if found else -1], device=accelerator.device)
     chosen = int(broadcast(step).item())
     if chosen < 0 or accelerator.is_main_process:
@@ -108,7 +113,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     trainer = Trainer(recipe, manifest, accelerator)
     recorder = Recorder(recipe, accelerator, folder, job.until)
 
-    found = find_checkpoint(store, job.run, folder, accelerator)
+    found = find_checkpoint(store, job, folder, accelerator)
     if found is not None:
         state, content = found
         if (state.recipe, state.dataset) != (recipe, manifest.digest):
@@ -119,6 +124,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         recorder.journal.roll_back(content.journal if found else b"")
         drop_after(recorder.timing.path, trainer.step)
+        commit(folder, trainer.step)
     accelerator.wait_for_everyone()
 
     images = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies)
@@ -129,6 +135,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     def ask_to_stop(*_: object) -> None:
         nonlocal stop_asked
         stop_asked = True
+        signal.alarm(STOP_SECONDS)  # which ends the process: a checkpoint that takes longer is not waited for
 
     signal.signal(signal.SIGTERM, ask_to_stop)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.sealed import unseal
 from diffusion.data.store import Store
-from diffusion.errors import StoreError
+from diffusion.errors import CheckpointDamaged
 from diffusion.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -57,18 +57,18 @@ def steps_with_checkpoint(store: Store, run: str) -> list[int]:
 
 
 def load_state(store: Store, run: str, step: int) -> State:
-    """The state of one checkpoint. Raises StoreError if there is none, or it is damaged."""
+    """The state of one checkpoint. Raises CheckpointDamaged if there is none, or it is damaged."""
     where = f"{folder(run, step)}/{STATE}"
     try:
         content = store.read(where)
     except KeyError:
-        raise StoreError(f"There is no checkpoint of run {run} at step {step} in {store.uri}.") from None
+        raise CheckpointDamaged(f"There is no checkpoint of run {run} at step {step} in {store.uri}.") from None
     try:
         state = unseal(State, content)
     except ValueError as error:
-        raise StoreError(f"The checkpoint {store.uri}/{where} is damaged: {error}.") from error
+        raise CheckpointDamaged(f"The checkpoint {store.uri}/{where} is damaged: {error}.") from error
     if (state.format_version, state.run, state.step) != (FORMAT_VERSION, run, step):
-        raise StoreError(f"The checkpoint {store.uri}/{where} is another one: {state.run} at step {state.step}.")
+        raise CheckpointDamaged(f"The checkpoint {store.uri}/{where} is another one: {state.run} at step {state.step}.")
     return state
 
 
@@ -82,21 +82,23 @@ def is_whole(store: Store, run: str, step: int) -> bool:
         state = load_state(store, run, step)
         for name in state.sha256:
             checkpoint_file(store, state, name)
-    except StoreError as error:
+    except CheckpointDamaged as error:
         log.error("%s It will be made again.", error)
         return False
     return True
 
 
 def checkpoint_file(store: Store, state: State, name: str) -> bytes:
-    """The content of a checkpoint's file, verified. Raises StoreError that names the file if it is missing or damaged."""
+    """The content of a checkpoint's file, verified. Raises CheckpointDamaged that names the file if it is missing or damaged."""
     where = f"{folder(state.run, state.step)}/{name}"
     try:
         content = store.read(where)
     except KeyError:
-        raise StoreError(f"The checkpoint file {store.uri}/{where} is missing.") from None
+        raise CheckpointDamaged(f"The checkpoint file {store.uri}/{where} is missing.") from None
     if hashlib.sha256(content).hexdigest() != state.sha256.get(name):
-        raise StoreError(f"The checkpoint file {store.uri}/{where} is damaged: its sha256 is not the one in {STATE}.")
+        raise CheckpointDamaged(
+            f"The checkpoint file {store.uri}/{where} is damaged: its sha256 is not the one in {STATE}."
+        )
     return content
 
 

@@ -15,7 +15,9 @@ from flows.run import job_fields, run_stage
 from flows.tasks.retrying import worth_retrying
 
 
-@task(name="measure reference", cache_policy=NO_CACHE, retries=1, retry_condition_fn=worth_retrying)
+@task(
+    name="measure reference", cache_policy=NO_CACHE, retries=4, retry_delay_seconds=5, retry_condition_fn=worth_retrying
+)
 def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None:
     """Features and moments of the real images, once per dataset version, extractor and image size."""
     environment = settings()

@@ -7,8 +7,8 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.job import TrainingJob
 from diffusion.tracking.figures import loss_by_noise_level
-from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import State, is_whole, load_state
+from diffusion.training.journal import JOURNAL, Journal, commit, committed_step, records
+from diffusion.training.state import State, checkpoint_file, is_whole, load_state
 from flows.request import checkpoint_every
 from flows.run import Run, run_stage
 from flows.tasks.retrying import worth_retrying
@@ -33,6 +33,10 @@ def train(run: Run, until: int, processes: int) -> State:
             title, f"train-{until}", "diffusion.training.job", spec, run.folder, processes, run.recipe, "training"
         )
     state = load_state(run.store, run.name, until)
+    if committed_step(run.folder) < until:
+        # Whoever wrote the checkpoint did not come to say so here: it died, or it was another machine.
+        Journal(run.folder / JOURNAL).roll_back(checkpoint_file(run.store, state, JOURNAL))
+        commit(run.folder, until)
     run.sender.flush()
     journal = run.folder / JOURNAL
     if journal.exists():

@@ -129,7 +129,7 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     caller = trial.begin(**env)
     tree: dict[str, psutil.Process] = {}
     began = time.monotonic()
-    while caller.poll() is None and time.monotonic() < began + 90:
+    while caller.poll() is None and time.monotonic() < began + 180:
         tree |= tree_of(caller) if len(tree) < 2 + PROCESSES else {}
         if victim == "rank 0 in a checkpoint":
             if said.exists():
@@ -142,7 +142,9 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
             break
         time.sleep(0.02)
     if caller.poll() is not None:  # it was done before its time came
+        assert caller.returncode == 0, (trial.folder / "caller.log").read_text()[-3000:]
         return
+    assert victim in tree or said.exists(), f"{victim} did not start within {time.monotonic() - began:.0f} s"
     moment = said.read_text() if said.exists() else "starting" if steps_on is None else "training"
     step, killed = trial.step(), time.monotonic()
     if victim != "rank 0 in a checkpoint":

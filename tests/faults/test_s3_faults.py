@@ -153,7 +153,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
         "diffusion.training.job",
         str(folder),
     ]
-    for _ in range(len(uploads) + 1):
+    for _ in range(len(uploads) + 4):
         rank_0.clear()
         agent = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
         while agent.poll() is None:
