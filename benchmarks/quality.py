@@ -202,7 +202,7 @@ def main() -> None:
                 {
                     "recipe": arm.name,
                     "seed": seed,
-                    "weights": best,
+                    "weights": "raw" if scored[best].weights == "model" else "ema",
                     "images": arm.recipe.data.images,
                     "evaluations": evaluations_a_sample(arm.evaluations[best], arm.recipe),
                     "gflop": gigaflops(arm.recipe, len(bench.dataset.classes)),
@@ -215,7 +215,9 @@ def main() -> None:
                 flush=True,
             )
             if seed == arguments.seeds[0]:
-                (arguments.output / f"quality-{arm.name.replace(' ', '-')}.png").write_bytes(bench.grid(arm, best))
+                (arguments.output / f"quality-{arm.name.replace(',', '').replace(' ', '-')}.png").write_bytes(
+                    bench.grid(arm, best)
+                )
     (arguments.output / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
     (arguments.output / "quality.md").write_text(table(rows, arguments.budget))
     figure(rows, arguments.output / "quality.png")

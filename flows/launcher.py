@@ -102,14 +102,14 @@ def _end(job: subprocess.Popen[bytes], tree: list[psutil.Process]) -> None:
             os.killpg(job.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(GRACE_SECONDS)
-        for process in _wait_until_ended(tree, deadline):
+        for process in wait_until_ended(tree, deadline):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
         # A killed process may run for a moment more: a retry must not begin while it can still write.
-        _wait_until_ended(tree, time.monotonic() + KILL_SECONDS)
+        wait_until_ended(tree, time.monotonic() + KILL_SECONDS)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -119,7 +119,7 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _wait_until_ended(processes: list[psutil.Process], deadline: float) -> list[psutil.Process]:
+def wait_until_ended(processes: list[psutil.Process], deadline: float) -> list[psutil.Process]:
     """Wait for processes that are no children of this one; returns those that still run at the deadline.
 
     A zombie has ended: who reaps it, and when, is not ours to say.

@@ -53,20 +53,18 @@ def is_dead(owner: str) -> bool:
         return True
     try:
         process = psutil.Process(told["pid"])
-        same = (
-            abs(process.create_time() - told["started"]) < 5
-        )  # the start is counted back from a clock that may be set
+        # The start is counted back from a clock that may have been set.
+        same = abs(process.create_time() - told["started"]) < 5
         return not same or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
 
 
-def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str) -> list[str]:
-    """Close the MLflow and Prefect runs that still say they run though their process here has died; returns their ids.
+def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str) -> None:
+    """Close the MLflow and Prefect runs that still say they run though their process here has died.
 
     The flow run that asks may have died itself before, and be retried: its MLflow run is closed, and found by what follows.
     """
-    closed = []
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     for run in running:
         owner, flow_run = run.data.tags.get(OWNER_TAG), run.data.tags.get("prefect.flow_run_id", "")
@@ -79,8 +77,6 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str)
         if flow_run != own_flow_run:
             _crash_flow_run(flow_run, reason)
         say(f"Closed the MLflow run {run.info.run_name}: {reason}")
-        closed.append(run.info.run_id)
-    return closed
 
 
 def _crash_flow_run(flow_run: str, reason: str) -> None:

@@ -21,7 +21,7 @@ from diffusion.data.store import FolderStore
 from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe, load_recipe
 from diffusion.training.journal import JOURNAL, records
-from flows.launcher import _wait_until_ended, run_job
+from flows.launcher import run_job, wait_until_ended
 from tests.conftest import TINY
 from tests.faults.report import Kill, write_report
 from tests.stack import Project, running_project
@@ -214,7 +214,7 @@ def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
     asked = time.monotonic()
     done = project.shell("prefect", "flow-run", "cancel", run.id)
     assert done.returncode == 0, done.stderr
-    run.wait_for(lambda: _wait_until_ended(tree, time.monotonic()) == [], 30)
+    run.wait_for(lambda: wait_until_ended(tree, time.monotonic()) == [], 30)
     gone = time.monotonic() - asked
     run.wait_for(lambda: run.told()["state"][0] == "CANCELLED", 30)
     assert gone < GONE_SECONDS, gone
@@ -247,7 +247,7 @@ def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
         process(project, "worker").kill()
     if "flow" in victim:
         tree[0].kill()
-    left = _wait_until_ended(tree, killed + GONE_SECONDS)
+    left = wait_until_ended(tree, killed + GONE_SECONDS)
     gone = time.monotonic() - killed
     assert left == [], left
     step = last_step(project.folder / "var/runs" / key / JOURNAL)

@@ -23,7 +23,7 @@ import pytest
 from diffusion.job import TrainingJob
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import folder as checkpoint_folder
-from flows.launcher import _wait_until_ended
+from flows.launcher import wait_until_ended
 from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.report import Kill, write_report
 
@@ -150,7 +150,7 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     if victim != "rank 0 in a checkpoint":
         tree[victim].kill()
     caller_fails = caller.wait(60)
-    left = _wait_until_ended(list(tree.values()), killed + GONE_SECONDS)
+    left = wait_until_ended(list(tree.values()), killed + GONE_SECONDS)
     gone = time.monotonic() - killed
     assert left == [], f"{victim} was killed; after {gone:.0f} s {left} still run"
     assert caller_fails != 0
