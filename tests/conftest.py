@@ -96,7 +96,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def free_port() -> int:
     """A port that nobody listens on now, low enough that port + 10000 is one as well: the S3 server uses both."""
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = 10_000 + secrets.randbelow(12_000)  # both below those that outgoing connections take
         try:
             with socket.socket() as probe, socket.socket() as second:
                 probe.bind(("127.0.0.1", port))
@@ -165,12 +165,31 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     stop_server(server)
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server with one user; gives the environment that a client needs."""
+@dataclass
+class S3Server:
+    """A real S3 server with one user, which may be killed and started again."""
+
+    folder: Path
+    command: list[str]
+    env: dict[str, str]
+    """What a client needs."""
+    server: Server
+
+    def kill(self) -> None:
+        self.server.process.kill()
+        self.server.process.wait()
+
+    def restart(self) -> None:
+        self.server = start_server(self.command, self.server.url, f"{self.server.url}/", self.folder)
+
+
+def start_s3(folder: Path) -> S3Server:
+    """Start it with an empty bucket `tests`."""
     import json
 
-    folder, port, filer, volume, master = tmp_path_factory.mktemp("s3"), *(free_port() for _ in range(4))
+    import boto3
+
+    port, filer, volume, master = (free_port() for _ in range(4))
     key, secret = "tests", secrets.token_hex(8)
     allowed = ["Read:tests", "Write:tests", "List:tests"]
     identities = [
@@ -179,22 +198,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     ]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
-    command += [
-        f"-s3.port={port}",
-        f"-s3.config={folder / 's3.json'}",
-        f"-filer.port={filer}",
-        f"-volume.port={volume}",
-    ]
-    command += [f"-master.port={master}", "-volume.max=20", "-master.volumeSizeLimitMB=256"]
+    command += [f"-s3.port={port}", f"-s3.config={folder / 's3.json'}", f"-filer.port={filer}"]
+    command += [f"-volume.port={volume}", f"-master.port={master}", "-volume.max=20", "-master.volumeSizeLimitMB=256"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else fixed ports, and a second server would not start
     server = start_server(command, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/", folder)
-    env = {
-        "AWS_ENDPOINT_URL_S3": server.url,
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    import boto3
-
     client = boto3.client(
         "s3", endpoint_url=server.url, aws_access_key_id="admin", aws_secret_access_key=secret, region_name="us-east-1"
     )
@@ -206,9 +213,21 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             time.sleep(0.2)
     else:
         raise RuntimeError(f"no bucket can be made:\n{server.log.read_text()[-2000:]}")
-    yield env
-    server.process.kill()
-    server.process.wait()
+    env = {
+        "AWS_ENDPOINT_URL_S3": server.url,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    return S3Server(folder, command, env, server)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server; gives the environment that a client needs."""
+    server = start_s3(tmp_path_factory.mktemp("s3"))
+    yield server.env
+    server.kill()
 
 
 @pytest.fixture(scope="session")

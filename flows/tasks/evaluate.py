@@ -12,15 +12,15 @@ from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob
 from diffusion.training.state import State
 from flows.run import Run, run_stage
-from flows.tasks.retrying import worth_retrying
+from flows.tasks.retrying import DELAYS, worth_retrying
 
 
 @task(
     name="evaluate",
     task_run_name="evaluate step {state.step}",
     cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=5,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
     retry_condition_fn=worth_retrying,
 )
 def evaluate(run: Run, state: State, processes: int) -> Scores:

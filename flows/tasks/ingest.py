@@ -19,7 +19,7 @@ from diffusion.errors import DataError
 from diffusion.settings import settings
 from flows.progress import Stage
 from flows.stopwatch import stopwatch
-from flows.tasks.retrying import worth_retrying
+from flows.tasks.retrying import DELAYS, worth_retrying
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,13 @@ class Archive:
     digest: str
 
 
-@task(name="find source", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
+@task(
+    name="find source",
+    cache_policy=NO_CACHE,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
+    retry_condition_fn=worth_retrying,
+)
 def find_source(source: str) -> Archive:
     """Find the archive, or download it, and prove by its content what it is."""
     with Stage("Finding the source images", "download") as stage, stopwatch.part("ingest"):
@@ -50,8 +56,8 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     cache_key_fn=_key,
     persist_result=True,
     result_serializer="json",
-    retries=2,
-    retry_delay_seconds=5,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
     retry_condition_fn=worth_retrying,
 )
 def _ingest(archive: Archive, store_uri: str) -> str:

@@ -9,15 +9,15 @@ from diffusion.tracking.promotion import Decision
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
 from flows.run import Run
-from flows.tasks.retrying import worth_retrying
+from flows.tasks.retrying import DELAYS, worth_retrying
 
 
 @task(
     name="promote",
     task_run_name="promote version {version}",
     cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=5,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
     retry_condition_fn=worth_retrying,
 )
 def promote(run: Run, version: str) -> Decision:

@@ -10,15 +10,15 @@ from diffusion.tracking.registry import publish
 from diffusion.training.state import State
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
-from flows.tasks.retrying import worth_retrying
+from flows.tasks.retrying import DELAYS, worth_retrying
 
 
 @task(
     name="register",
     task_run_name="register step {state.step}",
     cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=5,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
     retry_condition_fn=worth_retrying,
 )
 def register(run: Run, state: State, scores: Scores) -> str:

@@ -13,7 +13,7 @@ from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
 from flows.run import Run
-from flows.tasks.retrying import worth_retrying
+from flows.tasks.retrying import DELAYS, worth_retrying
 
 
 class Report(BaseModel):
@@ -23,7 +23,13 @@ class Report(BaseModel):
     """Label and text, in the order to show them."""
 
 
-@task(name="report", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
+@task(
+    name="report",
+    cache_policy=NO_CACHE,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
+    retry_condition_fn=worth_retrying,
+)
 def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
     """Write the report artifact and return its table."""
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]

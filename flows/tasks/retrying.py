@@ -10,6 +10,9 @@ from prefect.states import State
 
 from diffusion.errors import RunBusy, StoreError, TrackingError, UserError
 
+DELAYS: list[float] = [5, 15, 45, 120]
+"""Seconds before each new try: a server that is restarted, or away for three minutes, ends no run."""
+
 
 async def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """A crash, a server that did not answer, a run that is about to be free; not what the user has to change first."""

@@ -11,15 +11,15 @@ from diffusion.training.journal import JOURNAL, Journal, commit, committed_step,
 from diffusion.training.state import State, checkpoint_file, is_whole, load_state
 from flows.request import checkpoint_every
 from flows.run import Run, run_stage
-from flows.tasks.retrying import worth_retrying
+from flows.tasks.retrying import DELAYS, worth_retrying
 
 
 @task(
     name="train",
     task_run_name="train to step {until}",
     cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=5,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
     retry_condition_fn=worth_retrying,
 )
 def train(run: Run, until: int, processes: int) -> State:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,10 @@ from diffusion.data.store import S3Store, open_store
 from diffusion.errors import StoreError
 from diffusion.job import SPEC, TrainingJob
 from diffusion.training.checkpoint import load_checkpoint
+from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
-from tests.conftest import Ingested, tiny_recipe
+from tests.conftest import Ingested, S3Server, start_s3, tiny_recipe
+from tests.faults.report import Kill, write_report
 from tests.faults.s3_proxy import Faults, proxy
 
 pytestmark = pytest.mark.slow
@@ -171,3 +174,56 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     expected, found = load_checkpoint(ingested.store, "quiet-s3", steps)[0], load_checkpoint(store, "faulty", steps)[0]
     assert found.sha256 == expected.sha256
     assert faults.seen["listing_lag"] > 0
+
+
+def test_the_server_itself_is_killed_at_random_moments(
+    monkeypatch: pytest.MonkeyPatch, source: Source, ingested: Ingested, tmp_path: Path
+) -> None:
+    """Three times it is killed and stays away for a while; a job that this ends is begun again, as the flow does."""
+    steps, every, seed = 400, 20, int(os.environ.get("SOAK_SEED", "20261124"))
+    moments = random.Random(seed)
+    kills = sorted(moments.sample(range(20, 360), 3))
+    away = [moments.uniform(1, 6) for _ in kills]
+    quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every)
+    quiet = quiet.model_copy(update={"store": ingested.store.uri, "run": "quiet-server"})
+    nobody = lambda _: None  # noqa: E731
+    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 1, nobody, nobody, threads=1)
+
+    (tmp_path / "s3").mkdir()
+    server = start_s3(tmp_path / "s3")
+    for key, value in server.env.items():
+        monkeypatch.setenv(key, value)
+    done: list[Kill] = []
+    folder = tmp_path / "killed"
+    killer = threading.Thread(target=kill_server_at, args=(server, folder / JOURNAL, kills, away, done))
+    try:
+        store = open_store("s3://tests/training")
+        dataset = ingest(source, store, shard_bytes=60_000).digest
+        job = job_on_s3("killed", dataset, tmp_path, steps, every)
+        killer.start()
+        for attempt in range(12):
+            try:
+                run_job("diffusion.training.job", job, folder, 1, nobody, nobody, threads=1)
+                break
+            except StoreError:
+                assert attempt < 11
+                time.sleep(5)
+        killer.join(120)
+        expected = load_checkpoint(ingested.store, "quiet-server", steps)[0]
+        found = load_checkpoint(store, "killed", steps)[0]
+    finally:
+        server.kill()
+    assert found.sha256 == expected.sha256
+    assert len(done) == len(kills)
+    write_report(done, seed)
+
+
+def kill_server_at(server: S3Server, journal: Path, kills: list[int], away: list[float], done: list[Kill]) -> None:
+    """Kill it when the training has come to each of these steps, and start it again after a while."""
+    for number, (step, seconds) in enumerate(zip(kills, away, strict=True)):
+        while not (journal.exists() and (found := records(journal.read_bytes())) and found[-1]["step"] >= step):
+            time.sleep(0.02)
+        server.kill()
+        time.sleep(seconds)
+        server.restart()
+        done.append(Kill(f"s3-{number}", "the S3 server", "training", step, 0.0, round(seconds, 1), True))

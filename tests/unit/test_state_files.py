@@ -134,3 +134,27 @@ def test_a_journal_is_rolled_back_and_a_cut_line_does_not_count(tmp_path: Path) 
     drop_after(journal.path, 2)
     assert [record["step"] for record in records(journal.read())] == [1, 2]
     assert records(b"") == []
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(position=st.integers(0, 10**6), bit=st.integers(0, 7), cut=st.booleans())
+def test_a_damaged_journal_is_healed_by_the_checkpoint_that_a_training_goes_on_from(
+    tmp_path: Path, position: int, bit: int, cut: bool
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.unlink(missing_ok=True)
+    journal = Journal(path)
+    for step in (1, 2, 3):
+        journal.append({"step": step, "loss": step / 3})
+    kept = journal.read()
+    journal.append({"step": 4, "loss": 1.0})
+    data = bytearray(journal.read())
+    position %= len(data)
+    if cut:
+        del data[position:]
+        assert [record["step"] for record in records(bytes(data))] == list(range(1, data.count(b"\n") + 1))
+    else:
+        data[position] ^= 1 << bit
+    path.write_bytes(bytes(data))
+    Journal(path).roll_back(kept)
+    assert Journal(path).read() == kept
