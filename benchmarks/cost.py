@@ -29,7 +29,7 @@ from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe, load_recipe
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.batches import Batches
 from diffusion.training.journal import TIMING, records
@@ -57,7 +57,8 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
     )
     client = connect(f"sqlite:///{folder / 'mlflow.db'}")
     lineage = Lineage(run="cost", commit="unknown", flow_run_id="", flow_run_url="", owner="{}")
-    tracked = TrackedRun.open(client, folder / "artifacts", "cost", lineage, recipe, dataset, store.uri)
+    experiment_id = open_experiment(client, folder / "artifacts")
+    tracked = TrackedRun.open(client, experiment_id, "cost", lineage, recipe, dataset, store.uri)
     found: dict[str, list[float]] = {"everything": [], "nothing": []}
     with MetricsSender(tracked, folder):
         for stretch in range(steps // STRETCH):

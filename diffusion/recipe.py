@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from importlib.resources import files
@@ -164,6 +165,17 @@ class Evaluation(Part):
     """Images that the network sees at once. It belongs to the recipe: another batch may round differently."""
 
 
+class Start(Part):
+    """The checkpoint that training goes on from, with its optimiser's state, in place of new weights."""
+
+    run: str
+    """The run that made it."""
+    step: int = Field(gt=0)
+    """Its step; the images seen until then count as seen."""
+    digest: str
+    """Of the checkpoint: another one under that name is refused."""
+
+
 class Recipe(Part):
     """A whole recipe. `load_recipe` makes one from a preset and overrides."""
 
@@ -184,6 +196,9 @@ class Recipe(Part):
     """How gradients are added. exact: along a fixed tree over the lanes; on CPUs, with one thread a process, the same bits
     on any number of processes that divides the lanes. fast: DistributedDataParallel's own order, which overlaps with the
     backward pass."""
+
+    start: Start | None = None
+    """Another run's checkpoint to go on from; null: new weights."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -237,6 +252,11 @@ class Recipe(Part):
         return self.objective.loss != "simple"
 
     @property
+    def first_step(self) -> int:
+        """The step that training begins after: 0, or that of the checkpoint it goes on from."""
+        return self.start.step if self.start else 0
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps in the whole training."""
         return -(-self.data.images // self.data.batch_size)
@@ -245,9 +265,21 @@ class Recipe(Part):
     def milestones(self) -> tuple[int, ...]:
         """The steps after which the model is evaluated, the last step among them."""
         every = max(1, round(self.evaluation.every_images / self.data.batch_size))
-        inner = range(every, self.total_steps, every)
+        inner = range(self.first_step + every, self.total_steps, every)
         # A last stretch of less than half a segment is not worth an evaluation of its own before it.
         return (*(step for step in inner if self.total_steps - step >= every / 2), self.total_steps)
+
+    def continued(self, start: Start, before: Recipe) -> Recipe:
+        """This recipe, going on from a checkpoint of the recipe `before` for `data.images` more images.
+
+        Raises RecipeError that names what differs if the checkpoint's state has no place in it.
+        """
+        different = [name for name in STATE_DEPENDS_ON if _value(self, name) != _value(before, name)]
+        if different:
+            told = "; ".join(f"{name} is {_value(self, name)} here, {_value(before, name)} there" for name in different)
+            raise RecipeError(f"The recipe can't go on from step {start.step} of {start.run}: {told}.")
+        images = start.step * self.data.batch_size + self.data.images
+        return self.model_copy(update={"start": start, "data": self.data.model_copy(update={"images": images})})
 
     def check_processes(self, processes: int) -> None:
         """Raises RecipeError if that many processes can't share the lanes evenly."""
@@ -258,6 +290,23 @@ class Recipe(Part):
                 f"{processes} processes can't share the recipe's {lanes} lanes evenly. Use {', '.join(map(str, fitting))} "
                 "processes, or another data.lanes (which makes it another recipe)."
             )
+
+
+STATE_DEPENDS_ON = (
+    "data.image_size",
+    "data.batch_size",
+    "data.quarter_turns",
+    "network",
+    "objective.noise_levels",
+    "learned_variance",
+    "optimizer.kind",
+    "ema.half_lives",
+)
+"""What two recipes must have in common for the state of one to be one of the other."""
+
+
+def _value(recipe: Recipe, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), recipe)
 
 
 def preset_names() -> list[str]:
@@ -309,7 +358,7 @@ def recipe_keys() -> list[str]:
         part = field.annotation
         if isinstance(part, type) and issubclass(part, Part):
             keys += [f"{name}.{inner}" for inner in part.model_fields]
-        elif name != "name":
+        elif name not in ("name", "start"):
             keys.append(name)
     return keys
 

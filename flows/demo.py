@@ -53,6 +53,7 @@ def main() -> int:
         with stopwatch.part("imports"):
             from flows.checks import check_before_compute
             from flows.request import TrainingRequest
+            from flows.tasks.report import Report
             from flows.train_diffusion import train_diffusion
         # The flow checks all this as well, but only once its server is up.
         request = TrainingRequest(
@@ -63,6 +64,7 @@ def main() -> int:
             source = _source_or_generated(arguments.source)
         print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
         report = train_diffusion(arguments.preset, overrides, arguments.seed, source, arguments.processes)
+        assert isinstance(report, Report)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

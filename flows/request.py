@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from glob import glob
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +16,9 @@ CHECKPOINT_EVERY_IMAGES = 250_000
 CHECKPOINTS_AT_LEAST = 20  # in a run: metrics reach MLflow, and a crash loses work, by the checkpoint
 
 
+StartFrom = Literal["scratch", "champion"]
+
+
 class TrainingRequest(BaseModel):
     """The parameters of one flow run."""
 
@@ -26,6 +29,8 @@ class TrainingRequest(BaseModel):
     seed: int = 0
     source: str = EUROSAT
     processes: int | None = None
+    start_from: StartFrom = "scratch"
+    skip_unchanged: bool = False
 
     def recipe(self) -> Recipe:
         """The recipe that they mean. Raises RecipeError, with the nearest valid name where one is misspelt."""
@@ -57,8 +62,8 @@ def threads_per_process(recipe: Recipe) -> int | None:
 
 def checkpoint_every(recipe: Recipe) -> int:
     """Steps between checkpoints."""
-    images = min(CHECKPOINT_EVERY_IMAGES, recipe.data.images // CHECKPOINTS_AT_LEAST)
-    return max(1, images // recipe.data.batch_size)
+    steps = (recipe.total_steps - recipe.first_step) // CHECKPOINTS_AT_LEAST
+    return max(1, min(CHECKPOINT_EVERY_IMAGES // recipe.data.batch_size, steps))
 
 
 def _gpus() -> int:

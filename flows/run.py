@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import runtime
 
@@ -25,6 +25,9 @@ from flows.owner import close_abandoned, this_process
 from flows.progress import Stage, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 FLOW_FOLDER = "flow"
 """Of a run's folder, what the flow locks; the folder itself is locked by its jobs."""
@@ -85,6 +88,13 @@ def run_stage(
         run_job(module, spec, folder, processes, on_progress, on_line, threads_per_process(recipe))
 
 
+def open_tracking(environment: Settings) -> tuple[MlflowClient, str]:
+    """A client of MLflow and the experiment of all runs. Raises TrackingError if MLflow does not answer."""
+    client = connect(environment.tracking_uri)
+    artifacts = environment.artifacts if environment.tracking_uri.startswith("sqlite") else None
+    return client, open_experiment(client, artifacts)
+
+
 @contextmanager
 def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> Iterator[Run]:
     """The run of this flow run, with its MLflow run open and fed; closed as finished, failed or killed.
@@ -94,13 +104,11 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     """
     environment = settings()
     flow_run_id, name = str(runtime.flow_run.id), str(runtime.flow_run.name)
-    client = connect(environment.tracking_uri)
-    artifacts = environment.artifacts if environment.tracking_uri.startswith("sqlite") else None
-    experiment_id = open_experiment(client, artifacts)
+    client, experiment_id = open_tracking(environment)
     close_abandoned(client, experiment_id, flow_run_id)
     commit = git_commit()
     # The flow run's name is made anew by a retry; its id is not.
-    key, lock = f"{request.preset}-seed{request.seed}-{flow_run_id}", None
+    key, lock = f"{request.preset}-seed{recipe.seed}-{flow_run_id}", None
     unfinished = unfinished_run(client, experiment_id, recipe, dataset, commit)
     if unfinished is not None:
         try:
@@ -116,7 +124,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
         owner=this_process(),
     )
-    tracked = TrackedRun.open(client, artifacts, name, lineage, recipe, dataset, environment.store_uri)
+    tracked = TrackedRun.open(client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
     with lock, MetricsSender(tracked, environment.runs / lineage.run) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from prefect import flow, runtime
+from prefect.states import State
 from pydantic import Field
 
 from diffusion.recipe import preset_names
@@ -14,10 +15,11 @@ from flows.checks import check_before_compute
 from flows.credentials import use_block
 from flows.owner import end_with_worker
 from flows.progress import attended
-from flows.request import TrainingRequest
+from flows.request import StartFrom, TrainingRequest
 from flows.run import tracked_run
 from flows.tasks.evaluate import evaluate
 from flows.tasks.ingest import find_source, ingest_archive
+from flows.tasks.plan import plan, unchanged
 from flows.tasks.promote import promote
 from flows.tasks.reference import measure_reference
 from flows.tasks.register import register
@@ -27,33 +29,54 @@ from flows.tasks.train import train
 
 def _name() -> str:
     parameters = runtime.flow_run.parameters
-    return f"{parameters['preset']}-seed{parameters['seed']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    seed = seed_or_date(parameters["seed"])
+    return f"{parameters['preset']}-seed{seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def seed_or_date(seed: int | None) -> int:
+    """The seed; none given: the date for which the flow run was scheduled, as 20261124."""
+    return int(f"{runtime.flow_run.scheduled_start_time:%Y%m%d}") if seed is None else seed
 
 
 @flow(name="train-diffusion", flow_run_name=_name)
 def train_diffusion(
     preset: Annotated[str, Field(json_schema_extra={"enum": preset_names()})] = "eurosat",
     overrides: dict[str, Any] | None = None,
-    seed: Annotated[int, Field(ge=0)] = 0,
+    seed: Annotated[int, Field(ge=0)] | None = 0,
     source: str = "eurosat",
     processes: Annotated[int, Field(ge=1)] | None = None,
-) -> Report:
+    start_from: StartFrom = "scratch",
+    skip_unchanged: bool = False,
+) -> Report | State[None]:
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
     Args:
         preset: The recipe to start from.
         overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000}.
-        seed: Key of all randomness.
+        seed: Key of all randomness; empty: the date of the scheduled night, as 20261124.
         source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a EuroSAT archive, or "generated".
         processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
+        start_from: "scratch", or "champion": go on with the live model and its optimiser's state, for data.images more.
+        skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed.
     """
-    request = TrainingRequest(preset=preset, overrides=overrides or {}, seed=seed, source=source, processes=processes)
+    request = TrainingRequest(
+        preset=preset,
+        overrides=overrides or {},
+        seed=seed_or_date(seed),
+        source=source,
+        processes=processes,
+        start_from=start_from,
+        skip_unchanged=skip_unchanged,
+    )
     if not attended():
         end_with_worker()
     use_block(settings().s3_block)
     recipe, workers = check_before_compute(request)
     archive = find_source(request.source)
     dataset = ingest_archive(archive, settings().store_uri)
+    recipe, same = plan(request, recipe, dataset)
+    if same is not None:
+        return unchanged(same)
     measure_reference(dataset, recipe, workers)
     with tracked_run(request, recipe, dataset) as run:
         for milestone in recipe.milestones:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.evaluation.scores import Scores
-from diffusion.recipe import Recipe, flatten
+from diffusion.recipe import Recipe, Start, flatten
 from diffusion.tracking.figures import bound_by_noise_level, class_distances
 from diffusion.tracking.promotion import Decision
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "train-diffusion"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
-RUN_KEY, OWNER_TAG = "train_diffusion.run", "train_diffusion.owner"
+RUN_KEY, OWNER_TAG, START_TAG = "train_diffusion.run", "train_diffusion.owner", "recipe.start"
 THUMBNAIL = (1024, 1024)  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
 
@@ -55,21 +55,16 @@ class TrackedRun:
     def open(
         cls,
         client: MlflowClient,
-        artifacts: Path | None,
+        experiment_id: str,
         name: str,
         lineage: Lineage,
         recipe: Recipe,
         dataset: Manifest,
         store_uri: str,
     ) -> TrackedRun:
-        """The run of that key: a new one, or the one that an earlier attempt began.
-
-        Args:
-            artifacts: folder for artifacts where there is no server to keep them.
-        """
+        """The run of that key: a new one, or the one that an earlier attempt began."""
         from mlflow.entities import Param, RunTag
 
-        experiment_id = open_experiment(client, artifacts)
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
         if found:
             run = found[0]
@@ -92,6 +87,8 @@ class TrackedRun:
             OWNER_TAG: lineage.owner,
             "mlflow.note.content": _note(recipe, dataset, lineage),
         }
+        if recipe.start is not None:
+            tags[START_TAG] = recipe.start.model_dump_json()
         client.log_batch(
             self.run_id,
             params=[Param(key, value) for key, value in flatten(recipe).items()],
@@ -182,7 +179,11 @@ class TrackedRun:
 
 
 def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
-    """The id of the experiment that all runs belong to, made if it is not there."""
+    """The id of the experiment that all runs belong to, made if it is not there.
+
+    Args:
+        artifacts: folder for artifacts where there is no server to keep them.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)
@@ -207,21 +208,45 @@ def unfinished_run(
 
     None if the newest one finished, or if the code is not known exactly.
     """
+    return _newest_run(client, experiment_id, recipe, dataset, commit, ("FAILED", "KILLED"))
+
+
+def finished_run(
+    client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str
+) -> str | None:
+    """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished."""
+    return _newest_run(client, experiment_id, recipe, dataset, commit, ("FINISHED",))
+
+
+def _newest_run(
+    client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str, states: tuple[str, ...]
+) -> str | None:
     if commit == "unknown" or commit.endswith("-dirty"):
         return None
     wanted = {"recipe.digest": recipe.digest, "dataset.digest": dataset.digest, "git.commit": commit}
     same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
     found = client.search_runs([experiment_id], same, order_by=["attributes.start_time DESC"], max_results=1)
-    if found and found[0].info.status in ("FAILED", "KILLED"):
+    if found and found[0].info.status in states:
         return str(found[0].data.tags[RUN_KEY])
     return None
+
+
+def recorded_start(client: MlflowClient, experiment_id: str, flow_run_id: str) -> tuple[bool, Start | None]:
+    """Whether a flow run has begun its MLflow run, and the checkpoint that it then went on from."""
+    found = client.search_runs([experiment_id], f"tags.`prefect.flow_run_id` = '{flow_run_id}'", max_results=1)
+    if not found:
+        return False, None
+    text = found[0].data.tags.get(START_TAG)
+    return True, Start.model_validate_json(text) if text else None
 
 
 def _note(recipe: Recipe, dataset: Manifest, lineage: Lineage) -> str:
     """What the run's page says at its top."""
     return (
         f"**{recipe.name}** on **{dataset.source}** ({dataset.splits['train']:,} training images, {recipe.data.image_size} x "
-        f"{recipe.data.image_size}), seed {recipe.seed}, {recipe.data.images:,} images in {recipe.total_steps:,} steps.\n\n"
-        f"Code `{lineage.commit[:12]}`, dataset `{dataset.digest[:12]}`, recipe `{recipe.digest[:12]}`"
+        f"{recipe.data.image_size}), seed {recipe.seed}, {recipe.data.images:,} images in {recipe.total_steps:,} steps"
+        + (f", from step {recipe.start.step:,} of {recipe.start.run} on" if recipe.start else "")
+        + ".\n\n"
+        + f"Code `{lineage.commit[:12]}`, dataset `{dataset.digest[:12]}`, recipe `{recipe.digest[:12]}`"
         + (f", [flow run]({lineage.flow_run_url})." if lineage.flow_run_url else ".")
     )

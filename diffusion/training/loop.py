@@ -16,8 +16,9 @@ from torch import Tensor
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.store import Store, open_store
-from diffusion.errors import DataError, RecipeError, StoreError
+from diffusion.errors import CheckpointDamaged, DataError, RecipeError, StoreError
 from diffusion.job import TrainingJob
+from diffusion.recipe import Start
 from diffusion.training.batches import Batches
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import commit, committed_step, drop_after
@@ -100,6 +101,16 @@ def find_checkpoint(
     return load_checkpoint(store, run, chosen)
 
 
+def load_start(store: Store, start: Start) -> Checkpoint:
+    """The checkpoint that a recipe starts from. Raises CheckpointDamaged if it is gone, damaged or another one."""
+    state, content = load_checkpoint(store, start.run, start.step)
+    if state.digest != start.digest:
+        raise CheckpointDamaged(
+            f"The checkpoint of run {start.run} at step {start.step} in {store.uri} is not the one that the recipe starts from."
+        )
+    return content
+
+
 def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     """Train to step `job.until` and leave a checkpoint there.
 
@@ -121,10 +132,12 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
                 f"The run {job.run} was begun with another recipe or dataset. Start a new run for this one."
             )
         trainer.restore(state.step, content)
+    elif recipe.start is not None:
+        trainer.restore(recipe.start.step, load_start(store, recipe.start))
     if accelerator.is_main_process:
         recorder.journal.roll_back(content.journal if found else b"")
         drop_after(recorder.timing.path, trainer.step)
-        commit(folder, trainer.step)
+        commit(folder, found[0].step if found else 0)
     accelerator.wait_for_everyone()
 
     images = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies)

@@ -10,7 +10,7 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.store import open_store
 from diffusion.job import TrainingJob
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender
 from flows.launcher import run_job
 
@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     assert manifest is not None
     lineage = Lineage(run=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
     client = connect(told["tracking_uri"])
-    run = TrackedRun.open(client, None, job.run, lineage, job.recipe, manifest, job.store)
+    run = TrackedRun.open(client, open_experiment(client, None), job.run, lineage, job.recipe, manifest, job.store)
     (folder / "mlflow_run").write_text(run.run_id)
     with MetricsSender(run, folder) as sender:
         processes = told["processes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun
+from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from tests.conftest import Ingested, Server, tiny_recipe
@@ -26,7 +26,9 @@ def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
     monkeypatch.setattr("diffusion.tracking.sender.POLL_SECONDS", 0.05)
     monkeypatch.setattr("diffusion.tracking.sender.RETRY_SECONDS", 0.2)
     direct = connect(mlflow_server.url)
-    run = TrackedRun.open(direct, None, "faults", LINEAGE, tiny_recipe(), ingested.manifest, ingested.store.uri)
+    run = TrackedRun.open(
+        direct, open_experiment(direct, None), "faults", LINEAGE, tiny_recipe(), ingested.manifest, ingested.store.uri
+    )
     faults = Faults(unavailable=0.3, lost_answer=0.4, seed=2)
     journal, timing = Journal(tmp_path / JOURNAL), Journal(tmp_path / TIMING)
     with proxy(mlflow_server.url, faults) as url:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from prefect.client.orchestration import get_client
 
 from diffusion.data import generated
 from diffusion.data.find import find_archive
+from diffusion.data.store import open_store
 from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import champion_version
+from diffusion.training.state import load_state
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -122,6 +126,62 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
     losses = tracking.get_metric_history(run.info.run_id, "train/loss")
     assert [metric.step for metric in losses] == list(range(1, 17))
     assert len(tracking.search_model_versions(f"name = '{MODEL}'")) == 1
+
+
+def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any, home: Path) -> None:
+    # With a constant rate: one that falls to the end of the budget falls to another end when there is more of it.
+    constant = {"optimizer.decay": "constant"}
+    run_flow(overrides=constant)
+    client = connect(settings().tracking_uri)
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    continued = run_flow(start_from="champion", overrides=constant | {"data.images": 128})
+    assert continued.rows["steps"] == "24 of 16 images"
+    experiment = client.get_experiment_by_name("train-diffusion").experiment_id
+    (second, first) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    assert json.loads(second.data.tags["recipe.start"])["run"] == first.data.tags["train_diffusion.run"]
+    losses = [metric.step for metric in client.get_metric_history(second.info.run_id, "train/loss")]
+    assert losses == list(range(17, 25))
+
+    run_flow(overrides=constant | {"data.images": 384})
+    (whole, *_) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    store = open_store(settings().store_uri)
+    at_end = [load_state(store, run.data.tags["train_diffusion.run"], 24).sha256 for run in (second, whole)]
+    for name in ("model.safetensors", "ema-500000.safetensors", "optimizer.safetensors"):
+        assert at_end[0][name] == at_end[1][name]
+
+    with pytest.raises(RecipeError, match=r"network is .* here"):
+        run_flow(start_from="champion", overrides={"network.width": 8})
+
+
+def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
+    run_flow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scheduled for yesterday, it begins today; retried, it is still yesterday's. The same again is left out."""
+    from prefect.flow_engine import run_flow as run_engine
+    from prefect.states import Scheduled
+
+    from flows.train_diffusion import train_diffusion
+
+    monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "c" * 40)
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    parameters = {"preset": "demo", "source": "generated", "processes": 1, "overrides": TINY, "seed": None}
+    parameters |= {"skip_unchanged": True}
+    keys = []
+    with get_client(sync_client=True) as client:
+        for _ in range(2):
+            flow_run = client.create_flow_run(
+                train_diffusion, parameters=parameters, state=Scheduled(scheduled_time=yesterday)
+            )
+            for _ in range(2):
+                run_engine(train_diffusion, flow_run=client.read_flow_run(flow_run.id), parameters=parameters)
+                keys.append(client.read_flow_run(flow_run.id).state_name)
+                client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"), force=True)
+    tracking = connect(settings().tracking_uri)
+    (run,) = tracking.search_runs([tracking.get_experiment_by_name("train-diffusion").experiment_id])
+    assert run.data.params["seed"] == f"{yesterday:%Y%m%d}"
+    assert keys == ["Completed", "Skipped", "Skipped", "Skipped"]
+    run_flow(skip_unchanged=True, seed=int(f"{yesterday:%Y%m%d}"), overrides={"data.images": 128})
+    assert len(tracking.search_runs([run.info.experiment_id])) == 2, "another recipe is no reason to skip"
 
 
 def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any) -> None:

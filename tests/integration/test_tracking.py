@@ -53,7 +53,15 @@ def run(client: MlflowClient, ingested: Ingested, request: pytest.FixtureRequest
 
 def open_run(client: MlflowClient, ingested: Ingested, key: str) -> TrackedRun:
     lineage = replace(LINEAGE, run=key)
-    return TrackedRun.open(client, None, f"run {key}", lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
+    return TrackedRun.open(
+        client,
+        open_experiment(client, None),
+        f"run {key}",
+        lineage,
+        tiny_recipe(),
+        ingested.manifest,
+        ingested.store.uri,
+    )
 
 
 def write_records(folder: Path, steps: range, committed: int) -> None:
@@ -205,7 +213,9 @@ def test_a_run_that_did_not_finish_is_found_by_the_next_of_its_recipe_data_and_c
 
     def begin(key: str) -> TrackedRun:
         lineage = replace(LINEAGE, run=key)
-        return TrackedRun.open(client, None, key, lineage, recipe, ingested.manifest, ingested.store.uri)
+        return TrackedRun.open(
+            client, open_experiment(client, None), key, lineage, recipe, ingested.manifest, ingested.store.uri
+        )
 
     assert look() is None
     first = begin("first")

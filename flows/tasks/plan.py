@@ -1,0 +1,65 @@
+"""What is to be trained: from new weights or from the champion's, and whether it has been done already."""
+
+from __future__ import annotations
+
+from prefect import runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import open_store
+from diffusion.recipe import Recipe, Start
+from diffusion.settings import settings
+from diffusion.tracking.promotion import champion_version
+from diffusion.tracking.registry import model_name
+from diffusion.tracking.run import finished_run, recorded_start
+from diffusion.training.state import load_state
+from flows.progress import say
+from flows.request import TrainingRequest
+from flows.run import git_commit, open_tracking
+from flows.tasks.retrying import DELAYS, worth_retrying
+
+
+@task(
+    name="plan",
+    cache_policy=NO_CACHE,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
+    retry_condition_fn=worth_retrying,
+)
+def plan(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> tuple[Recipe, str | None]:
+    """The recipe, going on from the champion where that was asked for; and the finished run that has done the same.
+
+    Raises RecipeError if the champion's state has no place in the recipe.
+    """
+    if request.start_from == "champion":
+        recipe = _from_champion(recipe, dataset)
+    if not request.skip_unchanged:
+        return recipe, None
+    client, experiment_id = open_tracking(settings())
+    return recipe, finished_run(client, experiment_id, recipe, dataset, git_commit())
+
+
+def _from_champion(recipe: Recipe, dataset: Manifest) -> Recipe:
+    environment = settings()
+    client, experiment_id = open_tracking(environment)
+    store = open_store(environment.store_uri)
+    # A retry goes on as it began, though there may be another champion by now.
+    begun, start = recorded_start(client, experiment_id, str(runtime.flow_run.id))
+    if not begun:
+        champion = champion_version(client, model_name(dataset))
+        if champion is not None:
+            tags = champion.tags
+            start = Start(run=tags["run"], step=int(tags["checkpoint.step"]), digest=tags["checkpoint.digest"])
+            say(f"Going on from version {champion.version}, the champion: step {start.step:,} of {start.run}.")
+    if start is None:
+        say("There is no champion to go on from: beginning with new weights.")
+        return recipe
+    return recipe.continued(start, load_state(store, start.run, start.step).recipe)
+
+
+def unchanged(run: str) -> State[None]:
+    """The end of a flow run whose work has been done before."""
+    message = f"Unchanged: the finished run {run} has the same dataset, recipe, code and seed."
+    say(message)
+    return Completed(name="Skipped", message=message)
