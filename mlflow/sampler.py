@@ -2,6 +2,8 @@
 `diffusion` in the model's own `code/`.
 """
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,21 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
 
 import mlflow
 
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 20
 BLOCK = 8
+FORMATS = ("array", "png")
 
 
 class Sampler(PythonModel):
-    """predict([], params={"n": 8, "steps": 20, "label": "Forest", "guidance": 2.0}) -> uint8 [n, height, width, 3]."""
+    """predict([], params={"n": 8, "steps": 20, "label": "Forest", "guidance": 2.0}) -> uint8 [n, height, width, 3].
+
+    With `"format": "png"`, which suits a server's answer: n texts, each a PNG in base64.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         from safetensors.torch import load_file
@@ -39,7 +46,7 @@ class Sampler(PythonModel):
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> np.ndarray:
+    ) -> np.ndarray | list[str]:
         """Image i of a seed is the same whatever `n` is; without a label, image i is of class i modulo their number."""
         evaluation = self.denoiser.recipe.evaluation
         values = {
@@ -49,6 +56,7 @@ class Sampler(PythonModel):
             "seed": 0,
             "label": "",
             "guidance": evaluation.guidance,
+            "format": "array",
             **(params or {}),
         }
         n, steps, seed, label = int(values["n"]), int(values["steps"]), int(values["seed"]), str(values["label"])
@@ -71,18 +79,29 @@ class Sampler(PythonModel):
             raise MlflowException.invalid_parameter_value(
                 f"label is '{label}'; it must be empty or one of {', '.join(self.classes) or '(the model knows no classes)'}."
             )
+        if values["format"] not in FORMATS:
+            raise MlflowException.invalid_parameter_value(
+                f"format is '{values['format']}'; it must be one of {', '.join(FORMATS)}."
+            )
         # Blocks are always drawn whole: how many images the network sees at once can change how it rounds.
         blocks = [
             self.denoiser.sample(indices, self._labels(indices, label), seed, steps, sampler, guidance=guidance)
             for indices in (range(start, start + BLOCK) for start in range(0, n, BLOCK))
         ]
-        return np.concatenate(blocks)[:n]
+        images = np.concatenate(blocks)[:n]
+        return images if values["format"] == "array" else [_png(image) for image in images]
 
     def _labels(self, indices: range, label: str) -> np.ndarray | None:
         if not self.classes:
             return None
         fixed = [self.classes.index(label)] if label else range(len(self.classes))
         return np.array([fixed[index % len(fixed)] for index in indices])
+
+
+def _png(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 mlflow.models.set_model(Sampler())

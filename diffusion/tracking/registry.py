@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusion
 from diffusion.data.manifest import Manifest
@@ -27,17 +26,30 @@ PROTOCOL = "1: fixed noise by sample index, classes in turn, the recipe's own sa
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
 
 
+INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
+"""A request: the model takes no input, only parameters."""
+
+
 def model_name(dataset: Manifest) -> str:
     """The registered model of a dataset: models of EuroSAT are `eurosat-ddpm`, and others never compete with them."""
     return f"{dataset.source.lower()}-ddpm"
 
 
 def publish(
-    run: TrackedRun, store: Store, state: State, scores: Scores, dataset: Manifest, grid: bytes, tags: dict[str, str]
+    run: TrackedRun,
+    store: Store,
+    state: State,
+    scores: Scores,
+    dataset: Manifest,
+    pictures: dict[str, bytes],
+    tags: dict[str, str],
 ) -> str:
     """Make a model version of a checkpoint and return its number; the one that this run has already made of it counts.
 
     The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
+
+    Args:
+        pictures: PNGs by name: `grid`, a row a class, and `closest`, the samples nearest to training images.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -54,19 +66,20 @@ def publish(
         "checkpoint.digest": state.digest,
         "checkpoint.step": str(state.step),
     }
+    if state.recipe.start is not None:
+        tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
     for version in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
         if version.tags.get("checkpoint.digest") == state.digest:
             return str(version.version)
     _ensure_registered(client, name, dataset)
-    card = model_card(state, scores, dataset, tags)
+    card = model_card(state, scores, dataset, tags, run.run_id)
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
     )
     status = "FAILED"
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the missing input example: the model takes no input
-            files = _write_files(Path(folder), store, state, scores.weights, dataset, grid)
+        with tempfile.TemporaryDirectory() as folder:
+            files = _write_files(Path(folder), store, state, scores.weights, dataset, pictures)
             model_folder = Path(folder, "model")
             mlflow.pyfunc.save_model(
                 path=str(model_folder),
@@ -79,10 +92,13 @@ def publish(
                 python_model=str(ASSETS / "sampler.py"),
                 artifacts=files,
                 code_paths=[str(Path(diffusion.__file__).resolve().parent)],
+                input_example=INPUT_EXAMPLE,
                 signature=ModelSignature(inputs=None, outputs=_output_schema(state), params=_params(state)),
                 pip_requirements=_pinned_requirements(),
             )
-            Path(model_folder, "README.md").write_text(card)
+            # Beside the artifacts the card can show them.
+            pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
+            Path(model_folder, "README.md").write_text(f"{card}\n## Pictures\n\n{pictures_of}")
             client.log_model_artifacts(logged.model_id, str(model_folder))
         status = "READY"
     finally:
@@ -113,14 +129,14 @@ def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> No
 
 
 def _write_files(
-    folder: Path, store: Store, state: State, weights: str, dataset: Manifest, grid: bytes
+    folder: Path, store: Store, state: State, weights: str, dataset: Manifest, pictures: dict[str, bytes]
 ) -> dict[str, str]:
-    """The model's artifacts: the weights that were scored, what is needed to use them, and the grid."""
+    """The model's artifacts: the weights that were scored, what is needed to use them, and the pictures."""
     contents = {
         "weights": ("weights.safetensors", checkpoint_file(store, state, f"{weights}.safetensors")),
         "recipe": ("recipe.json", state.recipe.model_dump_json(indent=1).encode()),
         "dataset": ("dataset.json", dataset.to_json()),
-        "grid": ("grid.png", grid),
+        **{name: (f"{name}.png", picture) for name, picture in pictures.items()},
     }
     for name, content in contents.values():
         (folder / name).write_bytes(content)
@@ -139,6 +155,7 @@ def _params(state: State):  # type: ignore[no-untyped-def]  # MLflow's classes a
             ParamSpec("seed", "long", 0),
             ParamSpec("label", "string", ""),
             ParamSpec("guidance", "double", float(evaluation.guidance)),
+            ParamSpec("format", "string", "array"),
         ]
     )
 
@@ -158,7 +175,7 @@ def _pinned_requirements() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str]) -> str:
+def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str], run_id: str) -> str:
     """The card of a version, as Markdown."""
     template = ASSETS / "model_card.md"
     if not template.exists():
@@ -169,8 +186,11 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
     ]
     for by in scores.by_extractor:
         count = f"n = {by.samples:,}"
-        rows.append(f"| fid_{by.extractor} ({count}) | {by.fid:.2f} | {by.fid_floor:.2f} (n = {by.floor_samples:,}) |")
+        rows.append(
+            f"| fid_{by.extractor} ({count}) | {by.fid:.2f} ± {by.fid_error:.2f} | {by.fid_floor:.2f} (n = {by.floor_samples:,}) |"
+        )
         rows.append(f"| kid_{by.extractor} ({count}) | {by.kid:.4f} ± {by.kid_error:.4f} | {by.kid_floor:.4f} |")
+        rows.append(f"| memorisation, {by.extractor} | {by.memorisation:.2f} ± {by.memorisation_error:.2f} | 1 |")
         if by.class_accuracy is not None:
             rows.append(f"| class accuracy of samples, {by.extractor} | {by.class_accuracy:.1%} | |")
     return Template(template.read_text()).substitute(
@@ -186,6 +206,8 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         classes=", ".join(dataset.classes) if recipe.network.class_conditional else "none: the model is unconditional",
         sampler=f"{recipe.evaluation.sampler}, {recipe.evaluation.sampler_steps} steps",
         commit=tags["git.commit"],
+        run_id=run_id,
+        start=f"From step {recipe.start.step:,} of `{recipe.start.run}` on." if recipe.start else "From new weights.",
         dataset_digest=dataset.digest,
         recipe_digest=recipe.digest,
         checkpoint_digest=state.digest,

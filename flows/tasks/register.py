@@ -29,6 +29,5 @@ def register(run: Run, state: State, scores: Scores) -> str:
         "git.commit": run.lineage.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
-    return publish(
-        run.tracked, run.store, state, scores, run.dataset, evaluation_picture(run, state.step, "grid"), tags
-    )
+    pictures = {name: evaluation_picture(run, state.step, name) for name in ("grid", "closest")}
+    return publish(run.tracked, run.store, state, scores, run.dataset, pictures, tags)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import socket
@@ -16,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import requests
 import torch
+from PIL import Image
 
+import mlflow
 from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
@@ -35,7 +41,7 @@ from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from diffusion.training.state import FORMAT_VERSION, State
 from mlflow import MlflowClient
-from tests.conftest import Ingested, Server, tiny_recipe
+from tests.conftest import BIN, Ingested, Server, free_port, start_server, stop_server, tiny_recipe
 
 MODEL = "generated-fields-and-water-ddpm"
 LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}")
@@ -255,7 +261,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     )
     tags = {"git.commit": "c" * 40}
     made = scores(checkpoint=state.digest, **fields)
-    return publish(run, store, state, made, ingested.manifest, grid(), tags)
+    return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags)
 
 
 @pytest.mark.slow
@@ -284,7 +290,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert champion is not None
     assert champion.version == better
     assert champion.tags["dataset.digest"] == ingested.manifest.digest
-    assert "fid_eurosat (n = 80) | 15.00" in champion.description
+    assert "fid_eurosat (n = 80) | 15.00 ± 0.50" in champion.description
     assert "| fid_eurosat is lower | yes | 15.00 against 20.00" in champion.description
     assert champion.tags["gate.memorisation is not higher"].startswith("passed")
     entries = [json.loads(store.read(name)) for name in store.names("promotions/") if name.endswith(".json")]
@@ -323,7 +329,7 @@ assert not np.array_equal(images, model.predict([], params=params | {{"seed": 6}
 assert model.predict([]).shape == (8, 16, 16, 3)
 for other in ({{"sampler": "ancestral"}}, {{"guidance": 3.0}}):
     assert not np.array_equal(images, model.predict([], params=params | other))
-wrongs = [{{"label": "Desert"}}, {{"n": 0}}, {{"steps": 0}}, {{"n": "many"}}, {{"seed": -1}}]
+wrongs = [{{"label": "Desert"}}, {{"n": 0}}, {{"steps": 0}}, {{"n": "many"}}, {{"seed": -1}}, {{"format": "jpg"}}]
 for wrong in [*wrongs, {{"sampler": "euler"}}, {{"guidance": -1.0}}]:
     try:
         model.predict([], params=wrong)
@@ -337,6 +343,63 @@ for wrong in [*wrongs, {{"sampler": "euler"}}, {{"guidance": -1.0}}]:
     done = subprocess.run([sys.executable, "-S", "-P", "-c", code], cwd="/", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "label is 'Desert'; it must be empty or one of AnnualCrop" in done.stdout
+
+
+SHA = "import sys, hashlib, mlflow; m = mlflow.pyfunc.load_model(sys.argv[1]); " + (
+    "print(hashlib.sha256(m.predict([], params={'n': 3, 'steps': 2, 'seed': 5}).tobytes()).hexdigest())"
+)
+
+
+@pytest.mark.slow
+def test_a_clean_environment_of_the_versions_own_requirements_draws_the_same_bytes(
+    run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
+) -> None:
+    version = make_version(run, ingested, FolderStore(tmp_path / "store"), "clean", seed=30)
+    uri, env = f"models:/{MODEL}/{version}", {**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.url}
+    env.pop("PYTHONPATH", None)
+    requirements = mlflow.artifacts.download_artifacts(
+        f"{uri}/requirements.txt", dst_path=str(tmp_path), tracking_uri=mlflow_server.url
+    )
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    install = [tmp_path / "venv/bin/pip", "install", "--quiet", "-r", requirements]
+    done = subprocess.run(install, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    drawn = [
+        subprocess.run([python, "-P", "-c", SHA, uri], cwd="/", env=env, capture_output=True, text=True)
+        for python in (tmp_path / "venv/bin/python", sys.executable)
+    ]
+    assert [one.returncode for one in drawn] == [0, 0], drawn[0].stderr[-3000:]
+    assert drawn[0].stdout == drawn[1].stdout
+
+
+@pytest.mark.slow
+def test_a_served_version_answers_with_pngs_and_says_what_is_wrong(
+    run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
+) -> None:
+    version = make_version(run, ingested, FolderStore(tmp_path / "store"), "served", seed=31)
+    uri, port = f"models:/{MODEL}/{version}", free_port()
+    env = {"MLFLOW_TRACKING_URI": mlflow_server.url, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(BIN / "mlflow"), "models", "serve", "-m", uri, "--env-manager", "local", "-p", str(port)]
+    server = start_server(command, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/ping", tmp_path, env)
+    try:
+        example = mlflow.artifacts.download_artifacts(
+            f"{uri}/serving_input_example.json", dst_path=str(tmp_path), tracking_uri=mlflow_server.url
+        )
+        request = json.loads(Path(example).read_text())
+        request["params"] |= {"steps": 2, "label": "Forest"}
+        answer = requests.post(f"{server.url}/invocations", json=request, timeout=120)
+        assert answer.status_code == 200, answer.text
+        served = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in answer.json()["predictions"]]
+        loaded = mlflow.pyfunc.load_model(uri).predict([], params=request["params"] | {"format": "array"})
+        assert np.array_equal(np.stack(served), loaded)
+        request["params"]["label"] = "Desert"
+        refused = requests.post(f"{server.url}/invocations", json=request, timeout=120)
+        assert refused.status_code == 400
+        assert "it must be empty or one of AnnualCrop" in refused.text
+    finally:
+        for child in psutil.Process(server.process.pid).children(recursive=True):
+            child.kill()
+        stop_server(server)
 
 
 def test_a_dead_server_is_said_at_once() -> None:
