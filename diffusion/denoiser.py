@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -164,12 +165,6 @@ class Denoiser:
         Sample i depends on (seed, i) and its label; all else comes from the recipe where it is not given. The images of
         one call go through the network together: the same calls give the same bytes.
         """
-        evaluation = self.recipe.evaluation
-        name = sampler or evaluation.sampler
-        levels = sampling_levels(self.schedule, steps or evaluation.sampler_steps, spacing or evaluation.spacing)
-        scale = evaluation.guidance if guidance is None else guidance
-        if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):
-            raise ValueError("epsilon prediction can't start at pure noise")
         size = self.recipe.data.image_size
 
         def noise(purpose: str, step: int) -> Tensor:
@@ -179,12 +174,42 @@ class Denoiser:
             ]
             return torch.from_numpy(np.stack(draws)).to(self.device)
 
+        # The start is of variance one, as x_T is: in process space the data's is one as well.
+        start = noise("sample start", 0)
+        return self.draw(start, labels, lambda k: noise("sample step", k), steps, sampler, spacing, guidance)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        start: Tensor,
+        labels: NDArray[np.int64] | None,
+        noise: Callable[[int], Tensor],
+        steps: int | None = None,
+        sampler: SamplerName | None = None,
+        spacing: Spacing | None = None,
+        guidance: float | None = None,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Walk from pure noise to images: bytes [batch, height, width, 3].
+
+        Args:
+            start: standard normal noise [batch, 3, height, width].
+            noise: that of step k, like `start`, for the samplers that draw any.
+            watch: told (x_t, x0 as predicted from it) at each network evaluation.
+        """
+        evaluation = self.recipe.evaluation
+        name = sampler or evaluation.sampler
+        levels = sampling_levels(self.schedule, steps or evaluation.sampler_steps, spacing or evaluation.spacing)
+        scale = evaluation.guidance if guidance is None else guidance
+        if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):
+            raise ValueError("epsilon prediction can't start at pure noise")
         label = None if labels is None else torch.from_numpy(labels).to(self.device)
+
+        def predict(x_t: Tensor, log_snr: Tensor) -> Estimate:
+            estimate = self.predict(x_t, log_snr, label, scale)
+            if watch is not None:
+                watch(x_t, estimate.x0)
+            return estimate
+
         walk = partial(ddim, eta=evaluation.eta) if name == "ddim" else SAMPLERS[name]
-        x0 = walk(
-            lambda x_t, log_snr: self.predict(x_t, log_snr, label, scale),
-            noise("sample start", 0),  # of variance one, as x_T is: in process space the data's is one as well
-            levels,
-            lambda step: noise("sample step", step),
-        )
-        return self.pixels.decode(x0)
+        return self.pixels.decode(walk(predict, start.to(self.device), levels, noise))

@@ -20,6 +20,7 @@ from diffusion.settings import Settings, settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
+from diffusion.tracking.system import SystemMetrics
 from flows.launcher import run_job
 from flows.owner import close_abandoned, this_process
 from flows.progress import Stage, attended, say
@@ -125,7 +126,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         owner=this_process(),
     )
     tracked = TrackedRun.open(client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
-    with lock, MetricsSender(tracked, environment.runs / lineage.run) as sender:
+    with lock, SystemMetrics(tracked), MetricsSender(tracked, environment.runs / lineage.run) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run

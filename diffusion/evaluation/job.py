@@ -24,6 +24,7 @@ from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, png
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import SampleScores, Scores, evaluation_folder
 from diffusion.evaluation.sharding import block_sizes, gather_rows
+from diffusion.evaluation.showpieces import interpolation, real_images, trajectory
 from diffusion.evaluation.statistics import (
     Memorisation,
     Moments,
@@ -53,7 +54,7 @@ def load_denoiser(store: Store, state: State, manifest: Manifest, weights: str, 
 
 
 def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None:
-    """Score a checkpoint and store `grid.png`, `closest.png` and, last, `scores.json`. The work is shared out in blocks of images."""
+    """Score a checkpoint and store its pictures and, last, `scores.json`. The work is shared out in blocks of images."""
     store = open_store(job.store)
     state = load_state(store, job.run, job.step)
     if job.evaluation is not None:
@@ -98,6 +99,14 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
         store.write(f"{where}/grid.png", png(class_grid(images[:shown], rows)))
         train = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies, memory_bytes=0)
         store.write(f"{where}/closest.png", png(closest_pairs(images, scored[0][1], train)))
+        if job.step == recipe.total_steps and not job.name:
+            row_labels = sample_labels(recipe, manifest, range(len(rows)))
+            for name, picture in (
+                ("trajectory", trajectory(denoiser, row_labels, rows)),
+                ("interpolation", interpolation(denoiser, row_labels, rows)),
+                ("real", real_images(test, list(manifest.classes))),
+            ):
+                store.write(f"{where}/{name}.png", png(picture))
         scores = Scores(
             step=job.step,
             images_seen=state.images_seen,

@@ -38,3 +38,12 @@ def png(image: Image.Image) -> bytes:
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
     return data.getvalue()
+
+
+def thumbnail(data: bytes, largest: int) -> bytes:
+    """A PNG as WebP of at most `largest` pixels a side: small enough for a page."""
+    image = Image.open(io.BytesIO(data))
+    image.thumbnail((largest, largest))
+    small = io.BytesIO()
+    image.save(small, "WEBP", quality=90)
+    return small.getvalue()

@@ -6,24 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.store import Store
 
-METRICS = (
-    "fid",
-    "fid_error",
-    "fid_extrapolated",
-    "fid_floor",
-    "kid",
-    "kid_error",
-    "kid_floor",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "memorisation",
-    "memorisation_error",
-    "class_accuracy",
-    "samples",
+HEADLINES = ("fid", "kid", "precision", "recall", "memorisation", "class_accuracy")
+"""Fields of `SampleScores` that become MLflow metrics under `score/`, beside bits_per_dim and the worst class's FID."""
+DETAILS = (
+    *("fid_error", "fid_extrapolated", "fid_floor", "kid_error", "kid_floor"),
+    *("density", "coverage", "memorisation_error", "samples"),
 )
-"""Fields of `SampleScores` that become MLflow metrics."""
+"""Those that become MLflow metrics under `score_detail/`."""
 
 
 class SampleScores(BaseModel):
@@ -100,15 +89,14 @@ class Scores(BaseModel):
     """In the recipe's order; the first decides about promotion."""
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for MLflow; an extractor's name is part of its figures' names."""
-        flat = {"bits_per_dim": self.bound.total, "bits_per_dim_error": self.bound.error}
-        for scores in self.by_extractor:
-            for key in METRICS:
-                value = getattr(scores, key)
-                if value is not None:
-                    flat[f"{key}_{scores.extractor}"] = float(value)
-            if scores.class_fid:
-                flat[f"fid_worst_class_{scores.extractor}"] = max(scores.class_fid.values())
+        """MLflow metrics: few under `score/`, the rest under `score_detail/`; an extractor's name is part of its figures' names."""
+        flat = {"score/bits_per_dim": self.bound.total, "score_detail/bits_per_dim_error": self.bound.error}
+        for by in self.by_extractor:
+            for section, keys in (("score", HEADLINES), ("score_detail", DETAILS)):
+                values = {key: getattr(by, key) for key in keys}
+                flat |= {f"{section}/{key}_{by.extractor}": float(v) for key, v in values.items() if v is not None}
+            if by.class_fid:
+                flat[f"score/fid_worst_class_{by.extractor}"] = max(by.class_fid.values())
         return flat
 
     def table(self) -> list[tuple[str, float, float | None, float | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,51 @@ def loss_by_noise_level(records: list[dict[str, Any]]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
+
+
+def gradient_norms(records: list[dict[str, Any]]) -> Figure:
+    """How large the gradient was before clipping, a histogram for the first and the second half of the training so far.
+
+    records: those of the journal; each has the mean over its stretch.
+    """
+    from matplotlib.figure import Figure
+
+    norms = np.array([record["gradient_norm"] for record in records if record["kind"] == "metrics"])
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    if len(norms):
+        low, high = norms.min() * 0.95, norms.max() * 1.05
+        bins = np.geomspace(max(low, 1e-12), high, 40).tolist()
+        halves = [half for half in np.array_split(norms, 2) if len(half)]
+        for half, label in zip(halves, ("first half", "second half"), strict=False):
+            axes.hist(half, bins=bins, alpha=0.6, label=f"{label}, median {np.median(half):.3g}")
+        axes.legend(fontsize=8)
+    axes.set(xscale="log", xlabel="gradient norm before clipping", ylabel="records", title="Gradient norms")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def fid_over_training(history: list[Scores]) -> Figure:
+    """FID by the first extractor over the images seen, with its 95 % interval and the floor: the FID of real images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    seen, by = [scores.images_seen for scores in history], [scores.by_extractor[0] for scores in history]
+    axes.errorbar(seen, [b.fid for b in by], yerr=[1.96 * b.fid_error for b in by], marker="o", capsize=3)
+    axes.axhline(by[-1].fid_floor, color="C2", linestyle="--", label=f"real images: {by[-1].fid_floor:.2f}")
+    title = f"fid_{by[-1].extractor} of {by[-1].samples:,} samples: {by[-1].fid:.1f} now (95 % interval)"
+    axes.set(xlabel="images seen", ylabel=f"fid_{by[-1].extractor}", yscale="log", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return data.getvalue()
 
 
 def bound_by_noise_level(bound: BoundTerms) -> Figure:

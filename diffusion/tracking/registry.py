@@ -104,7 +104,7 @@ def publish(
     finally:
         client.finalize_logged_model(logged.model_id, status)
     client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=state.step)])
-    run.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()], logged.model_id)
+    run.log_metrics([(key, value, scores.step) for key, value in scores.metrics().items()], logged.model_id)
     # The tags come with the version, not after it: a version without them could not be judged.
     version = client.create_model_version(
         name,

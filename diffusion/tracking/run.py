@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 import uuid
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image
-
 from diffusion.data.manifest import Manifest, manifest_path
+from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
-from diffusion.recipe import Recipe, Start, flatten
-from diffusion.tracking.figures import bound_by_noise_level, class_distances
+from diffusion.recipe import Recipe, Start, flatten, load_recipe
+from diffusion.tracking.figures import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.promotion import Decision
 
 if TYPE_CHECKING:
@@ -27,7 +25,22 @@ if TYPE_CHECKING:
 EXPERIMENT = "train-diffusion"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
 RUN_KEY, OWNER_TAG, START_TAG = "train_diffusion.run", "train_diffusion.owner", "recipe.start"
-THUMBNAIL = (1024, 1024)  # the only size that the UI shows, also where it fills the screen
+HEADLINE_VALUES = (
+    "name",
+    "seed",
+    "data.image_size",
+    "data.images",
+    "data.batch_size",
+    "network.width",
+    "network.multipliers",
+    "process.prediction",
+    "objective.loss",
+    "optimizer.kind",
+    "optimizer.learning_rate",
+    "evaluation.samples",
+    "evaluation.guidance",
+)
+THUMBNAIL = 1024  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
 
 
@@ -91,9 +104,10 @@ class TrackedRun:
             tags[START_TAG] = recipe.start.model_dump_json()
         client.log_batch(
             self.run_id,
-            params=[Param(key, value) for key, value in flatten(recipe).items()],
+            params=[Param(key, value) for key, value in headline_values(recipe).items()],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
+        self.log_text(recipe.model_dump_json(indent=1) + "\n", "recipe.json")
         self._log_dataset(dataset, store_uri)
         return self
 
@@ -115,26 +129,33 @@ class TrackedRun:
         tags = [InputTag("mlflow.data.context", "training"), InputTag("digest", dataset.digest)]
         self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, tags)])
 
-    def log_metrics(self, rows: list[tuple[str, float, int]], model_id: str | None = None) -> None:
+    def log_metrics(
+        self, rows: list[tuple[str, float, int]], model_id: str | None = None, milliseconds_a_step: int = 1
+    ) -> None:
         """Log (name, value, step) rows in as few calls as can be.
 
-        A point's time is the run's start plus its step in milliseconds, so that MLflow knows a repeated row for the
-        same one and keeps it once.
+        A point's time is the run's start plus `milliseconds_a_step` for each step, so that MLflow knows a repeated row for
+        the same one and keeps it once.
         """
         from mlflow.entities import Metric
 
         for start in range(0, len(rows), 1000):
             metrics = [
-                Metric(name, value, self.started + step, step, model_id=model_id)
+                Metric(name, value, self.started + step * milliseconds_a_step, step, model_id=model_id)
                 for name, value, step in rows[start : start + 1000]
             ]
             self.client.log_batch(self.run_id, metrics=metrics)
 
-    def log_scores(self, scores: Scores, grid: bytes, closest: bytes) -> None:
-        """Log an evaluation: its metrics, and its pictures as the next of the series that the UI shows with a slider."""
-        self.log_metrics([(f"score/{key}", value, scores.step) for key, value in scores.metrics().items()])
+    def log_scores(self, scores: Scores, grid: bytes, closest: bytes, history: list[Scores]) -> None:
+        """Log an evaluation: its metrics, its figures, and its pictures as the next of the series that the UI shows with a slider.
+
+        Args:
+            history: this run's evaluations so far, this one the last.
+        """
+        self.log_metrics([(key, value, scores.step) for key, value in scores.metrics().items()])
         self._log_image("samples", scores.step, grid)
         self._log_image("closest_training_images", scores.step, closest)
+        self.log_figure(fid_over_training(history), "figures/fid_over_training.png")
         self.log_figure(bound_by_noise_level(scores.bound), f"figures/bound-{scores.step:09d}.png")
         if any(by.class_fid for by in scores.by_extractor):
             self.log_figure(class_distances(scores), f"figures/classes-{scores.step:09d}.png")
@@ -157,13 +178,11 @@ class TrackedRun:
 
     def _log_image(self, key: str, step: int, png: bytes) -> None:
         """As `MlflowClient.log_image` does it, but under a name that the content decides: a repetition overwrites."""
-        image = Image.open(io.BytesIO(png))
         name = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.run_id}/{key}/{step}")
         stem = f"{key}+step+{step}+timestamp+{self.started + step}+{name}"
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, f"{stem}.png").write_bytes(png)
-            image.thumbnail(THUMBNAIL)
-            image.save(Path(folder, f"{stem}+compressed.webp"))
+            Path(folder, f"{stem}+compressed.webp").write_bytes(thumbnail(png, THUMBNAIL))
             self.client.log_artifacts(self.run_id, folder, "images")
         self.client.set_tag(self.run_id, "mlflow.loggedImages", "True")
 
@@ -171,11 +190,24 @@ class TrackedRun:
         """Log a figure as an artifact."""
         self.client.log_figure(self.run_id, figure, path)
 
+    def log_text(self, text: str, path: str) -> None:
+        """Log a text as an artifact."""
+        self.client.log_text(self.run_id, text, path)
+
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
         """End the run, with the reason if it did not finish."""
         if reason:
             self.client.set_tag(self.run_id, "failure", reason[:5000])
         self.client.set_terminated(self.run_id, status)
+
+
+def headline_values(recipe: Recipe) -> dict[str, str]:
+    """The recipe's values that a run's page shows: those that people compare, and all that differ from the preset's.
+
+    The whole recipe is the artifact `recipe.json`.
+    """
+    own, preset = flatten(recipe), flatten(load_recipe(recipe.name))
+    return {key: value for key, value in own.items() if key in HEADLINE_VALUES or value != preset.get(key)}
 
 
 def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:

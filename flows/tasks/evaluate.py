@@ -37,13 +37,20 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         scores = find_scores(run.store, run.name, step, samples)
         assert scores is not None
     grid = evaluation_picture(run, step, "grid")
-    run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"))
+    run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))
     create_image_artifact(
         image_url=f"data:image/png;base64,{base64.b64encode(grid).decode()}",
         key="samples",
         description=f"{run.name}: samples at step {step:,}, {state.images_seen:,} images seen.",
     )
     return scores
+
+
+def evaluations(run: Run, until: int) -> list[Scores]:
+    """The run's evaluations up to a step, in their order."""
+    steps = [step for step in run.recipe.milestones if step <= until]
+    found = [find_scores(run.store, run.name, step, run.recipe.evaluation.samples) for step in steps]
+    return [scores for scores in found if scores is not None]
 
 
 def evaluation_picture(run: Run, step: int, name: str) -> bytes:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
+from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.connection import without_credentials
 from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
+from flows.gallery import gallery
 from flows.run import Run
+from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import DELAYS, worth_retrying
+
+GALLERY = "gallery.html"
+GRID_PIXELS = 700
 
 
 class Report(BaseModel):
@@ -31,7 +39,8 @@ class Report(BaseModel):
     retry_condition_fn=worth_retrying,
 )
 def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
-    """Write the report artifact and return its table."""
+    """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
+    run.tracked.log_text(gallery(run, state, scores, decision), GALLERY)
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]
     rows = {
         "dataset": f"{run.dataset.source} {run.dataset.digest[:16]}, {run.dataset.splits['train']:,} training images",
@@ -47,14 +56,33 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
     rows["sample grid"] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
-    table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())
-    create_markdown_artifact(f"# {run.name}\n\n| what | value |\n| --- | --- |\n{table}\n", key="report")
-    uri = without_credentials(run.settings.tracking_uri)
-    if uri.startswith("http"):
-        link = f"{uri.rstrip('/')}/#/experiments/{run.tracked.experiment_id}/runs/{run.tracked.run_id}"
+    create_markdown_artifact(_markdown(run, state, rows, decision), key="report")
+    if link := _mlflow_page(run):
         create_link_artifact(link, "The run in MLflow: metrics, samples, model", key="mlflow-run")
     return Report(rows=rows)
 
 
 def _journal(run: Run, state: State) -> list[dict[str, float]]:
     return records(checkpoint_file(run.store, state, JOURNAL))
+
+
+def _mlflow_page(run: Run) -> str:
+    """Address of the run's page, or nothing where there is no server."""
+    uri = without_credentials(run.settings.tracking_uri)
+    run_page = f"{uri.rstrip('/')}/#/experiments/{run.tracked.experiment_id}/runs/{run.tracked.run_id}"
+    return run_page if uri.startswith("http") else ""
+
+
+def _markdown(run: Run, state: State, rows: dict[str, str], decision: Decision) -> str:
+    grid = base64.b64encode(thumbnail(evaluation_picture(run, state.step, "grid"), GRID_PIXELS)).decode()
+    parts = [f"# {run.name}", f"**{decision.alias}**: {decision.reason}"]
+    if link := _mlflow_page(run):
+        parts.append(f"[Run in MLflow]({link}) · [Gallery]({link}/artifacts/{GALLERY})")
+    parts.append(
+        "\n".join(["| what | value |", "| --- | --- |", *(f"| {key} | {text} |" for key, text in rows.items())])
+    )
+    if decision.gates:
+        gates = (f"| {gate.name} | {'yes' if gate.passed else '**no**'} | {gate.figures} |" for gate in decision.gates)
+        parts.append("\n".join(["| gate | passed | figures |", "| --- | --- | --- |", *gates]))
+    parts.append(f"![Samples, a row a class](data:image/webp;base64,{grid})")
+    return "\n\n".join(parts) + "\n"

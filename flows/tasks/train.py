@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.job import TrainingJob
-from diffusion.tracking.figures import loss_by_noise_level
+from diffusion.tracking.figures import gradient_norms, loss_by_noise_level
 from diffusion.training.journal import JOURNAL, Journal, commit, committed_step, records
 from diffusion.training.state import State, checkpoint_file, is_whole, load_state
 from flows.request import checkpoint_every
@@ -40,6 +40,8 @@ def train(run: Run, until: int, processes: int) -> State:
     run.sender.flush()
     journal = run.folder / JOURNAL
     if journal.exists():
-        run.tracked.log_figure(loss_by_noise_level(records(journal.read_bytes())), "figures/loss_by_noise_level.png")
+        course = records(journal.read_bytes())
+        run.tracked.log_figure(loss_by_noise_level(course), "figures/loss_by_noise_level.png")
+        run.tracked.log_figure(gradient_norms(course), "figures/gradient_norms.png")
         run.tracked.client.log_artifact(run.tracked.run_id, str(journal))
     return state

@@ -37,6 +37,7 @@ from diffusion.tracking.promotion import champion_version, promote
 from diffusion.tracking.registry import publish
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
+from diffusion.tracking.system import SystemMetrics
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from diffusion.training.state import FORMAT_VERSION, State
@@ -86,7 +87,10 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
 def test_a_run_holds_recipe_lineage_and_dataset(run: TrackedRun, ingested: Ingested) -> None:
     logged = run.client.get_run(run.run_id)
     assert logged.data.params["network.width"] == "16"
-    assert logged.data.params["optimizer.betas"] == "[0.9, 0.99]"
+    assert logged.data.params["evaluation.batch"] == "40", "what differs from the preset is shown"
+    assert "optimizer.betas" not in logged.data.params, "what does not, is not"
+    recipe = mlflow.artifacts.load_text(f"runs:/{run.run_id}/recipe.json")
+    assert Recipe.model_validate_json(recipe) == tiny_recipe()
     tags = logged.data.tags
     assert tags["dataset.digest"] == ingested.manifest.digest
     assert tags["recipe.digest"] == tiny_recipe().digest
@@ -120,7 +124,9 @@ def test_the_sender_follows_in_the_background_and_survives_an_outage(run: Tracke
     class Unplugged(TrackedRun):
         failures = 0
 
-        def log_metrics(self, rows: list[tuple[str, float, int]], model_id: str | None = None) -> None:
+        def log_metrics(
+            self, rows: list[tuple[str, float, int]], model_id: str | None = None, milliseconds_a_step: int = 1
+        ) -> None:
             if self.failures < 2:
                 type(self).failures += 1
                 raise ConnectionError("unplugged")
@@ -183,12 +189,16 @@ def grid() -> bytes:
 
 
 def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: TrackedRun) -> None:
-    for step, fid in ((8, 20.0), (16, 12.5), (16, 12.5)):
-        run.log_scores(scores(step, fid), grid(), grid())
+    course = [scores(8, 20.0), scores(16, 12.5)]
+    for count in (1, 2, 2):
+        run.log_scores(course[count - 1], grid(), grid(), course[:count])
     assert history(run, "score/fid_eurosat") == [(8, 20.0), (16, 12.5)]
     assert history(run, "score/bits_per_dim") == [(8, 4.0), (16, 4.0)]
     figures = [item.path for item in run.client.list_artifacts(run.run_id, "figures")]
-    assert sorted(figures) == [f"figures/{name}-{step:09d}.png" for name in ("bound", "classes") for step in (8, 16)]
+    by_step = [f"figures/{name}-{step:09d}.png" for name in ("bound", "classes") for step in (8, 16)]
+    assert sorted(figures) == [*by_step, "figures/fid_over_training.png"]
+    sections = {key.partition("/")[0] for key in run.client.get_run(run.run_id).data.metrics}
+    assert sections == {"score", "score_detail"}
     table = run.client.load_table(run.experiment_id, "scores/000000016.json", [run.run_id])
     assert len(table) == len(set(table["figure"])), "a repetition added its rows again"
     fid = table[table["figure"] == "fid (eurosat, n = 80)"].iloc[0]
@@ -197,6 +207,24 @@ def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: Tr
     for series in ("samples", "closest_training_images"):
         assert len([path for path in images if f"/{series}+step+" in path and path.endswith(".png")]) == 2
     assert run.client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_system_metrics_outlive_an_absence_of_mlflow(run: TrackedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.tracking.system.SAMPLES", 1)
+    kept, failures = run.log_metrics, iter([ConnectionError("away")])
+
+    def log_metrics(*args: Any, **kwargs: Any) -> None:
+        for failure in failures:
+            raise failure
+        kept(*args, **kwargs)
+
+    monkeypatch.setattr(run, "log_metrics", log_metrics)
+    with SystemMetrics(run, sample_seconds=1.1):
+        deadline = time.monotonic() + 60
+        while len(points := history(run, "system/cpu_utilization_percentage")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert len(points) >= 3
+    assert len({step for step, _ in points}) == len(points)
 
 
 def test_the_figure_of_the_loss_by_noise_level_is_logged(run: TrackedRun, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_an_override_typed_as_text_means_what_it_means_in_yaml() -> None:
 def test_every_key_can_be_overridden_and_is_a_parameter() -> None:
     recipe = load_recipe("demo")
     flat = flatten(recipe)
-    assert set(recipe_keys()) | {"name"} == set(flat)
+    assert set(recipe_keys()) | {"name", "start"} == set(flat)
     assert load_recipe("demo", {key: value for key, value in flat.items() if key != "name"}) == recipe
 
 

@@ -1,0 +1,91 @@
+"""The gallery of a run: its pictures and figures on one page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diffusion.evaluation.pictures import thumbnail
+from diffusion.evaluation.scores import Scores
+from diffusion.tracking.figures import (
+    as_png,
+    bound_by_noise_level,
+    class_distances,
+    fid_over_training,
+    gradient_norms,
+    loss_by_noise_level,
+)
+from diffusion.tracking.gallery import Picture, Section, page
+from diffusion.tracking.promotion import Decision
+from diffusion.training.journal import JOURNAL, records
+from diffusion.training.state import State, checkpoint_file
+from flows.run import Run
+from flows.tasks.evaluate import evaluation_picture, evaluations
+
+GRIDS = 8
+"""Grids over training that are shown, the last among them."""
+PIXELS = 1024
+
+
+def gallery(run: Run, state: State, scores: Scores, decision: Decision) -> str:
+    """The page of a finished run, as HTML."""
+    history = evaluations(run, state.step)
+    shown = [history[k] for k in sorted(set(np.linspace(0, len(history) - 1, GRIDS).round().astype(int).tolist()))]
+    by = scores.by_extractor[0]
+    course = records(checkpoint_file(run.store, state, JOURNAL))
+    figures = {
+        "FID over training": as_png(fid_over_training(history)),
+        "Where the bits of the bound come from": as_png(bound_by_noise_level(scores.bound)),
+        "Loss by noise level": as_png(loss_by_noise_level(course)),
+        "Gradient norms": as_png(gradient_norms(course)),
+    }
+    if by.class_fid:
+        figures["FID by class"] = as_png(class_distances(scores))
+
+    def picture(name: str, caption: str, step: int = state.step) -> Picture:
+        return Picture(caption, thumbnail(evaluation_picture(run, step, name), PIXELS))
+
+    grids = [
+        picture(
+            "grid", f"Step {one.step:,}, {one.images_seen:,} images seen: FID {one.by_extractor[0].fid:.1f}", one.step
+        )
+        for one in reversed(shown)
+    ]
+    text = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
+    figures_table = [(name, *map(text, values)) for name, *values in scores.table()]
+    sections = [
+        Section(
+            "Samples and real images",
+            "The same classes in the same order, drawn by the model and taken from the test split.",
+            (picture("grid", "Generated"), picture("real", "Real")),
+        ),
+        Section("Over training", "The same noise at every milestone, newest first.", tuple(grids), series=True),
+        Section(
+            "Out of the noise, and between two samples",
+            "On the left what a sample is made from at evenly spaced steps of its walk, on the right samples whose starting noise "
+            "lies between that of the first and the last column.",
+            (picture("trajectory", "Denoising"), picture("interpolation", "Interpolation")),
+        ),
+        Section(
+            "Closest training images",
+            f"The samples that lie nearest to a training image, above it. Memorisation {by.memorisation:.2f} ± "
+            f"{by.memorisation_error:.2f}; new real images have 1.",
+            (picture("closest", "Samples above their nearest training images"),),
+        ),
+        Section("Figures", "", tuple(Picture(caption, data) for caption, data in figures.items())),
+        Section(
+            "Promotion",
+            f"Version {decision.version} of {decision.model} is {decision.alias}. {decision.reason}",
+            rows=(
+                ("gate", "passed", "figures"),
+                *((gate.name, "yes" if gate.passed else "no", gate.figures) for gate in decision.gates),
+            ),
+        ),
+        Section("Scores", "", rows=(("figure", "value", "standard error", "real images"), *figures_table)),
+    ]
+    recipe = run.recipe
+    lead = (
+        f"{recipe.name} on {run.dataset.source}, {recipe.data.image_size} x {recipe.data.image_size} pixels, seed {recipe.seed}, "
+        f"{state.images_seen:,} images seen. Code {run.lineage.commit[:12]}, dataset {run.dataset.digest[:12]}, recipe "
+        f"{recipe.digest[:12]}, checkpoint {state.digest[:12]}."
+    )
+    return page(run.name, lead, sections)
