@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults soak lint up down status profile extractor
+.PHONY: help install demo test faults soak lint up down status profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -45,6 +45,10 @@ status: install ## What of it is running
 
 profile: install ## Add a Prefect profile train-diffusion to your home, so that the commands work from any folder
 	@$(BIN)/python infra/profile.py
+
+reproduce: install ## Train a model version again and compare the weights; make reproduce VERSION=3, or RUN=<MLflow run id>
+	@$(BIN)/python -m flows.reproduce $(if $(RUN),--run $(RUN),--version $(or $(VERSION),$(error VERSION=n or RUN=id is needed))) \
+	  $(if $(MODEL),--model $(MODEL))
 
 extractor: install ## Train the feature extractor that the package ships (20 minutes on 2 cores)
 	$(BIN)/python -m diffusion.evaluation.train_extractor --archive $${EUROSAT_ARCHIVE:?set it to the EuroSAT zip}

@@ -26,7 +26,7 @@ GRIDS = 8
 PIXELS = 1024
 
 
-def gallery(run: Run, state: State, scores: Scores, decision: Decision) -> str:
+def gallery(title: str, run: Run, state: State, scores: Scores, decision: Decision) -> str:
     """The page of a finished run, as HTML."""
     history = evaluations(run, state.step)
     shown = [history[k] for k in sorted(set(np.linspace(0, len(history) - 1, GRIDS).round().astype(int).tolist()))]
@@ -83,9 +83,15 @@ def gallery(run: Run, state: State, scores: Scores, decision: Decision) -> str:
         Section("Scores", "", rows=(("figure", "value", "standard error", "real images"), *figures_table)),
     ]
     recipe = run.recipe
+    pixels = f"{recipe.data.image_size} x {recipe.data.image_size} pixels"
+    digests = {
+        "code": run.lineage.commit,
+        "dataset": run.dataset.digest,
+        "recipe": recipe.digest,
+        "checkpoint": state.digest,
+    }
     lead = (
-        f"{recipe.name} on {run.dataset.source}, {recipe.data.image_size} x {recipe.data.image_size} pixels, seed {recipe.seed}, "
-        f"{state.images_seen:,} images seen. Code {run.lineage.commit[:12]}, dataset {run.dataset.digest[:12]}, recipe "
-        f"{recipe.digest[:12]}, checkpoint {state.digest[:12]}."
+        f"Run {run.name}: {recipe.name} on {run.dataset.source}, {pixels}, seed {recipe.seed}, {state.images_seen:,} images seen. "
+        + ", ".join(f"{name} {digest[:12]}" for name, digest in digests.items())
     )
-    return page(run.name, lead, sections)
+    return page(title, lead, sections)

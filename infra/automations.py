@@ -2,20 +2,27 @@
 
 Zombie runs: a flow run that beat and then fell silent is marked as crashed. So a run whose machine is gone does not block
 the next night's, and whoever is notified of crashes hears of it.
+
+Notifications: a flow run that failed or crashed, and a promotion, are told to the notification blocks of Prefect that
+TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,sendgrid-email/ops.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from datetime import timedelta
+from uuid import UUID
 
+from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
+from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
 ZOMBIES = "train-diffusion: mark silent runs as crashed"
+PROMOTED = "train-diffusion.promoted"  # the event of flows/tasks/promote.py
 SILENCE = timedelta(seconds=90)  # three heartbeats, of 30 s each (pyproject.toml)
 
 
@@ -41,9 +48,58 @@ def zombies() -> Automation:
     return Automation(name=ZOMBIES, description=__doc__ or "", trigger=trigger, actions=[crash])
 
 
+def notifications(block: str, block_id: UUID) -> list[Automation]:
+    """The automations that tell a block of failures and of promotions."""
+    of_the_flows: dict[str, str | list[str]] = {
+        "prefect.resource.role": "flow",
+        "prefect.resource.name": ["train-diffusion", "clean-up"],
+    }
+    failure = EventTrigger(
+        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+        match_related=ResourceSpecification(of_the_flows),
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+    promotion = EventTrigger(expect={PROMOTED}, posture=Posture.Reactive, threshold=1, within=timedelta(0))
+    told = {
+        "failures": (
+            failure,
+            "{{ flow_run.name }}: {{ flow_run.state.name }}",
+            "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+        ),
+        "promotions": (promotion, "A new model is live", "{{ event.payload['text'] }}"),
+    }
+    return [
+        Automation(
+            name=f"train-diffusion: tell {block} of {what}",
+            description=__doc__ or "",
+            trigger=trigger,
+            actions=[SendNotification(block_document_id=block_id, subject=subject, body=body)],
+        )
+        for what, (trigger, subject, body) in told.items()
+    ]
+
+
+async def find_block(block: str) -> UUID:
+    """The id of a block. Ends with a sentence if there is none."""
+    kind, _, name = block.partition("/")
+    async with get_client() as client:
+        try:
+            return (await client.read_block_document_by_name(name, kind)).id
+        except Exception as error:
+            raise SystemExit(
+                f"TRAIN_DIFFUSION_NOTIFY names the block '{block}', which Prefect does not have ({type(error).__name__}). Make it "
+                "on the Blocks page of Prefect's UI; prefect block ls lists them as type/name."
+            ) from None
+
+
 async def main() -> None:
     """Make the automations that are not there. Those that are stay: with them the server would forget whom it listens for."""
-    for automation in (zombies(),):
+    wanted = [zombies()]
+    for block in filter(None, os.environ.get("TRAIN_DIFFUSION_NOTIFY", "").split(",")):
+        wanted += notifications(block.strip(), await find_block(block.strip()))
+    for automation in wanted:
         try:
             await Automation.aread(name=automation.name)
         except ValueError:

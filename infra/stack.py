@@ -136,6 +136,7 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_UI_API_URL": f"{addresses.prefect}/api",
+        "PREFECT_UI_URL": addresses.prefect,  # for the links in notifications
         # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

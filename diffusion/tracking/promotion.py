@@ -234,6 +234,15 @@ def _log(store: Store, model: str) -> list[dict[str, Any]]:
             return entries
 
 
+def past_champions(store: Store, count: int) -> dict[str, list[str]]:
+    """The last `count` versions that were champion, by model, the newest last."""
+    found: dict[str, list[str]] = {}
+    for name in store.names("promotions/"):
+        if name.endswith(".json"):
+            found.setdefault(name.split("/")[1], []).append(str(json.loads(store.read(name))["to"]))
+    return {model: versions[-count:] if count else [] for model, versions in found.items()}
+
+
 def _exists(store: Store, name: str) -> bool:
     try:
         store.read(name)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from uuid import NAMESPACE_URL, uuid5
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 
-from diffusion.tracking.promotion import Decision
+from diffusion.tracking.promotion import CHAMPION, Decision
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
 from flows.run import Run
 from flows.tasks.retrying import DELAYS, worth_retrying
+
+PROMOTED = "train-diffusion.promoted"
+"""The event by which others hear of it."""
 
 
 @task(
@@ -24,4 +30,11 @@ def promote(run: Run, version: str) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
     decision = decide(run.tracked.client, run.store, model_name(run.dataset), version)
     run.tracked.log_decision(decision)
+    if decision.alias == CHAMPION:
+        emit_event(
+            PROMOTED,
+            resource={"prefect.resource.id": f"train-diffusion.model.{decision.model}"},
+            payload={"text": f"{decision.model} {decision.version} is champion. {decision.reason}"},
+            id=uuid5(NAMESPACE_URL, f"{run.tracked.run_id}/{decision.version}"),  # a repetition is the same event
+        )
     return decision

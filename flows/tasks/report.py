@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 
-from prefect import task
+from prefect import runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
@@ -40,7 +40,7 @@ class Report(BaseModel):
 )
 def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
     """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
-    run.tracked.log_text(gallery(run, state, scores, decision), GALLERY)
+    run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]
     rows = {
         "dataset": f"{run.dataset.source} {run.dataset.digest[:16]}, {run.dataset.splits['train']:,} training images",
@@ -75,7 +75,7 @@ def _mlflow_page(run: Run) -> str:
 
 def _markdown(run: Run, state: State, rows: dict[str, str], decision: Decision) -> str:
     grid = base64.b64encode(thumbnail(evaluation_picture(run, state.step, "grid"), GRID_PIXELS)).decode()
-    parts = [f"# {run.name}", f"**{decision.alias}**: {decision.reason}"]
+    parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {decision.reason}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({link}/artifacts/{GALLERY})")
     parts.append(

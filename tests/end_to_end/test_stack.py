@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -24,13 +27,57 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator
         yield project
 
 
+WEBHOOK = """
+import os
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+data = {"subject": "{{subject}}", "body": "{{body}}"}
+CustomWebhookNotificationBlock(name="tests", url=os.environ["RECEIVER"], json_data=data).save("tests")
+"""
+
+
+@pytest.fixture(scope="module")
+def received(project: Project) -> Iterator[list[dict[str, str]]]:
+    """What a receiver of notifications here is told."""
+    told: list[dict[str, str]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = project.servers | {"RECEIVER": f"http://127.0.0.1:{server.server_port}/"}
+    env |= {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/tests"}
+    made = project.shell(sys.executable, "-c", WEBHOOK, env=env)
+    assert made.returncode == 0, made.stderr
+    refused = project.shell(
+        sys.executable, "infra/automations.py", env=env | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"}
+    )
+    assert "names the block 'custom-webhook/nobody', which Prefect does not have" in refused.stderr
+    installed = project.shell(sys.executable, "infra/automations.py", env=env)
+    assert installed.returncode == 0, installed.stderr
+    yield told
+    server.shutdown()
+
+
+def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str]:
+    deadline = time.monotonic() + 60
+    while not (found := [one for one in received if text in one["subject"] + one["body"]]):
+        assert time.monotonic() < deadline, received
+        time.sleep(0.2)
+    (message,) = found
+    return message
+
+
 def stack_processes(project: Project) -> list[psutil.Process]:
     names = ("prefect-server", "mlflow-server", "worker")
     roots = [psutil.Process(int((project.folder / f"var/stack/{name}.pid").read_text().split()[0])) for name in names]
     return [process for root in roots for process in (root, *root.children(recursive=True))]
 
 
-def test_the_literal_command_trains_a_model(project: Project) -> None:
+def test_the_literal_command_trains_a_model(project: Project, received: list[dict[str, str]]) -> None:
     parameters = ["-p", "preset=demo", "-p", "source=generated", "--param", f"overrides={json.dumps(TINY)}"]
     done = project.shell("prefect", "deployment", "run", "train-diffusion", *parameters, "--tag", "by-hand", "--watch")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -44,6 +91,15 @@ def test_the_literal_command_trains_a_model(project: Project) -> None:
     )
     found = project.shell(sys.executable, "-c", code, env={"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
     assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr
+    assert "It is the first version" in wait_for_message(received, "A new model is live")["body"]
+
+
+def test_a_failure_is_told(project: Project, received: list[dict[str, str]]) -> None:
+    done = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip", "--watch")
+    assert done.returncode == 1, done.stdout
+    message = wait_for_message(received, "Failed")
+    assert "No archive at /no/such.zip" in message["body"]
+    assert "/flow-run" in message["body"]
 
 
 def test_nothing_is_written_to_the_home_folder(project: Project) -> None:
@@ -52,7 +108,7 @@ def test_nothing_is_written_to_the_home_folder(project: Project) -> None:
     assert not {name for name in left if "prefect" in name or "mlflow" in name}, left
 
 
-def test_both_deployments_are_there_and_the_nightly_one_refuses_to_overlap(project: Project) -> None:
+def test_the_deployments_are_there_and_the_nightly_one_refuses_to_overlap(project: Project) -> None:
     code = """
 import asyncio, json
 from prefect import get_client
@@ -68,10 +124,11 @@ asyncio.run(main())
     servers = project.servers
     done = project.shell(sys.executable, "-c", code, env=servers)
     found = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
-    keys = ["preset", "overrides", "seed", "source", "processes"]
+    keys = ["preset", "overrides", "seed", "source", "processes", "start_from", "skip_unchanged"]
     assert found == {
         "train-diffusion": [[], [1, "CANCEL_NEW"], keys],
         "nightly": [["0 2 * * *"], [1, "CANCEL_NEW"], keys],
+        "clean-up": [["0 12 * * 0"], [1, "CANCEL_NEW"], ["keep_runs", "keep_versions", "keep_champions", "dry_run"]],
     }, done.stderr
 
 

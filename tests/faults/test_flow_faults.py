@@ -54,6 +54,31 @@ asyncio.run(main())
 """
 
 
+MISSED = """
+import asyncio, json, sys
+from datetime import UTC, datetime, timedelta
+from prefect import get_client
+from prefect.states import Scheduled
+async def main():
+    async with get_client() as client:
+        nightly = await client.read_deployment_by_name("train-diffusion/nightly")
+        parameters = {"preset": "demo", "source": "generated", "overrides": json.loads(sys.argv[1])}
+        for days in (3, 2, 1):
+            due = datetime.now(UTC).replace(hour=2) - timedelta(days=days)
+            run = await client.create_flow_run_from_deployment(nightly.id, parameters=parameters, state=Scheduled(scheduled_time=due))
+            print(run.id, due.strftime("%Y%m%d"))
+asyncio.run(main())
+"""
+STATES = """
+import asyncio, json, sys
+from prefect import get_client
+async def main():
+    async with get_client() as client:
+        print(json.dumps([(await client.read_flow_run(run)).state.type.value for run in sys.argv[1:]]))
+asyncio.run(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
     with running_project(
@@ -249,6 +274,26 @@ def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
     assert told["state"][0] == "COMPLETED", told["state"]
     assert_the_same(project, key, told, expected(5))
     write_report([Kill(key, "flow, cancelled", "training", step, round(gone, 1), round(recovered, 1), True)], SEED)
+
+
+def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
+    """The worker was away for three nights: when it is back, one of them runs, with its own date for a seed, and once."""
+    restart, worker = prepare_restart(project, "worker"), process(project, "worker")
+    worker.kill()
+    worker.wait()
+    done = project.shell(sys.executable, "-c", MISSED, json.dumps(TINY), env=project.servers)
+    assert done.returncode == 0, done.stderr[-2000:]
+    nights = dict(line.split() for line in done.stdout.splitlines())
+    restart()
+    deadline = time.monotonic() + 180
+    states: list[str] = []
+    while not states or {*states} - {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}:
+        assert time.monotonic() < deadline, states
+        time.sleep(1)
+        states = json.loads(project.shell(sys.executable, "-c", STATES, *nights, env=project.servers).stdout)
+    assert sorted(states) == ["CANCELLED", "CANCELLED", "COMPLETED"]
+    (seed,) = {path.name.split("-")[1] for path in (project.folder / "var/runs").glob("demo-seed20*")}
+    assert seed == f"seed{list(nights.values())[states.index('COMPLETED')]}"
 
 
 @pytest.mark.parametrize("victim", ["flow", "worker", "flow and worker"])

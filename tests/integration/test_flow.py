@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,28 @@ def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any,
 
     with pytest.raises(RecipeError, match=r"network is .* here"):
         run_flow(start_from="champion", overrides={"network.width": 8})
+
+
+def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "c" * 40)
+    run_flow()
+
+    def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flows.reproduce", "--model", MODEL, *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = reproduce("--version", "1", "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line[:11].strip()}
+    assert {said[what] for what in ("code", "dataset", "recipe", "weights", "checkpoint")} == {"same"}
+    monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "d" * 40)
+    again = reproduce("--version", "1")
+    assert "code  DIFFERENT" in again.stdout
+    assert "training" in again.stdout, "what an earlier reproduction had made was taken for a new one"
+    assert again.returncode == 0
+    missing = reproduce("--version", "7")
+    assert missing.returncode == 1
+    assert "error: MLflow has no model version" in missing.stderr
 
 
 def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(

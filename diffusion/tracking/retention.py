@@ -1,0 +1,72 @@
+"""What may be cleaned up: checkpoints and model versions that nothing live, recent or under way comes from.
+
+Kept are the checkpoints of every run that made a version with an alias (champion, challenger, or one of your own), of all
+runs that these went on from, of runs under way and theirs, and of the newest runs; and every version with an alias, the
+last champions, and the newest versions. MLflow runs with their metrics, pictures and galleries are never touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusion.recipe import Start
+from diffusion.tracking.run import RUN_KEY, START_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """What nothing needs any more."""
+
+    runs: tuple[str, ...]
+    """Keys of the runs whose checkpoints may go."""
+    versions: tuple[tuple[str, str], ...]
+    """Model and number."""
+
+
+def find_superseded(
+    client: MlflowClient, experiment_id: str, keep_runs: int, keep_versions: int, champions: dict[str, list[str]]
+) -> Superseded:
+    """Look through all runs and versions.
+
+    Args:
+        keep_runs: the newest runs that keep their checkpoints.
+        keep_versions: the newest versions of each model that are kept.
+        champions: by model, the versions that were champion, the newest last; as many of them as are listed are kept.
+    """
+    runs = _all(client.search_runs, [experiment_id], order_by=["attributes.start_time DESC"])
+    by_key = {run.data.tags[RUN_KEY]: run for run in runs if RUN_KEY in run.data.tags}
+    by_id = {run.info.run_id: key for key, run in by_key.items()}
+    needed = {key for key, run in by_key.items() if run.info.status == "RUNNING"} | set(list(by_key)[:keep_runs])
+
+    superseded = []
+    for model in _all(client.search_registered_models):
+        versions = _all(client.search_model_versions, f"name = '{model.name}'")
+        versions.sort(key=lambda version: int(version.version), reverse=True)
+        aliased = {str(version) for version in model.aliases.values()}
+        needed |= {by_id[v.run_id] for v in versions if str(v.version) in aliased and v.run_id in by_id}
+        kept = aliased | set(champions.get(model.name, [])) | {str(v.version) for v in versions[:keep_versions]}
+        superseded += [(model.name, str(v.version)) for v in versions if str(v.version) not in kept]
+    for key in list(needed):
+        while (start := _start(by_key, key)) is not None and start.run not in needed:
+            needed.add(key := start.run)
+    return Superseded(tuple(key for key in by_key if key not in needed), tuple(superseded))
+
+
+def _start(by_key: dict[str, Any], key: str) -> Start | None:
+    text = by_key[key].data.tags.get(START_TAG) if key in by_key else None
+    return Start.model_validate_json(text) if text else None
+
+
+def _all(search: Any, *arguments: Any, **options: Any) -> list[Any]:
+    """Every page of a search."""
+    found, token = [], None
+    while True:
+        page = search(*arguments, **options, page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return found

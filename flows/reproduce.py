@@ -1,0 +1,164 @@
+"""`make reproduce VERSION=3`: train a model version again from its recipe, and compare the weights bit for bit.
+
+python -m flows.reproduce --version 3 [--model eurosat-ddpm] | --run MLFLOW_RUN_ID   [--processes 2]
+
+Nothing is checked out: it says whether code, dataset and recipe are those of the version, and trains with what is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion.data import generated
+from diffusion.data.find import EUROSAT, GENERATED, find_archive, read_source
+from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import Store, open_store
+from diffusion.errors import DataError, TrackingError, UserError
+from diffusion.job import TrainingJob
+from diffusion.recipe import Recipe
+from diffusion.settings import Settings, settings
+from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
+from flows.launcher import run_job
+from flows.request import checkpoint_every, threads_per_process, usable_processes
+from flows.run import git_commit, job_fields, open_tracking
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from mlflow import MlflowClient
+
+MODEL = "eurosat-ddpm"
+SAY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Original:
+    """What a version says of itself."""
+
+    name: str
+    tags: dict[str, str]
+    recipe: Recipe
+    weights: str
+    """sha256 of its weights."""
+
+
+def main() -> int:
+    """Train and compare. Returns 0 if the weights are the same, 1 if they are not or can't be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--version", help="number of the model version")
+    which.add_argument("--run", help="id of the MLflow run that made it")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--processes", type=int)
+    arguments = parser.parse_args()
+    os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
+    try:
+        client, _ = open_tracking(settings())
+        original = read_version(client, find_version(client, arguments.model, arguments.version, arguments.run))
+        return 0 if reproduce(original, settings(), arguments.processes) else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def find_version(client: MlflowClient, model: str, version: str | None, run: str | None) -> ModelVersion:
+    """The version of that number, or the newest that a run made. Raises TrackingError if there is none."""
+    query = f"run_id = '{run}'" if run else f"name = '{model}' and version_number = {version}"
+    found = client.search_model_versions(query)
+    if not found:
+        raise TrackingError(f"MLflow has no model version with {query}. The model's page lists what there is.")
+    return max(found, key=lambda one: int(one.version))
+
+
+def read_version(client: MlflowClient, version: ModelVersion) -> Original:
+    """The version's recipe and the digest of its weights. Raises TrackingError if its recipe is not the one it was tagged with."""
+    import mlflow.artifacts
+
+    name = f"{version.name} {version.version}"
+    uri = f"models:/{version.name}/{version.version}/artifacts"
+    load = lambda file: Path(  # noqa: E731
+        mlflow.artifacts.download_artifacts(f"{uri}/{file}", tracking_uri=client.tracking_uri)
+    ).read_bytes()
+    recipe = Recipe.model_validate_json(load("recipe.json"))
+    if recipe.digest != version.tags["recipe.digest"]:
+        raise TrackingError(f"The recipe that lies in {name} is not the one that it was tagged with: it was changed.")
+    weights = hashlib.sha256(load("weights.safetensors")).hexdigest()
+    return Original(name, dict(version.tags), recipe, weights)
+
+
+def reproduce(original: Original, environment: Settings, processes: int | None) -> bool:
+    """Train it again, say what agrees, and return whether the weights do."""
+    tags, recipe, store = original.tags, original.recipe, open_store(environment.store_uri)
+    step = int(tags["checkpoint.step"])
+    print(f"{original.name}: {recipe.name}, seed {recipe.seed}, {step:,} steps")
+    commit = git_commit()
+    same = commit == tags["git.commit"]
+    print(_line("code", same, f"commit {commit}" + ("" if same else f", the version's is {tags['git.commit']}")))
+    dataset = _dataset(original, store, environment)
+    print(_line("dataset", True, dataset.digest))
+    print(_line("recipe", True, recipe.digest))
+
+    run = f"reproduce-{tags['checkpoint.digest'][:16]}"
+    if step in steps_with_checkpoint(store, run):  # what an earlier reproduction made is no proof
+        for earlier in steps_with_checkpoint(store, run):
+            delete_checkpoint(store, run, earlier)
+    job = TrainingJob(
+        **job_fields(run, dataset, environment), recipe=recipe, until=step, checkpoint_every=checkpoint_every(recipe)
+    )
+    said = 0.0
+
+    def say_progress(told: dict[str, Any]) -> None:
+        nonlocal said
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            print(f"   training  {told['done']:,} of {told['total']:,} steps, {told['note']}", flush=True)
+
+    run_job(
+        "diffusion.training.job",
+        job,
+        environment.runs / run,
+        usable_processes(recipe, processes),
+        say_progress,
+        lambda line: None,
+        threads_per_process(recipe),
+    )
+    return compare(original, load_state(store, run, step))
+
+
+def compare(original: Original, state: State) -> bool:
+    """Say what of a checkpoint is the original's, and return whether the weights are."""
+    weights = original.weights in state.sha256.values()
+    print(_line("weights", weights, original.weights if weights else "none of the new ones is the version's"))
+    whole = state.digest == original.tags["checkpoint.digest"]
+    print(
+        _line(
+            "checkpoint", whole, "optimiser, averages and journal as well" if whole else f"{state.digest}, not the same"
+        )
+    )
+    return weights
+
+
+def _dataset(original: Original, store: Store, environment: Settings) -> Manifest:
+    found = find_dataset(store, original.tags["dataset.digest"])
+    if found is None:
+        source = GENERATED if original.tags["dataset.name"] == generated.NAME else EUROSAT
+        found = ingest(read_source(source, find_archive(source, environment)), store)
+    if found.digest != original.tags["dataset.digest"]:
+        raise DataError(f"The images here are another dataset: {found.digest}, not {original.tags['dataset.digest']}.")
+    return found
+
+
+def _line(what: str, same: bool, text: str) -> str:
+    return f"{what:>11}  {'same' if same else 'DIFFERENT':9}  {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The flow `clean-up`: deletes checkpoints and model versions that nothing live, recent or under way comes from."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Annotated
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
+
+from diffusion.data.store import Store, open_store
+from diffusion.settings import settings
+from diffusion.tracking.promotion import past_champions
+from diffusion.tracking.retention import find_superseded
+from diffusion.training.state import delete_checkpoint, steps_with_checkpoint
+from flows.credentials import use_block
+from flows.progress import say
+from flows.run import open_tracking
+
+
+@flow(name="clean-up")
+def clean_up(
+    keep_runs: Annotated[int, Field(ge=1)] = 30,
+    keep_versions: Annotated[int, Field(ge=1)] = 30,
+    keep_champions: Annotated[int, Field(ge=0)] = 10,
+    dry_run: bool = False,
+) -> list[str]:
+    """Delete superseded checkpoints and model versions. Never those of a version with an alias, or what it went on from.
+
+    Args:
+        keep_runs: The newest runs whose checkpoints are kept.
+        keep_versions: The newest versions of each model that are kept.
+        keep_champions: The last champions of each model that are kept, for a way back.
+        dry_run: Only say what would be deleted.
+    """
+    environment = settings()
+    use_block(environment.s3_block)
+    client, experiment_id = open_tracking(environment)
+    store = open_store(environment.store_uri)
+    champions = past_champions(store, keep_champions)
+    found = find_superseded(client, experiment_id, keep_runs, keep_versions, champions)
+    done = []
+    for run in found.runs:
+        if steps := steps_with_checkpoint(store, run):
+            done.append(f"checkpoints of {run}: {', '.join(f'{step:,}' for step in steps)}")
+        if not dry_run:
+            _delete_checkpoints(store, run, steps)
+            shutil.rmtree(environment.runs / run, ignore_errors=True)
+    for model, version in found.versions:
+        done.append(f"version {version} of {model}")
+        if not dry_run:
+            logged = client.get_model_version(model, version).model_id
+            client.delete_model_version(model, version)
+            if logged:
+                client.delete_logged_model(logged)  # `mlflow gc` then frees its files
+    heading = f"{'Would be deleted' if dry_run else 'Deleted'}: {len(done)}"
+    say(heading)
+    create_markdown_artifact("\n".join([f"# {heading}", "", *(f"- {line}" for line in done)]) + "\n", key="clean-up")
+    return done
+
+
+def _delete_checkpoints(store: Store, run: str, steps: list[int]) -> None:
+    for step in steps:
+        delete_checkpoint(store, run, step)
+
+
+if __name__ == "__main__":
+    clean_up()

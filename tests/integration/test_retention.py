@@ -1,0 +1,68 @@
+"""What the clean-up deletes, and what it never does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffusion.data.store import open_store
+from diffusion.recipe import Start
+from diffusion.settings import settings
+from diffusion.tracking.promotion import past_champions
+from diffusion.tracking.run import RUN_KEY, START_TAG
+from diffusion.training.state import steps_with_checkpoint
+from flows.run import open_tracking
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.slow
+
+MODEL = "eurosat-ddpm"
+STARTS = {"r2": "r0", "r5": "r1"}  # the champion went on from r0, the run under way goes on from r1
+
+
+@pytest.fixture
+def six_nights(home: Path) -> MlflowClient:
+    """Six runs of which each made a version; version 1 was champion, 3 is, and the last run is under way."""
+    client, experiment_id = open_tracking(settings())
+    store = open_store(settings().store_uri)
+    client.create_registered_model(MODEL)
+    for number in range(6):
+        key = f"r{number}"
+        tags = {RUN_KEY: key}
+        if key in STARTS:
+            tags[START_TAG] = Start(run=STARTS[key], step=8, digest="d").model_dump_json()
+        run = client.create_run(experiment_id, start_time=1000 + number, tags=tags)
+        client.create_model_version(MODEL, source=str(home), run_id=run.info.run_id, await_creation_for=0)
+        if number < 5:
+            client.set_terminated(run.info.run_id, "FINISHED" if number != 4 else "FAILED")
+        for file in ("model.safetensors", "state.json"):
+            store.write(f"checkpoints/{key}/000000008/{file}", b"{}")
+        (settings().runs / key).mkdir(parents=True)
+    for number, version in enumerate((1, 3)):
+        store.write(f"promotions/{MODEL}/{number:06d}.json", b'{"to": "%d"}' % version)
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    return client
+
+
+def left(client: MlflowClient) -> tuple[list[str], list[str]]:
+    store = open_store(settings().store_uri)
+    runs = [f"r{n}" for n in range(6) if steps_with_checkpoint(store, f"r{n}")]
+    assert [path.name for path in sorted(settings().runs.iterdir())] == runs
+    return runs, sorted(str(v.version) for v in client.search_model_versions(f"name = '{MODEL}'"))
+
+
+def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: MlflowClient) -> None:
+    from flows.retention import clean_up
+
+    assert past_champions(open_store(settings().store_uri), 10) == {MODEL: ["1", "3"]}
+    would = clean_up(keep_runs=1, keep_versions=1, dry_run=True)
+    assert left(six_nights) == ([f"r{n}" for n in range(6)], [str(n) for n in range(1, 7)])
+    assert clean_up(keep_runs=1, keep_versions=1) == would
+    assert left(six_nights) == (["r0", "r1", "r2", "r5"], ["1", "3", "6"])
+    assert clean_up(keep_runs=1, keep_versions=1) == [], "a repetition found something"
+    # An alias of the user's own protects as well, and without the way back an old champion is one of many.
+    six_nights.set_registered_model_alias(MODEL, "favourite", "6")
+    clean_up(keep_runs=1, keep_versions=1, keep_champions=0)
+    assert left(six_nights) == (["r0", "r1", "r2", "r5"], ["3", "6"])
+    assert len(six_nights.search_runs([open_tracking(settings())[1]])) == 6
