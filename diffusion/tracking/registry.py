@@ -194,6 +194,11 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         if by.class_accuracy is not None:
             rows.append(f"| class accuracy of samples, {by.extractor} | {by.class_accuracy:.1%} | |")
     return Template(template.read_text()).substitute(
+        # The list of versions shows the first line alone.
+        headline=f"{recipe.name}, seed {recipe.seed}: "
+        + ", ".join(
+            [*(f"fid_{by.extractor} {by.fid:.1f}" for by in scores.by_extractor), f"{scores.bound.total:.3f} bits/dim"]
+        ),
         name=model_name(dataset),
         preset=recipe.name,
         size=recipe.data.image_size,

@@ -33,6 +33,7 @@ class Archive:
 
 @task(
     name="find source",
+    task_run_name="find source",
     cache_policy=NO_CACHE,
     retries=len(DELAYS),
     retry_delay_seconds=DELAYS,
@@ -53,6 +54,7 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 @task(
     name="ingest",
+    task_run_name="ingest",
     cache_key_fn=_key,
     persist_result=True,
     result_serializer="json",

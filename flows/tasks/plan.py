@@ -22,6 +22,7 @@ from flows.tasks.retrying import DELAYS, worth_retrying
 
 @task(
     name="plan",
+    task_run_name="plan",
     cache_policy=NO_CACHE,
     retries=len(DELAYS),
     retry_delay_seconds=DELAYS,

@@ -17,6 +17,7 @@ from flows.tasks.retrying import DELAYS, worth_retrying
 
 @task(
     name="measure reference",
+    task_run_name="measure reference",
     cache_policy=NO_CACHE,
     retries=len(DELAYS),
     retry_delay_seconds=DELAYS,

@@ -21,7 +21,7 @@ from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import DELAYS, worth_retrying
 
 GALLERY = "gallery.html"
-GRID_PIXELS = 700
+GRID, GRID_PIXELS = "sample grid", 700
 
 
 class Report(BaseModel):
@@ -33,6 +33,7 @@ class Report(BaseModel):
 
 @task(
     name="report",
+    task_run_name="report",
     cache_policy=NO_CACHE,
     retries=len(DELAYS),
     retry_delay_seconds=DELAYS,
@@ -54,7 +55,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
         rows[f"fid_{by.extractor}"] = f"{by.fid:.2f} ± {by.fid_error:.2f} (n = {by.samples:,}; {floor})"
         rows[f"kid_{by.extractor}"] = f"{by.kid:.4f} ± {by.kid_error:.4f} (real images: {by.kid_floor:.4f})"
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
-    rows["sample grid"] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
+    rows[GRID] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
     create_markdown_artifact(_markdown(run, state, rows, decision), key="report")
     if link := _mlflow_page(run):

@@ -45,7 +45,7 @@ def run_flow(prefect_server: None, home: Path, archive: Path) -> Any:
 
 
 def states_by_task() -> dict[str, list[str]]:
-    """State names of the task runs of the newest flow run, by task name without its counter."""
+    """State names of the task runs of the newest flow run, by their names."""
     from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
     from prefect.client.schemas.sorting import FlowRunSort
 
@@ -56,8 +56,7 @@ def states_by_task() -> dict[str, list[str]]:
         )
     found: dict[str, list[str]] = {}
     for run in tasks:
-        name = run.name.rpartition("-")[0] if run.name.startswith(("find", "ingest", "measure", "report")) else run.name
-        found.setdefault(name, []).append(run.state_name or "")
+        found.setdefault(run.name, []).append(run.state_name or "")
     return found
 
 

@@ -1,0 +1,142 @@
+"""The pages of MLflow and Prefect in a real browser: what people look for is there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.stack import Project
+
+pytestmark = pytest.mark.slow
+
+MODEL = "generated-fields-and-water-ddpm"
+PATIENCE = 60_000  # ms
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium: the system's, or the one that `playwright install chromium` has fetched."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        if found is None and not shutil.which(playwright.chromium.executable_path):
+            pytest.skip("no Chromium: install your system's, or run playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def password(project: Project) -> str:
+    return project.servers["MLFLOW_TRACKING_PASSWORD"]
+
+
+@pytest.fixture
+def mlflow_page(browser: Browser, project: Project, trained: str) -> Iterator[Page]:
+    context = browser.new_context(
+        viewport={"width": 1440, "height": 1100},
+        http_credentials={"username": "admin", "password": password(project)},
+    )
+    context.set_default_timeout(PATIENCE)
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture
+def prefect_page(browser: Browser, project: Project, trained: str) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1440, "height": 1400})
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.goto(prefect_address(project))
+    # What the login form keeps.
+    page.evaluate("secret => localStorage.setItem('prefect-password', btoa('admin:' + secret))", password(project))
+    yield page
+    context.close()
+
+
+def mlflow_address(project: Project) -> str:
+    return f"{project.servers['MLFLOW_TRACKING_URI']}/#"
+
+
+def prefect_address(project: Project) -> str:
+    return project.servers["PREFECT_API_URL"].removesuffix("/api")
+
+
+def ask(project: Project, url: str, body: dict[str, Any]) -> Any:
+    answer = requests.post(url, json=body, auth=("admin", password(project)), timeout=30)
+    answer.raise_for_status()
+    return answer.json()
+
+
+@pytest.fixture
+def run(project: Project, trained: str) -> dict[str, Any]:
+    """The MLflow run."""
+    url = f"{project.servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/runs/search"
+    return dict(ask(project, url, {"experiment_ids": ["1"]})["runs"][0]["info"])
+
+
+def test_the_run_page_of_mlflow(mlflow_page: Page, project: Project, run: dict[str, Any]) -> None:
+    experiment = f"{mlflow_address(project)}/experiments/{run['experiment_id']}"
+    mlflow_page.goto(f"{experiment}/runs")
+    mlflow_page.get_by_role("link", name=run["run_name"]).first.wait_for()
+    mlflow_page.goto(f"{experiment}/runs/{run['run_id']}")
+    for text in ("Finished", f"{MODEL}", "score/fid_eurosat", "data.images"):
+        mlflow_page.get_by_text(text).first.wait_for()
+    mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/model-metrics")
+    for text in ("fid_eurosat", "bits_per_dim", "(8)"):  # a section of eight scores
+        mlflow_page.get_by_text(text, exact=True).first.wait_for()
+    mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/system-metrics")
+    mlflow_page.get_by_text("cpu_utilization_percentage").first.wait_for()
+    mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/artifacts/gallery.html")
+    inside = mlflow_page.frame_locator("iframe")
+    inside.get_by_role("heading", name="Samples and real images").wait_for()
+    inside.get_by_role("heading", name="Promotion").wait_for()
+
+
+def test_the_model_page_of_mlflow(mlflow_page: Page, project: Project) -> None:
+    mlflow_page.goto(f"{mlflow_address(project)}/models/{MODEL}")
+    mlflow_page.get_by_text("champion").first.wait_for()
+    mlflow_page.get_by_text("demo, seed 0: fid_eurosat").first.wait_for()
+    mlflow_page.goto(f"{mlflow_address(project)}/models/{MODEL}/versions/1")
+    for text in ("Reproduce", "Limits", "Lineage", "It is the first version"):
+        mlflow_page.get_by_text(text).first.wait_for()
+
+
+def test_the_flow_run_page_of_prefect(prefect_page: Page, project: Project) -> None:
+    api = project.servers["PREFECT_API_URL"]
+    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    flow_run = ask(project, f"{api}/flow_runs/filter", completed)[0]
+    prefect_page.goto(f"{prefect_address(project)}/runs/flow-run/{flow_run['id']}")
+    prefect_page.get_by_text(flow_run["name"]).first.wait_for()
+    prefect_page.get_by_text("Completed").first.wait_for()
+    prefect_page.locator("#task-runs").click()
+    for name in ("train to step 16", "evaluate step 16", "promote version 1", "report"):
+        prefect_page.get_by_text(name).first.wait_for()
+    artifact = ask(project, f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["report"]}}})[0]
+    prefect_page.goto(f"{prefect_address(project)}/artifacts/artifact/{artifact['id']}")
+    prefect_page.get_by_role("link", name="Gallery").wait_for()
+    prefect_page.get_by_text("bits_per_dim is below that of no model").wait_for()
+    prefect_page.wait_for_function("[...document.images].some(one => one.naturalWidth > 300)")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+def test_the_gallery_on_any_width_light_and_dark(
+    browser: Browser, project: Project, run: dict[str, Any], width: int, scheme: Any
+) -> None:
+    (file,) = (project.folder / "var/mlflow/artifacts").glob(f"*/{run['run_id']}/artifacts/gallery.html")
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the screen"
+    images = page.evaluate("[...document.images].map(one => one.naturalWidth)")
+    assert len(images) >= 12
+    assert min(images) > 200
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == [], "it is not whole by itself"
+    context.close()
