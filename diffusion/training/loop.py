@@ -87,6 +87,19 @@ def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
+def state_of(trainer: Trainer, run: str, dataset: str) -> State:
+    """What the next checkpoint says of itself, its files aside."""
+    return State(
+        format_version=FORMAT_VERSION,
+        run=run,
+        step=trainer.step,
+        images_seen=trainer.images_seen,
+        dataset=dataset,
+        recipe=trainer.recipe,
+        sha256={},
+    )
+
+
 def find_checkpoint(
     store: Store, job: TrainingJob, folder: Path, accelerator: Accelerator
 ) -> tuple[State, Checkpoint] | None:
@@ -156,16 +169,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
         nonlocal saved_at
         saved_at = trainer.step
         if accelerator.is_main_process:
-            state = State(
-                format_version=FORMAT_VERSION,
-                run=job.run,
-                step=trainer.step,
-                images_seen=trainer.images_seen,
-                dataset=manifest.digest,
-                recipe=recipe,
-                sha256={},
-            )
-            writer.save(trainer, state, recorder.journal.read())
+            writer.save(trainer, state_of(trainer, job.run, manifest.digest), recorder.journal.read())
 
     before = time.monotonic()
     for lanes in prefetch(batches, trainer.step, job.until):
