@@ -48,7 +48,7 @@ profile: install ## Add a Prefect profile train-diffusion to your home, so that 
 
 reproduce: install ## Train a model version again and compare the weights; make reproduce VERSION=3, or RUN=<MLflow run id>
 	@$(BIN)/python -m flows.reproduce $(if $(RUN),--run $(RUN),--version $(or $(VERSION),$(error VERSION=n or RUN=id is needed))) \
-	  $(if $(MODEL),--model $(MODEL))
+	  $(if $(MODEL),--model $(MODEL)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 extractor: install ## Train the feature extractor that the package ships (20 minutes on 2 cores)
 	$(BIN)/python -m diffusion.evaluation.train_extractor --archive $${EUROSAT_ARCHIVE:?set it to the EuroSAT zip}

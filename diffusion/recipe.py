@@ -297,6 +297,7 @@ STATE_DEPENDS_ON = (
     "data.batch_size",
     "data.quarter_turns",
     "network",
+    "process",
     "objective.noise_levels",
     "learned_variance",
     "optimizer.kind",

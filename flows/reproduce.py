@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from diffusion.data import generated
 from diffusion.data.find import EUROSAT, GENERATED, find_archive, read_source
@@ -26,6 +29,7 @@ from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
+from flows.credentials import use_block
 from flows.launcher import run_job
 from flows.request import checkpoint_every, threads_per_process, usable_processes
 from flows.run import git_commit, job_fields, open_tracking
@@ -54,13 +58,14 @@ def main() -> int:
     """Train and compare. Returns 0 if the weights are the same, 1 if they are not or can't be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--version", help="number of the model version")
+    which.add_argument("--version", type=int, help="number of the model version")
     which.add_argument("--run", help="id of the MLflow run that made it")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
     os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
     try:
+        use_block(settings().s3_block)
         client, _ = open_tracking(settings())
         original = read_version(client, find_version(client, arguments.model, arguments.version, arguments.run))
         return 0 if reproduce(original, settings(), arguments.processes) else 1
@@ -69,7 +74,7 @@ def main() -> int:
         return 1
 
 
-def find_version(client: MlflowClient, model: str, version: str | None, run: str | None) -> ModelVersion:
+def find_version(client: MlflowClient, model: str, version: int | None, run: str | None) -> ModelVersion:
     """The version of that number, or the newest that a run made. Raises TrackingError if there is none."""
     query = f"run_id = '{run}'" if run else f"name = '{model}' and version_number = {version}"
     found = client.search_model_versions(query)
@@ -87,11 +92,13 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Original:
     load = lambda file: Path(  # noqa: E731
         mlflow.artifacts.download_artifacts(f"{uri}/{file}", tracking_uri=client.tracking_uri)
     ).read_bytes()
-    recipe = Recipe.model_validate_json(load("recipe.json"))
-    if recipe.digest != version.tags["recipe.digest"]:
+    text = load("recipe.json")
+    # Of the file as it stands: today's recipes may have values that those of then had not.
+    digest = hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
+    if digest != version.tags["recipe.digest"]:
         raise TrackingError(f"The recipe that lies in {name} is not the one that it was tagged with: it was changed.")
     weights = hashlib.sha256(load("weights.safetensors")).hexdigest()
-    return Original(name, dict(version.tags), recipe, weights)
+    return Original(name, dict(version.tags), Recipe.model_validate_json(text), weights)
 
 
 def reproduce(original: Original, environment: Settings, processes: int | None) -> bool:
@@ -100,19 +107,13 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
     step = int(tags["checkpoint.step"])
     print(f"{original.name}: {recipe.name}, seed {recipe.seed}, {step:,} steps")
     commit = git_commit()
-    same = commit == tags["git.commit"]
+    same = commit == tags["git.commit"] and commit != "unknown" and not commit.endswith("-dirty")
     print(_line("code", same, f"commit {commit}" + ("" if same else f", the version's is {tags['git.commit']}")))
     dataset = _dataset(original, store, environment)
     print(_line("dataset", True, dataset.digest))
     print(_line("recipe", True, recipe.digest))
 
-    run = f"reproduce-{tags['checkpoint.digest'][:16]}"
-    if step in steps_with_checkpoint(store, run):  # what an earlier reproduction made is no proof
-        for earlier in steps_with_checkpoint(store, run):
-            delete_checkpoint(store, run, earlier)
-    job = TrainingJob(
-        **job_fields(run, dataset, environment), recipe=recipe, until=step, checkpoint_every=checkpoint_every(recipe)
-    )
+    run = f"reproduce-{uuid4().hex[:16]}"  # what an earlier reproduction made is no proof
     said = 0.0
 
     def say_progress(told: dict[str, Any]) -> None:
@@ -121,16 +122,29 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
             said = time.monotonic()
             print(f"   training  {told['done']:,} of {told['total']:,} steps, {told['note']}", flush=True)
 
-    run_job(
-        "diffusion.training.job",
-        job,
-        environment.runs / run,
-        usable_processes(recipe, processes),
-        say_progress,
-        lambda line: None,
-        threads_per_process(recipe),
-    )
-    return compare(original, load_state(store, run, step))
+    try:
+        # From milestone to milestone, as the flow does it: the journal has a record at each.
+        for milestone in recipe.milestones:
+            job = TrainingJob(
+                **job_fields(run, dataset, environment),
+                recipe=recipe,
+                until=milestone,
+                checkpoint_every=checkpoint_every(recipe),
+            )
+            run_job(
+                "diffusion.training.job",
+                job,
+                environment.runs / run,
+                usable_processes(recipe, processes),
+                say_progress,
+                lambda line: None,
+                threads_per_process(recipe),
+            )
+        return compare(original, load_state(store, run, step))
+    finally:
+        for made in steps_with_checkpoint(store, run):
+            delete_checkpoint(store, run, made)
+        shutil.rmtree(environment.runs / run, ignore_errors=True)
 
 
 def compare(original: Original, state: State) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Annotated
 
 from prefect import flow
@@ -10,13 +11,15 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from diffusion.data.store import Store, open_store
+from diffusion.errors import RunBusy
+from diffusion.job import lock_folder
 from diffusion.settings import settings
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.retention import find_superseded
 from diffusion.training.state import delete_checkpoint, steps_with_checkpoint
 from flows.credentials import use_block
 from flows.progress import say
-from flows.run import open_tracking
+from flows.run import FLOW_FOLDER, open_tracking
 
 
 @flow(name="clean-up")
@@ -42,27 +45,37 @@ def clean_up(
     found = find_superseded(client, experiment_id, keep_runs, keep_versions, champions)
     done = []
     for run in found.runs:
-        if steps := steps_with_checkpoint(store, run):
+        steps = steps_with_checkpoint(store, run)
+        if not dry_run and not _delete_run(store, run, steps, environment.runs / run):
+            say(f"{run} is being continued: its checkpoints are left.")
+        elif steps:
             done.append(f"checkpoints of {run}: {', '.join(f'{step:,}' for step in steps)}")
-        if not dry_run:
-            _delete_checkpoints(store, run, steps)
-            shutil.rmtree(environment.runs / run, ignore_errors=True)
     for model, version in found.versions:
+        now = client.get_model_version(model, version)
+        if now.aliases:  # given meanwhile
+            continue
         done.append(f"version {version} of {model}")
         if not dry_run:
-            logged = client.get_model_version(model, version).model_id
             client.delete_model_version(model, version)
-            if logged:
-                client.delete_logged_model(logged)  # `mlflow gc` then frees its files
+            if now.model_id:
+                client.delete_logged_model(now.model_id)  # `mlflow gc` then frees its files
     heading = f"{'Would be deleted' if dry_run else 'Deleted'}: {len(done)}"
     say(heading)
     create_markdown_artifact("\n".join([f"# {heading}", "", *(f"- {line}" for line in done)]) + "\n", key="clean-up")
     return done
 
 
-def _delete_checkpoints(store: Store, run: str, steps: list[int]) -> None:
-    for step in steps:
-        delete_checkpoint(store, run, step)
+def _delete_run(store: Store, run: str, steps: list[int], folder: Path) -> bool:
+    """Delete a run's checkpoints and its working folder here, unless a flow run has taken it up meanwhile."""
+    try:
+        lock = lock_folder(folder / FLOW_FOLDER, seconds=0)
+    except RunBusy:
+        return False
+    with lock:
+        for step in steps:
+            delete_checkpoint(store, run, step)
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 if __name__ == "__main__":

@@ -74,10 +74,10 @@ def train_diffusion(
     recipe, workers = check_before_compute(request)
     archive = find_source(request.source)
     dataset = ingest_archive(archive, settings().store_uri)
+    measure_reference(dataset, recipe, workers)
     recipe, same = plan(request, recipe, dataset)
     if same is not None:
         return unchanged(same)
-    measure_reference(dataset, recipe, workers)
     with tracked_run(request, recipe, dataset) as run:
         for milestone in recipe.milestones:
             state = train(run, milestone, workers)

@@ -101,10 +101,20 @@ async def main() -> None:
         wanted += notifications(block.strip(), await find_block(block.strip()))
     for automation in wanted:
         try:
-            await Automation.aread(name=automation.name)
+            known = await Automation.aread(name=automation.name)
         except ValueError:
+            known = None
+        if known is not None and _block_of(known) != _block_of(automation):  # the block was made anew
+            await known.adelete()
+            known = None
+        if known is None:
             await automation.acreate()
             print(f"made '{automation.name}'")
+
+
+def _block_of(automation: Automation) -> UUID | None:
+    (action,) = automation.actions
+    return action.block_document_id if isinstance(action, SendNotification) else None
 
 
 if __name__ == "__main__":

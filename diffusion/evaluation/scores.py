@@ -133,10 +133,14 @@ def evaluation_folder(run: str, step: int, name: str = "") -> str:
     return f"runs/{run}/evaluations/{step:09d}{'-' if name else ''}{name}"
 
 
-def find_scores(store: Store, run: str, step: int, samples: int, name: str = "") -> Scores | None:
-    """The scores of a finished evaluation with that many samples, or None."""
+def find_scores(
+    store: Store, run: str, step: int, samples: int, name: str = "", checkpoint: str | None = None
+) -> Scores | None:
+    """The scores of a finished evaluation with that many samples (and of the checkpoint with that digest), or None."""
     try:
         scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step, name)}/scores.json"))
     except KeyError:
+        return None
+    if checkpoint not in (None, scores.checkpoint):
         return None
     return scores if all(by.samples == samples for by in scores.by_extractor) else None

@@ -40,7 +40,7 @@ def interpolation(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: li
 
 
 def real_images(images: ShardImages, classes: list[str]) -> Image.Image:
-    """The first GRID_COLUMNS real images of each class, as a grid like that of samples."""
+    """The first GRID_COLUMNS real images of each class that has any, as a grid like that of samples."""
     found: dict[int, list[NDArray[np.uint8]]] = {label: [] for label in range(len(classes))}
     for index in range(len(images.shards)):
         for image, label in zip(*images.shard(index), strict=True):
@@ -48,8 +48,9 @@ def real_images(images: ShardImages, classes: list[str]) -> Image.Image:
                 found[int(label)].append(image)
         if all(len(own) == GRID_COLUMNS for own in found.values()):
             break
-    columns = min(map(len, found.values()))
-    return class_grid(np.stack([own[k] for k in range(columns) for own in found.values()]), classes)
+    shown = {classes[label]: own for label, own in found.items() if own}
+    columns = min(map(len, shown.values()))
+    return class_grid(np.stack([own[k] for k in range(columns) for own in shown.values()]), list(shown))
 
 
 def _noise(denoiser: Denoiser, indices: range, which: int) -> Tensor:

@@ -131,14 +131,14 @@ def promote(client: MlflowClient, store: Store, model: str, version: str) -> Dec
     for _ in range(ATTEMPTS):
         entries = _log(store, model)
         _complete(client, store, model, entries)
-        challenger, champion = client.get_model_version(model, version), champion_version(client, model)
-        if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
-            written = [entry for entry in entries if entry["to"] == version]
-            if not written:  # made champion by hand
-                return Decision(model, version, CHAMPION, "It is the champion already.")
+        if written := [entry for entry in entries if entry["to"] == version]:
+            # Promoted before: whatever was done with the alias since, by a later run or by hand, stays.
             decision = _decision(model, written[-1])
             _tell(client, decision)  # whoever wrote the entry may not have come to that
             return decision
+        challenger, champion = client.get_model_version(model, version), champion_version(client, model)
+        if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
+            return Decision(model, version, CHAMPION, "It was made champion by hand.")
         alias, reason, gates = _judge(challenger, champion)
         decision = Decision(model, version, alias, reason, gates)
         if alias == CHALLENGER:
@@ -236,11 +236,14 @@ def _log(store: Store, model: str) -> list[dict[str, Any]]:
 
 def past_champions(store: Store, count: int) -> dict[str, list[str]]:
     """The last `count` versions that were champion, by model, the newest last."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
     for name in store.names("promotions/"):
         if name.endswith(".json"):
-            found.setdefault(name.split("/")[1], []).append(str(json.loads(store.read(name))["to"]))
-    return {model: versions[-count:] if count else [] for model, versions in found.items()}
+            entry, versions = json.loads(store.read(name)), found.setdefault(name.split("/")[1], {})
+            for version in filter(None, (entry.get("from"), entry["to"])):  # one made champion by hand is a `from` only
+                versions.pop(str(version), None)
+                versions[str(version)] = None
+    return {model: list(versions)[-count:] if count else [] for model, versions in found.items()}
 
 
 def _exists(store: Store, name: str) -> bool:

@@ -13,6 +13,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store
 from diffusion.errors import UserError
 from diffusion.evaluation.scores import Scores
+from diffusion.recipe import Evaluation
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.state import State, checkpoint_file
 
@@ -21,13 +22,22 @@ if TYPE_CHECKING:
 
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
-PROTOCOL = "1: fixed noise by sample index, classes in turn, the recipe's own sampler"
+PROTOCOL = "2: fixed noise by sample index, classes in turn"
 """How figures are made, by number: those of another protocol do not compare."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
 
 
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
 """A request: the model takes no input, only parameters."""
+
+
+def protocol(evaluation: Evaluation) -> str:
+    """How a version's figures were made: all that must be alike before two are compared."""
+    return (
+        f"{PROTOCOL}; {evaluation.samples} samples by {evaluation.sampler} in {evaluation.sampler_steps} steps ({evaluation.spacing}, "
+        f"eta {evaluation.eta:g}, guidance {evaluation.guidance:g}); bits/dim of {evaluation.likelihood_images} images at "
+        f"{evaluation.likelihood_timesteps} timesteps"
+    )
 
 
 def model_name(dataset: Manifest) -> str:
@@ -61,7 +71,7 @@ def publish(
         "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
         "image_size": str(state.recipe.data.image_size),
-        "evaluation.protocol": f"{PROTOCOL}, {state.recipe.evaluation.samples} samples",
+        "evaluation.protocol": protocol(state.recipe.evaluation),
         "recipe.digest": state.recipe.digest,
         "checkpoint.digest": state.digest,
         "checkpoint.step": str(state.step),
@@ -213,6 +223,7 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         commit=tags["git.commit"],
         run_id=run_id,
         start=f"From step {recipe.start.step:,} of `{recipe.start.run}` on." if recipe.start else "From new weights.",
+        needed=f" and the checkpoint `{recipe.start.run}` that it went on from in the store" if recipe.start else "",
         dataset_digest=dataset.digest,
         recipe_digest=recipe.digest,
         checkpoint_digest=state.digest,

@@ -1,8 +1,8 @@
 """What may be cleaned up: checkpoints and model versions that nothing live, recent or under way comes from.
 
-Kept are the checkpoints of every run that made a version with an alias (champion, challenger, or one of your own), of all
-runs that these went on from, of runs under way and theirs, and of the newest runs; and every version with an alias, the
-last champions, and the newest versions. MLflow runs with their metrics, pictures and galleries are never touched.
+Kept are the checkpoints of every run that made a version with an alias (champion, challenger, or one of your own) or one of
+the last champions, of all runs that these went on from, of runs under way and theirs, and of the newest runs; and every version
+with an alias, the last champions, and the newest versions. MLflow runs with their metrics, pictures and galleries are never touched.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def find_superseded(
         versions = _all(client.search_model_versions, f"name = '{model.name}'")
         versions.sort(key=lambda version: int(version.version), reverse=True)
         aliased = {str(version) for version in model.aliases.values()}
-        needed |= {by_id[v.run_id] for v in versions if str(v.version) in aliased and v.run_id in by_id}
-        kept = aliased | set(champions.get(model.name, [])) | {str(v.version) for v in versions[:keep_versions]}
+        live = aliased | set(champions.get(model.name, []))
+        needed |= {by_id[v.run_id] for v in versions if str(v.version) in live and v.run_id in by_id}
+        kept = live | {str(v.version) for v in versions[:keep_versions]}
         superseded += [(model.name, str(v.version)) for v in versions if str(v.version) not in kept]
     for key in list(needed):
         while (start := _start(by_key, key)) is not None and start.run not in needed:

@@ -19,6 +19,7 @@ from diffusion.tracking.promotion import Decision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.entities import Run as MlflowRun
 
     from mlflow import MlflowClient
 
@@ -85,7 +86,9 @@ class TrackedRun:
             if "failure" in run.data.tags:
                 client.delete_tag(run.info.run_id, "failure")
         else:
-            tags = {RUN_KEY: lineage.run, OWNER_TAG: lineage.owner, "prefect.flow_run_id": lineage.flow_run_id}
+            # With its start from the first moment: a retry goes on as it began.
+            start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
+            tags = {RUN_KEY: lineage.run, OWNER_TAG: lineage.owner, "prefect.flow_run_id": lineage.flow_run_id, **start}
             run = client.create_run(experiment_id, run_name=name, tags=tags)
         self = cls(client, run.info.run_id, experiment_id, run.info.start_time)
         tags = {
@@ -100,8 +103,6 @@ class TrackedRun:
             OWNER_TAG: lineage.owner,
             "mlflow.note.content": _note(recipe, dataset, lineage),
         }
-        if recipe.start is not None:
-            tags[START_TAG] = recipe.start.model_dump_json()
         client.log_batch(
             self.run_id,
             params=[Param(key, value) for key, value in headline_values(recipe).items()],
@@ -240,36 +241,38 @@ def unfinished_run(
 
     None if the newest one finished, or if the code is not known exactly.
     """
-    return _newest_run(client, experiment_id, recipe, dataset, commit, ("FAILED", "KILLED"))
+    newest = _newest_run(client, experiment_id, recipe, dataset, commit)
+    return str(newest.data.tags[RUN_KEY]) if newest and newest.info.status in ("FAILED", "KILLED") else None
 
 
 def finished_run(
     client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str
 ) -> str | None:
     """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished."""
-    return _newest_run(client, experiment_id, recipe, dataset, commit, ("FINISHED",))
+    newest = _newest_run(client, experiment_id, recipe, dataset, commit, " and attributes.status = 'FINISHED'")
+    return str(newest.data.tags[RUN_KEY]) if newest else None
 
 
 def _newest_run(
-    client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str, states: tuple[str, ...]
-) -> str | None:
+    client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str, condition: str = ""
+) -> MlflowRun | None:
     if commit == "unknown" or commit.endswith("-dirty"):
         return None
     wanted = {"recipe.digest": recipe.digest, "dataset.digest": dataset.digest, "git.commit": commit}
     same = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
-    found = client.search_runs([experiment_id], same, order_by=["attributes.start_time DESC"], max_results=1)
-    if found and found[0].info.status in states:
-        return str(found[0].data.tags[RUN_KEY])
-    return None
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment_id], same + condition, order_by=order, max_results=1)
+    return found[0] if found else None
 
 
 def recorded_start(client: MlflowClient, experiment_id: str, flow_run_id: str) -> tuple[bool, Start | None]:
     """Whether a flow run has begun its MLflow run, and the checkpoint that it then went on from."""
-    found = client.search_runs([experiment_id], f"tags.`prefect.flow_run_id` = '{flow_run_id}'", max_results=1)
-    if not found:
-        return False, None
-    text = found[0].data.tags.get(START_TAG)
-    return True, Start.model_validate_json(text) if text else None
+    # By the run's key as well, which has the id of the flow run that began it: another may have gone on with it since.
+    for query in (f"tags.`prefect.flow_run_id` = '{flow_run_id}'", f"tags.`{RUN_KEY}` LIKE '%{flow_run_id}'"):
+        for run in client.search_runs([experiment_id], query, max_results=1):
+            text = run.data.tags.get(START_TAG)
+            return True, Start.model_validate_json(text) if text else None
+    return False, None
 
 
 def _note(recipe: Recipe, dataset: Manifest, lineage: Lineage) -> str:

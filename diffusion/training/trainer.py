@@ -43,11 +43,15 @@ def lanes_of_process(recipe: Recipe, rank: int, processes: int) -> range:
 
 
 def learning_rate(recipe: Recipe, images_seen: int) -> float:
-    """The rate at a point of the budget: a function of images, not of steps or processes."""
-    optimizer, budget = recipe.optimizer, recipe.data.images
+    """The rate at a point of the budget: a function of images, not of steps or processes.
+
+    A recipe that goes on from a checkpoint decays anew, over its own images.
+    """
+    optimizer, before = recipe.optimizer, recipe.first_step * recipe.data.batch_size
+    share = (images_seen - before) / (recipe.data.images - before)
     rate = optimizer.learning_rate
     if optimizer.decay == "cosine":
-        rate *= 0.5 * (1 + np.cos(np.pi * min(1.0, images_seen / budget)))
+        rate *= 0.5 * (1 + np.cos(np.pi * min(1.0, share)))
     if images_seen < optimizer.warmup_images:
         rate *= images_seen / optimizer.warmup_images
     return float(rate)

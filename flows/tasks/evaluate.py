@@ -26,7 +26,7 @@ from flows.tasks.retrying import DELAYS, worth_retrying
 def evaluate(run: Run, state: State, processes: int) -> Scores:
     """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""
     step, samples = state.step, run.recipe.evaluation.samples
-    scores = find_scores(run.store, run.name, step, samples)
+    scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
     if scores is None:
         spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
@@ -34,7 +34,7 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         run_stage(
             title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, processes, run.recipe, "evaluation"
         )
-        scores = find_scores(run.store, run.name, step, samples)
+        scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
         assert scores is not None
     grid = evaluation_picture(run, step, "grid")
     run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))

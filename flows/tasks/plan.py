@@ -8,6 +8,7 @@ from prefect.states import Completed, State
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import open_store
+from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, Start
 from diffusion.settings import settings
 from diffusion.tracking.promotion import champion_version
@@ -31,7 +32,7 @@ from flows.tasks.retrying import DELAYS, worth_retrying
 def plan(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> tuple[Recipe, str | None]:
     """The recipe, going on from the champion where that was asked for; and the finished run that has done the same.
 
-    Raises RecipeError if the champion's state has no place in the recipe.
+    Raises RecipeError if the champion's state has no place in the recipe, or the champion knows another dataset.
     """
     if request.start_from == "champion":
         recipe = _from_champion(recipe, dataset)
@@ -56,7 +57,13 @@ def _from_champion(recipe: Recipe, dataset: Manifest) -> Recipe:
     if start is None:
         say("There is no champion to go on from: beginning with new weights.")
         return recipe
-    return recipe.continued(start, load_state(store, start.run, start.step).recipe)
+    state = load_state(store, start.run, start.step)
+    if state.dataset != dataset.digest:
+        raise RecipeError(
+            f"The champion ({start.run}) was trained on dataset {state.dataset[:16]}, and this one is {dataset.digest[:16]}: its "
+            "weights mean other pixels. Train with start_from: scratch once."
+        )
+    return recipe.continued(start, state.recipe)
 
 
 def unchanged(run: str) -> State[None]:

@@ -35,6 +35,6 @@ def promote(run: Run, version: str) -> Decision:
             PROMOTED,
             resource={"prefect.resource.id": f"train-diffusion.model.{decision.model}"},
             payload={"text": f"{decision.model} {decision.version} is champion. {decision.reason}"},
-            id=uuid5(NAMESPACE_URL, f"{run.tracked.run_id}/{decision.version}"),  # a repetition is the same event
+            id=uuid5(NAMESPACE_URL, f"{run.tracked.run_id}/{decision.version}"),  # a retry's is the same event
         )
     return decision

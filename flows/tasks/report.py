@@ -16,6 +16,7 @@ from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
 from flows.gallery import gallery
+from flows.progress import say
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import DELAYS, worth_retrying
@@ -41,7 +42,10 @@ class Report(BaseModel):
 )
 def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
     """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
-    run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
+    try:
+        run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
+    except Exception as error:  # a page is no reason to call a run failed whose model may be live
+        say(f"There is no gallery of this run: {type(error).__name__}: {error}")
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]
     rows = {
         "dataset": f"{run.dataset.source} {run.dataset.digest[:16]}, {run.dataset.splits['train']:,} training images",

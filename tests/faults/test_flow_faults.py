@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -179,10 +180,15 @@ def flow_process(project: Project) -> psutil.Process:
 
 
 def kill_rank(project: Project) -> None:
-    """Kill rank 0 of the job that runs now; between two jobs there is none, and nothing to kill."""
-    for child in flow_process(project).children(recursive=True):
-        if child.environ().get("RANK") == "0":
-            child.kill()
+    """Kill rank 0 of the job that runs now; between two jobs there is none for a while."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in flow_process(project).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                if child.environ().get("RANK") == "0":
+                    return child.kill()
+        time.sleep(0.05)
+    raise AssertionError("there was no rank to kill")
 
 
 def prepare_restart(project: Project, name: str) -> Callable[[], None]:

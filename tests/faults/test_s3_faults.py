@@ -195,7 +195,7 @@ def test_the_server_itself_is_killed_at_random_moments(
         monkeypatch.setenv(key, value)
     done: list[Kill] = []
     folder = tmp_path / "killed"
-    killer = threading.Thread(target=kill_server_at, args=(server, folder / JOURNAL, kills, away, done))
+    killer = threading.Thread(target=kill_server_at, args=(server, folder / JOURNAL, kills, away, done), daemon=True)
     try:
         store = open_store("s3://tests/training")
         dataset = ingest(source, store, shard_bytes=60_000).digest

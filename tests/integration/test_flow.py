@@ -171,6 +171,7 @@ def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, monkeypatch: pytest.
     assert "code  DIFFERENT" in again.stdout
     assert "training" in again.stdout, "what an earlier reproduction had made was taken for a new one"
     assert again.returncode == 0
+    assert not list(settings().runs.glob("reproduce-*"))
     missing = reproduce("--version", "7")
     assert missing.returncode == 1
     assert "error: MLflow has no model version" in missing.stderr

@@ -18,12 +18,12 @@ from mlflow import MlflowClient
 pytestmark = pytest.mark.slow
 
 MODEL = "eurosat-ddpm"
-STARTS = {"r2": "r0", "r5": "r1"}  # the champion went on from r0, the run under way goes on from r1
+STARTS = {"r3": "r1", "r5": "r2"}  # the champion went on from r1, the run under way goes on from r2
 
 
 @pytest.fixture
 def six_nights(home: Path) -> MlflowClient:
-    """Six runs of which each made a version; version 1 was champion, 3 is, and the last run is under way."""
+    """Six runs of which each made a version; version 1 was champion, 4 is, and the last run is under way."""
     client, experiment_id = open_tracking(settings())
     store = open_store(settings().store_uri)
     client.create_registered_model(MODEL)
@@ -39,9 +39,9 @@ def six_nights(home: Path) -> MlflowClient:
         for file in ("model.safetensors", "state.json"):
             store.write(f"checkpoints/{key}/000000008/{file}", b"{}")
         (settings().runs / key).mkdir(parents=True)
-    for number, version in enumerate((1, 3)):
-        store.write(f"promotions/{MODEL}/{number:06d}.json", b'{"to": "%d"}' % version)
-    client.set_registered_model_alias(MODEL, "champion", "3")
+    for number, version in enumerate((1, 4)):
+        store.write(f"promotions/{MODEL}/{number:06d}.json", b'{"from": null, "to": "%d"}' % version)
+    client.set_registered_model_alias(MODEL, "champion", "4")
     return client
 
 
@@ -55,14 +55,14 @@ def left(client: MlflowClient) -> tuple[list[str], list[str]]:
 def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: MlflowClient) -> None:
     from flows.retention import clean_up
 
-    assert past_champions(open_store(settings().store_uri), 10) == {MODEL: ["1", "3"]}
+    assert past_champions(open_store(settings().store_uri), 10) == {MODEL: ["1", "4"]}
     would = clean_up(keep_runs=1, keep_versions=1, dry_run=True)
     assert left(six_nights) == ([f"r{n}" for n in range(6)], [str(n) for n in range(1, 7)])
     assert clean_up(keep_runs=1, keep_versions=1) == would
-    assert left(six_nights) == (["r0", "r1", "r2", "r5"], ["1", "3", "6"])
+    assert left(six_nights) == (["r0", "r1", "r2", "r3", "r5"], ["1", "4", "6"])
     assert clean_up(keep_runs=1, keep_versions=1) == [], "a repetition found something"
     # An alias of the user's own protects as well, and without the way back an old champion is one of many.
     six_nights.set_registered_model_alias(MODEL, "favourite", "6")
     clean_up(keep_runs=1, keep_versions=1, keep_champions=0)
-    assert left(six_nights) == (["r0", "r1", "r2", "r5"], ["3", "6"])
+    assert left(six_nights) == (["r1", "r2", "r3", "r5"], ["4", "6"])
     assert len(six_nights.search_runs([open_tracking(settings())[1]])) == 6

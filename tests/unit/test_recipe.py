@@ -3,7 +3,7 @@
 import pytest
 
 from diffusion.errors import RecipeError
-from diffusion.recipe import flatten, load_recipe, preset_names, recipe_keys
+from diffusion.recipe import Start, flatten, load_recipe, preset_names, recipe_keys
 from diffusion.training.trainer import lanes_of_process, learning_rate
 from flows.request import usable_processes
 from tests.conftest import tiny_recipe
@@ -60,7 +60,7 @@ def test_every_key_can_be_overridden_and_is_a_parameter() -> None:
     recipe = load_recipe("demo")
     flat = flatten(recipe)
     assert set(recipe_keys()) | {"name", "start"} == set(flat)
-    assert load_recipe("demo", {key: value for key, value in flat.items() if key != "name"}) == recipe
+    assert load_recipe("demo", {key: value for key, value in flat.items() if key not in ("name", "start")}) == recipe
 
 
 def test_the_seed_changes_the_digest() -> None:
@@ -78,6 +78,27 @@ def test_the_learning_rate_rises_and_falls_by_images() -> None:
     assert learning_rate(recipe, 16) < 1 / 2 + 1e-9
     assert learning_rate(recipe, 32) == pytest.approx(0.5 * (1 + 0.9238795), rel=1e-6)
     assert learning_rate(recipe, 256) == pytest.approx(0, abs=1e-12)
+    again = recipe.continued(Start(run="r", step=16, digest="d"), recipe)
+    assert again.data.images == 512
+    assert again.milestones == (24, 32)
+    assert learning_rate(again, 256) == pytest.approx(1)
+    assert learning_rate(again, 384) == pytest.approx(0.5)
+    assert learning_rate(again, 512) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"network__width": 8},
+        {"data__batch_size": 32},
+        {"process__prediction": "epsilon"},
+        {"optimizer__kind": "adamw"},
+        {"ema__half_lives": [1000]},
+    ],
+)
+def test_a_state_of_another_form_is_refused(other: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match="can't go on from step 16 of r"):
+        tiny_recipe(**other).continued(Start(run="r", step=16, digest="d"), tiny_recipe())
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
