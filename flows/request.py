@@ -42,22 +42,22 @@ def usable_processes(recipe: Recipe, asked: int | None) -> int:
 
     Raises RecipeError if those asked for can't share the recipe's lanes, or are more than the GPUs.
     """
-    gpus = _gpus()
+    present = gpus()
     if asked is not None:
         recipe.check_processes(asked)
-        if gpus and asked > gpus:
+        if present and asked > present:
             raise RecipeError(
-                f"{asked} processes were asked for, but there are {gpus} GPUs. Use at most as many, or set "
+                f"{asked} processes were asked for, but there are {present} GPUs. Use at most as many, or set "
                 "CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
             )
         return asked
     lanes = recipe.data.lanes
-    return max(count for count in range(1, lanes + 1) if lanes % count == 0 and count <= (gpus or usable_cores()))
+    return max(count for count in range(1, lanes + 1) if lanes % count == 0 and count <= (present or usable_cores()))
 
 
 def threads_per_process(recipe: Recipe) -> int | None:
     """Threads of each process; None: its share of the cores. How an operation's sums are cut depends on them."""
-    return 1 if recipe.reduction == "exact" and not _gpus() else None
+    return 1 if recipe.reduction == "exact" and not gpus() else None
 
 
 def checkpoint_every(recipe: Recipe) -> int:
@@ -66,7 +66,8 @@ def checkpoint_every(recipe: Recipe) -> int:
     return max(1, min(CHECKPOINT_EVERY_IMAGES // recipe.data.batch_size, steps))
 
 
-def _gpus() -> int:
+def gpus() -> int:
+    """How many GPUs there are."""
     # torch takes seconds to import: not where no driver shows a device (NVIDIA, AMD, WSL).
     if not any(map(glob, ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))):
         return 0

@@ -51,6 +51,8 @@ class Decision:
     alias: str
     reason: str
     gates: tuple[Gate, ...] = ()
+    against: str | None = None
+    """The version that was champion then."""
 
 
 def gates_against(new: Scores, old: Scores) -> tuple[Gate, ...]:
@@ -140,7 +142,7 @@ def promote(client: MlflowClient, store: Store, model: str, version: str) -> Dec
         if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
             return Decision(model, version, CHAMPION, "It was made champion by hand.")
         alias, reason, gates = _judge(challenger, champion)
-        decision = Decision(model, version, alias, reason, gates)
+        decision = Decision(model, version, alias, reason, gates, str(champion.version) if champion else None)
         if alias == CHALLENGER:
             _tell(client, decision)
             client.set_registered_model_alias(model, CHALLENGER, version)
@@ -160,7 +162,7 @@ def promote(client: MlflowClient, store: Store, model: str, version: str) -> Dec
 
 def _decision(model: str, entry: dict[str, Any]) -> Decision:
     gates = tuple(Gate(**gate) for gate in entry["gates"])
-    return Decision(model, entry["to"], CHAMPION, entry["reason"], gates)
+    return Decision(model, entry["to"], CHAMPION, entry["reason"], gates, entry["from"])
 
 
 def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str, str, tuple[Gate, ...]]:
@@ -170,7 +172,7 @@ def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str
         opening = "It is the first version"
     else:
         different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-        old = _scores(champion)
+        old = scores_of(champion)
         if old is None:
             different.append("the form of their scores")
         else:
@@ -190,7 +192,7 @@ def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str
     return CHAMPION, f"{opening}: {gates[0].figures}; all {len(gates)} gates passed.", gates
 
 
-def _scores(version: ModelVersion) -> Scores | None:
+def scores_of(version: ModelVersion) -> Scores | None:
     """A version's scores; None if it has none that this code can read."""
     try:
         return Scores.model_validate_json(version.tags["scores"])

@@ -53,6 +53,7 @@ def publish(
     dataset: Manifest,
     pictures: dict[str, bytes],
     tags: dict[str, str],
+    compute: str,
 ) -> str:
     """Make a model version of a checkpoint and return its number; the one that this run has already made of it counts.
 
@@ -60,6 +61,7 @@ def publish(
 
     Args:
         pictures: PNGs by name: `grid`, a row a class, and `closest`, the samples nearest to training images.
+        compute: what the training took, for the card.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -82,7 +84,7 @@ def publish(
         if version.tags.get("checkpoint.digest") == state.digest:
             return str(version.version)
     _ensure_registered(client, name, dataset)
-    card = model_card(state, scores, dataset, tags, run.run_id)
+    card = model_card(state, scores, dataset, tags, run.run_id, compute)
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
     )
@@ -185,7 +187,7 @@ def _pinned_requirements() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str], run_id: str) -> str:
+def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str], run_id: str, compute: str) -> str:
     """The card of a version, as Markdown."""
     template = ASSETS / "model_card.md"
     if not template.exists():
@@ -222,6 +224,7 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         sampler=f"{recipe.evaluation.sampler}, {recipe.evaluation.sampler_steps} steps",
         commit=tags["git.commit"],
         run_id=run_id,
+        compute=compute,
         start=f"From step {recipe.start.step:,} of `{recipe.start.run}` on." if recipe.start else "From new weights.",
         needed=f" and the checkpoint `{recipe.start.run}` that it went on from in the store" if recipe.start else "",
         dataset_digest=dataset.digest,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import publish
 from diffusion.training.state import State
+from flows.request import gpus, usable_processes
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import DELAYS, worth_retrying
@@ -30,4 +33,14 @@ def register(run: Run, state: State, scores: Scores) -> str:
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
     pictures = {name: evaluation_picture(run, state.step, name) for name in ("grid", "closest")}
-    return publish(run.tracked, run.store, state, scores, run.dataset, pictures, tags)
+    return publish(run.tracked, run.store, state, scores, run.dataset, pictures, tags, compute(run, state))
+
+
+def compute(run: Run, state: State) -> str:
+    """What the training took, for the card."""
+    processes = usable_processes(run.recipe, run.request.processes)
+    where = f"{processes} GPU processes" if gpus() else f"{processes} CPU processes ({platform.machine()})"
+    speed = run.tracked.client.get_run(run.tracked.run_id).data.metrics.get("speed/images_per_second")
+    images = state.images_seen - run.recipe.first_step * run.recipe.data.batch_size
+    hours = f", about {images / speed / 3600:.2g} hours at {speed:,.0f} images/s" if speed else ""
+    return f"{images:,} images on {where}{hours}; {run.recipe.precision}, reduction {run.recipe.reduction}."

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.connection import without_credentials
-from diffusion.tracking.promotion import Decision
+from diffusion.tracking.promotion import Decision, scores_of
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
 from flows.gallery import gallery
@@ -61,7 +61,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
     rows[GRID] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
-    create_markdown_artifact(_markdown(run, state, rows, decision), key="report")
+    create_markdown_artifact(_markdown(run, state, scores, rows, decision), key="report")
     if link := _mlflow_page(run):
         create_link_artifact(link, "The run in MLflow: metrics, samples, model", key="mlflow-run")
     return Report(rows=rows)
@@ -78,14 +78,31 @@ def _mlflow_page(run: Run) -> str:
     return run_page if uri.startswith("http") else ""
 
 
-def _markdown(run: Run, state: State, rows: dict[str, str], decision: Decision) -> str:
+def _comparison(run: Run, scores: Scores, decision: Decision) -> list[str]:
+    """The figures beside those of the version that was champion, as a Markdown table."""
+    champion: dict[str, str] = {}
+    if decision.against is not None:
+        before = scores_of(run.tracked.client.get_model_version(decision.model, decision.against))
+        champion = {name: _figure(value, error) for name, value, error, _ in before.table()} if before else {}
+    heading = f"version {decision.against}, champion then" if decision.against else "no champion yet"
+    lines = [f"| figure | this run | {heading} | real images |", "| --- | --- | --- | --- |"]
+    for name, value, error, real in scores.table():
+        lines.append(f"| {name} | {_figure(value, error)} | {champion.get(name, '')} | {_figure(real, None)} |")
+    return lines
+
+
+def _figure(value: float | None, error: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], decision: Decision) -> str:
     grid = base64.b64encode(thumbnail(evaluation_picture(run, state.step, "grid"), GRID_PIXELS)).decode()
     parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {decision.reason}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({link}/artifacts/{GALLERY})")
-    parts.append(
-        "\n".join(["| what | value |", "| --- | --- |", *(f"| {key} | {text} |" for key, text in rows.items())])
-    )
+    lines = [f"| {key} | {text} |" for key, text in rows.items() if key != GRID]
+    parts.append("\n".join(["| what | value |", "| --- | --- |", *lines]))
+    parts.append("\n".join(_comparison(run, scores, decision)))
     if decision.gates:
         gates = (f"| {gate.name} | {'yes' if gate.passed else '**no**'} | {gate.figures} |" for gate in decision.gates)
         parts.append("\n".join(["| gate | passed | figures |", "| --- | --- | --- |", *gates]))

@@ -291,7 +291,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     )
     tags = {"git.commit": "c" * 40}
     made = scores(checkpoint=state.digest, **fields)
-    return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags)
+    return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags, "")
 
 
 @pytest.mark.slow
