@@ -122,7 +122,8 @@ def test_the_flow_run_page_of_prefect(prefect_page: Page, project: Project) -> N
     prefect_page.wait_for_function("[...document.images].some(one => one.naturalWidth > 300)")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 390])
 def test_the_gallery_on_any_width_light_and_dark(
     browser: Browser, project: Project, run: dict[str, Any], width: int, scheme: Any
 ) -> None:
