@@ -30,12 +30,12 @@ from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
 from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Scores
-from diffusion.recipe import Recipe
+from diffusion.recipe import Recipe, Start
 from diffusion.tracking.connection import connect
 from diffusion.tracking.figures import loss_by_noise_level
 from diffusion.tracking.promotion import champion_version, promote
 from diffusion.tracking.registry import publish
-from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
+from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
@@ -292,6 +292,21 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     tags = {"git.commit": "c" * 40}
     made = scores(checkpoint=state.digest, **fields)
     return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags, "")
+
+
+def test_where_a_flow_run_started_is_known_to_its_retry_also_when_another_has_gone_on_with_it(
+    client: MlflowClient, ingested: Ingested
+) -> None:
+    experiment_id = open_experiment(client, None)
+    start = Start(run="champion's", step=16, digest="d")
+    recipe = tiny_recipe().continued(start, tiny_recipe())
+    assert recorded_start(client, experiment_id, "flow-a") == (False, None)
+    for flow_run in ("flow-a", "flow-b"):  # b goes on with what a has begun
+        lineage = replace(LINEAGE, run="demo-seed0-flow-a", flow_run_id=flow_run)
+        TrackedRun.open(client, experiment_id, flow_run, lineage, recipe, ingested.manifest, ingested.store.uri)
+        assert recorded_start(client, experiment_id, flow_run) == (True, start)
+    assert recorded_start(client, experiment_id, "flow-a") == (True, start)
+    assert recorded_start(client, experiment_id, "flow-c") == (False, None)
 
 
 @pytest.mark.slow
