@@ -4,7 +4,7 @@ Zombie runs: a flow run that beat and then fell silent is marked as crashed. So 
 the next night's, and whoever is notified of crashes hears of it.
 
 Notifications: a flow run that failed or crashed, and a promotion, are told to the notification blocks of Prefect that
-TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,sendgrid-email/ops.
+TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,smtp-mail/ops.
 """
 
 from __future__ import annotations

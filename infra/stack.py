@@ -175,6 +175,7 @@ def register_deployments(env: dict[str, str]) -> None:
         [*prefect, "work-pool", "create", "train-diffusion", "--type", "process", "--overwrite"],
         [*prefect, "deploy", "--all"],
         [*prefect, "block", "register", "-m", "flows.credentials"],
+        [*prefect, "block", "register", "-m", "flows.mail"],
         [sys.executable, "infra/automations.py"],
     ):
         done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 import pytest
 
@@ -24,13 +25,38 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator
 WEBHOOK = """
 import os
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from flows.mail import SmtpMail
 data = {"subject": "{{subject}}", "body": "{{body}}"}
 CustomWebhookNotificationBlock(name="tests", url=os.environ["RECEIVER"], json_data=data).save("tests")
+mail = {"sender": "nightly@example.org", "recipients": ["owner@example.org"], "encryption": "none"}
+SmtpMail(host="127.0.0.1", port=int(os.environ["MAIL_PORT"]), **mail).save("tests")
 """
 
 
 @pytest.fixture(scope="session")
-def received(project: Project) -> Iterator[list[dict[str, str]]]:
+def mails() -> Iterator[tuple[int, list[str]]]:
+    """A mail server here: its port, and the mails that it is given."""
+    taken: list[str] = []
+
+    class MailServer(StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(b"220 here\r\n")
+            for line in self.rfile:
+                command = line[:4].upper().strip()
+                if command == b"DATA":
+                    self.wfile.write(b"354 go on\r\n")
+                    lines = iter(self.rfile.readline, b".\r\n")
+                    taken.append(b"".join(lines).decode())
+                self.wfile.write(b"221 bye\r\n" if command == b"QUIT" else b"250 fine\r\n")
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), MailServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1], taken
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def received(project: Project, mails: tuple[int, list[str]]) -> Iterator[list[dict[str, str]]]:
     """What a receiver of notifications here is told."""
     told: list[dict[str, str]] = []
 
@@ -43,7 +69,7 @@ def received(project: Project) -> Iterator[list[dict[str, str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = project.servers | {"RECEIVER": f"http://127.0.0.1:{server.server_port}/"}
-    env |= {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/tests"}
+    env |= {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/tests,smtp-mail/tests", "MAIL_PORT": str(mails[0])}
     made = project.shell(sys.executable, "-c", WEBHOOK, env=env)
     assert made.returncode == 0, made.stderr
     refused = project.shell(

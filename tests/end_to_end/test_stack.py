@@ -46,12 +46,17 @@ def test_the_literal_command_trains_a_model(project: Project, trained: str, rece
     assert "It is the first version" in wait_for_message(received, "A new model is live")["body"]
 
 
-def test_a_failure_is_told(project: Project, received: list[dict[str, str]]) -> None:
+def test_a_failure_is_told(project: Project, received: list[dict[str, str]], mails: tuple[int, list[str]]) -> None:
     done = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip", "--watch")
     assert done.returncode == 1, done.stdout
     message = wait_for_message(received, "Failed")
     assert "No archive at /no/such.zip" in message["body"]
     assert "/flow-run" in message["body"]
+    deadline = time.monotonic() + 60
+    while not any("No archive at /no/such.zip" in mail for mail in mails[1]):
+        assert time.monotonic() < deadline, mails[1]
+        time.sleep(0.2)
+    assert "To: owner@example.org" in mails[1][-1]
 
 
 def test_nothing_is_written_to_the_home_folder(project: Project) -> None:
