@@ -14,7 +14,7 @@ from diffusion.tracking.figures import (
     gradient_norms,
     loss_by_noise_level,
 )
-from diffusion.tracking.gallery import Picture, Section, page
+from diffusion.tracking.page import Picture, Section, page
 from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file

@@ -23,6 +23,11 @@ from prefect.events.schemas.events import ResourceSpecification
 
 ZOMBIES = "train-diffusion: mark silent runs as crashed"
 PROMOTED = "train-diffusion.promoted"  # the event of flows/tasks/promote.py
+OF_THE_FLOWS: dict[str, str | list[str]] = {
+    "prefect.resource.role": "flow",
+    "prefect.resource.name": ["train-diffusion", "clean-up"],
+}
+"""Whose events these automations listen to: the server may run flows of others."""
 SILENCE = timedelta(seconds=90)  # three heartbeats, of 30 s each (pyproject.toml)
 
 
@@ -32,6 +37,7 @@ def zombies() -> Automation:
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     trigger = EventTrigger(
         match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+        match_related=ResourceSpecification(OF_THE_FLOWS),
         after={beat},
         expect={beat, *ends},
         for_each={"prefect.resource.id"},
@@ -50,13 +56,9 @@ def zombies() -> Automation:
 
 def notifications(block: str, block_id: UUID) -> list[Automation]:
     """The automations that tell a block of failures and of promotions."""
-    of_the_flows: dict[str, str | list[str]] = {
-        "prefect.resource.role": "flow",
-        "prefect.resource.name": ["train-diffusion", "clean-up"],
-    }
     failure = EventTrigger(
         expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-        match_related=ResourceSpecification(of_the_flows),
+        match_related=ResourceSpecification(OF_THE_FLOWS),
         posture=Posture.Reactive,
         threshold=1,
         within=timedelta(0),

@@ -25,8 +25,6 @@ ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 PROTOCOL = "2: fixed noise by sample index, classes in turn"
 """How figures are made, by number: those of another protocol do not compare."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
-
-
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
 """A request: the model takes no input, only parameters."""
 

@@ -2,7 +2,8 @@
 
 Kept are the checkpoints of every run that made a version with an alias (champion, challenger, or one of your own) or one of
 the last champions, of all runs that these went on from, of runs under way and theirs, and of the newest runs; and every version
-with an alias, the last champions, and the newest versions. MLflow runs with their metrics, pictures and galleries are never touched.
+with an alias, the last champions, and the newest versions. Never touched: the models of other projects on the same server, and
+MLflow runs with their metrics, pictures and galleries.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def find_superseded(
 
     superseded = []
     for model in _all(client.search_registered_models):
-        versions = _all(client.search_model_versions, f"name = '{model.name}'")
+        # The server may have models of others: only versions that our runs made are ours to clean up.
+        versions = [v for v in _all(client.search_model_versions, f"name = '{model.name}'") if v.run_id in by_id]
         versions.sort(key=lambda version: int(version.version), reverse=True)
         aliased = {str(version) for version in model.aliases.values()}
         live = aliased | set(champions.get(model.name, []))
-        needed |= {by_id[v.run_id] for v in versions if str(v.version) in live and v.run_id in by_id}
+        needed |= {by_id[v.run_id] for v in versions if str(v.version) in live}
         kept = live | {str(v.version) for v in versions[:keep_versions]}
         superseded += [(model.name, str(v.version)) for v in versions if str(v.version) not in kept]
     for key in list(needed):

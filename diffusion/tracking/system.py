@@ -1,4 +1,4 @@
-"""What the machine does meanwhile: CPU, memory, disk, network and GPUs, as MLflow samples them, sent by our own patient sender."""
+"""What the machine does meanwhile: CPU, memory, disk and GPUs, as MLflow samples them, sent by our own patient sender."""
 
 from __future__ import annotations
 

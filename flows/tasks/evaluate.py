@@ -12,16 +12,14 @@ from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob
 from diffusion.training.state import State
 from flows.run import Run, run_stage
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 
 @task(
     name="evaluate",
     task_run_name="evaluate step {state.step}",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def evaluate(run: Run, state: State, processes: int) -> Scores:
     """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""

@@ -19,7 +19,7 @@ from diffusion.errors import DataError
 from diffusion.settings import settings
 from flows.progress import Stage
 from flows.stopwatch import stopwatch
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Archive:
     name="find source",
     task_run_name="find source",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def find_source(source: str) -> Archive:
     """Find the archive, or download it, and prove by its content what it is."""
@@ -58,9 +56,7 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     cache_key_fn=_key,
     persist_result=True,
     result_serializer="json",
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def _ingest(archive: Archive, store_uri: str) -> str:
     """Write the images as WebDataset shards into the store, and return the dataset's digest."""

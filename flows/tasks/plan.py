@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
@@ -18,34 +20,31 @@ from diffusion.training.state import load_state
 from flows.progress import say
 from flows.request import TrainingRequest
 from flows.run import git_commit, open_tracking
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @task(
     name="plan",
     task_run_name="plan",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def plan(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> tuple[Recipe, str | None]:
     """The recipe, going on from the champion where that was asked for; and the finished run that has done the same.
 
     Raises RecipeError if the champion's state has no place in the recipe, or the champion knows another dataset.
     """
-    if request.start_from == "champion":
-        recipe = _from_champion(recipe, dataset)
-    if not request.skip_unchanged:
-        return recipe, None
     client, experiment_id = open_tracking(settings())
-    return recipe, finished_run(client, experiment_id, recipe, dataset, git_commit())
+    if request.start_from == "champion":
+        recipe = _from_champion(client, experiment_id, recipe, dataset)
+    same = finished_run(client, experiment_id, recipe, dataset, git_commit()) if request.skip_unchanged else None
+    return recipe, same
 
 
-def _from_champion(recipe: Recipe, dataset: Manifest) -> Recipe:
-    environment = settings()
-    client, experiment_id = open_tracking(environment)
-    store = open_store(environment.store_uri)
+def _from_champion(client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest) -> Recipe:
     # A retry goes on as it began, though there may be another champion by now.
     begun, start = recorded_start(client, experiment_id, str(runtime.flow_run.id))
     if not begun:
@@ -57,7 +56,7 @@ def _from_champion(recipe: Recipe, dataset: Manifest) -> Recipe:
     if start is None:
         say("There is no champion to go on from: beginning with new weights.")
         return recipe
-    state = load_state(store, start.run, start.step)
+    state = load_state(open_store(settings().store_uri), start.run, start.step)
     if state.dataset != dataset.digest:
         raise RecipeError(
             f"The champion ({start.run}) was trained on dataset {state.dataset[:16]}, and this one is {dataset.digest[:16]}: its "

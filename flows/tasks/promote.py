@@ -12,7 +12,7 @@ from diffusion.tracking.promotion import CHAMPION, Decision
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
 from flows.run import Run
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 PROMOTED = "train-diffusion.promoted"
 """The event by which others hear of it."""
@@ -22,9 +22,7 @@ PROMOTED = "train-diffusion.promoted"
     name="promote",
     task_run_name="promote version {version}",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def promote(run: Run, version: str) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""

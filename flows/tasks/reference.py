@@ -12,16 +12,14 @@ from diffusion.job import ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from flows.run import job_fields, run_stage
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 
 @task(
     name="measure reference",
     task_run_name="measure reference",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None:
     """Features and moments of the real images, once per dataset version, extractor and image size."""

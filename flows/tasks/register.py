@@ -13,16 +13,14 @@ from diffusion.training.state import State
 from flows.request import gpus, usable_processes
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 
 @task(
     name="register",
     task_run_name="register step {state.step}",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def register(run: Run, state: State, scores: Scores) -> str:
     """Make a model version of the checkpoint, with its lineage, and return its number."""

@@ -19,7 +19,7 @@ from flows.gallery import gallery
 from flows.progress import say
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 GALLERY = "gallery.html"
 GRID, GRID_PIXELS = "sample grid", 700
@@ -36,9 +36,7 @@ class Report(BaseModel):
     name="report",
     task_run_name="report",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
     """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
@@ -81,8 +79,9 @@ def _mlflow_page(run: Run) -> str:
 def _comparison(run: Run, scores: Scores, decision: Decision) -> list[str]:
     """The figures beside those of the version that was champion, as a Markdown table."""
     champion: dict[str, str] = {}
-    if decision.against is not None:
-        before = scores_of(run.tracked.client.get_model_version(decision.model, decision.against))
+    query = f"name = '{decision.model}' and version_number = {decision.against}"
+    for version in run.tracked.client.search_model_versions(query) if decision.against else ():  # it may be gone since
+        before = scores_of(version)
         champion = {name: _figure(value, error) for name, value, error, _ in before.table()} if before else {}
     heading = f"version {decision.against}, champion then" if decision.against else "no champion yet"
     lines = [f"| figure | this run | {heading} | real images |", "| --- | --- | --- | --- |"]

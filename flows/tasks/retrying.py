@@ -10,9 +10,6 @@ from prefect.states import State
 
 from diffusion.errors import RunBusy, StoreError, TrackingError, UserError
 
-DELAYS: list[float] = [5, 15, 45, 120]
-"""Seconds before each new try: a server that is restarted, or away for three minutes, ends no run."""
-
 
 async def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """A crash, a server that did not answer, a run that is about to be free; not what the user has to change first."""
@@ -25,3 +22,13 @@ async def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[A
     except Exception:
         return True
     return False
+
+
+DELAYS: list[float] = [5, 15, 45, 120]
+"""Seconds before each new try: a server that is restarted, or away for three minutes, ends no run."""
+RETRIED: dict[str, Any] = {
+    "retries": len(DELAYS),
+    "retry_delay_seconds": DELAYS,
+    "retry_condition_fn": worth_retrying,
+}
+"""Options of every task of the flow."""

@@ -11,16 +11,14 @@ from diffusion.training.journal import JOURNAL, Journal, commit, committed_step,
 from diffusion.training.state import State, checkpoint_file, is_whole, load_state
 from flows.request import checkpoint_every
 from flows.run import Run, run_stage
-from flows.tasks.retrying import DELAYS, worth_retrying
+from flows.tasks.retrying import RETRIED
 
 
 @task(
     name="train",
     task_run_name="train to step {until}",
     cache_policy=NO_CACHE,
-    retries=len(DELAYS),
-    retry_delay_seconds=DELAYS,
-    retry_condition_fn=worth_retrying,
+    **RETRIED,
 )
 def train(run: Run, until: int, processes: int) -> State:
     """Train to step `until`, from the run's newest checkpoint."""

@@ -42,6 +42,11 @@ def six_nights(home: Path) -> MlflowClient:
     for number, version in enumerate((1, 4)):
         store.write(f"promotions/{MODEL}/{number:06d}.json", b'{"from": null, "to": "%d"}' % version)
     client.set_registered_model_alias(MODEL, "champion", "4")
+    # Somebody else's model on the same server, in an experiment of their own and without a run.
+    client.create_registered_model("others")
+    theirs = client.create_run(client.create_experiment("others"))
+    for run_id in (theirs.info.run_id, theirs.info.run_id, None):
+        client.create_model_version("others", source=str(home), run_id=run_id, await_creation_for=0)
     return client
 
 
@@ -53,7 +58,7 @@ def left(client: MlflowClient) -> tuple[list[str], list[str]]:
 
 
 def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: MlflowClient) -> None:
-    from flows.retention import clean_up
+    from flows.clean_up import clean_up
 
     assert past_champions(open_store(settings().store_uri), 10) == {MODEL: ["1", "4"]}
     would = clean_up(keep_runs=1, keep_versions=1, dry_run=True)
@@ -66,3 +71,4 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     clean_up(keep_runs=1, keep_versions=1, keep_champions=0)
     assert left(six_nights) == (["r1", "r2", "r3", "r5"], ["4", "6"])
     assert len(six_nights.search_runs([open_tracking(settings())[1]])) == 6
+    assert len(six_nights.search_model_versions("name = 'others'")) == 3, "another project's model was cleaned up"

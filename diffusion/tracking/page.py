@@ -1,4 +1,4 @@
-"""The gallery of a run: one HTML page that needs nothing else, light or dark as its reader's system is, on any width."""
+"""An HTML page of pictures and tables that needs nothing else, light or dark as its reader's system is, on any width."""
 
 from __future__ import annotations
 
