@@ -145,7 +145,7 @@ class Bench:
         """Measure the real images, once."""
         if not self.store.names(reference_name(self.dataset.digest, "eurosat", SHIPPED_SHA256, image_size)):
             spec = ReferenceJob(**self._common("reference"), image_size=image_size, extractor="eurosat")
-            self._job("diffusion.evaluation.reference", spec, f"reference-{image_size}", 1)
+            self._job("diffusion.evaluation.measure_reference", spec, f"reference-{image_size}", 1)
 
     def score(self, arm: Arm) -> dict[str, Scores]:
         """Train the arm, unless that is done, and score it in each of its ways."""

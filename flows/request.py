@@ -31,6 +31,7 @@ class TrainingRequest(BaseModel):
     processes: int | None = None
     start_from: StartFrom = "scratch"
     skip_unchanged: bool = False
+    fid_margin: float = 0.0
 
     def recipe(self) -> Recipe:
         """The recipe that they mean. Raises RecipeError, with the nearest valid name where one is misspelt."""

@@ -47,6 +47,7 @@ def train_diffusion(
     processes: Annotated[int, Field(ge=1)] | None = None,
     start_from: StartFrom = "scratch",
     skip_unchanged: bool = False,
+    fid_margin: Annotated[float, Field(ge=0)] = 0.0,
 ) -> Report | State[None]:
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
@@ -58,6 +59,7 @@ def train_diffusion(
         processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
         start_from: "scratch", or "champion": go on with the live model and its optimiser's state, for data.images more.
         skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed.
+        fid_margin: How far below the live model's the FID must be, beyond all doubt (95 %), for the new one to go live.
     """
     request = TrainingRequest(
         preset=preset,
@@ -67,6 +69,7 @@ def train_diffusion(
         processes=processes,
         start_from=start_from,
         skip_unchanged=skip_unchanged,
+        fid_margin=fid_margin,
     )
     if not attended():
         end_with_worker()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store, open_store
 from diffusion.denoiser import Denoiser, Pixels, build_network
-from diffusion.errors import DataError, StoreError
+from diffusion.errors import DataError
+from diffusion.evaluation.comparison import Evidence, evidence_name
 from diffusion.evaluation.extractor import Extractor, load_extractor
 from diffusion.evaluation.likelihood import bits_per_dim
 from diffusion.evaluation.names import reference_name
@@ -65,7 +67,8 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     recipe = state.recipe
     progress = ProgressFile(folder, accelerator.is_main_process)
     extractors = [load_extractor(name, accelerator.device, job.inception) for name in recipe.evaluation.extractors]
-    references = [find_reference(store, job, extractor, recipe.data.image_size) for extractor in extractors]
+    size = recipe.data.image_size
+    references = [load_reference(store, reference_name(job.dataset, e.name, e.sha256, size)) for e in extractors]
     candidates = weights_to_try(state)
 
     def sample(weights: str, indices: range, stage: str) -> NDArray[np.uint8]:
@@ -84,8 +87,8 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     images = sample(weights, range(job.samples), "sampling")
     labels = sample_labels(recipe, manifest, range(job.samples))
     embedded = [embed_samples(extractor, images, accelerator) for extractor in extractors]
-    test = ShardImages(store, manifest, "test", recipe.data.image_size, job.shard_copies)
-    bound = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
+    test = ShardImages(store, manifest, "test", size, job.shard_copies)
+    bound, bits_of_images = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
     if accelerator.is_main_process:
         where = evaluation_folder(job.run, job.step, job.name)
@@ -97,7 +100,7 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
         # The columns are fixed by the samples' indices: the same noise at every milestone.
         shown = GRID_COLUMNS * len(rows)
         store.write(f"{where}/grid.png", png(class_grid(images[:shown], rows)))
-        train = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies, memory_bytes=0)
+        train = ShardImages(store, manifest, "train", size, job.shard_copies, memory_bytes=0)
         store.write(f"{where}/closest.png", png(closest_pairs(images, scored[0][1], train)))
         if job.step == recipe.total_steps and not job.name:
             row_labels = sample_labels(recipe, manifest, range(len(rows)))
@@ -107,6 +110,8 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
                 ("real", real_images(test, list(manifest.classes))),
             ):
                 store.write(f"{where}/{name}.png", png(picture))
+        evidence = Evidence(embedded[0], scored[0][1].close, bits_of_images).to_bytes()
+        store.write(evidence_name(job.run, job.step, job.name), evidence)
         scores = Scores(
             step=job.step,
             images_seen=state.images_seen,
@@ -115,6 +120,7 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             fid_by_weights=fid_by_weights,
             bound=bound,
             by_extractor=tuple(scores for scores, _ in scored),
+            evidence_sha256=hashlib.sha256(evidence).hexdigest(),
         )
         store.write(f"{where}/scores.json", (json.dumps(scores.model_dump(mode="json"), indent=1) + "\n").encode())
     accelerator.wait_for_everyone()
@@ -199,15 +205,6 @@ def score_samples(
         class_fid=None if labels is None else class_distances(features, labels, reference, classes),
     )
     return scores, copies
-
-
-def find_reference(store: Store, job: EvaluationJob, extractor: Extractor, image_size: int) -> Reference:
-    """The reference to hold images of that size against. Raises StoreError if it has not been measured."""
-    where = reference_name(job.dataset, extractor.name, extractor.sha256, image_size)
-    try:
-        return load_reference(store, where)
-    except KeyError:
-        raise StoreError(f"The reference {store.uri}/{where} is missing. Measure it before the evaluation.") from None
 
 
 def class_distances(

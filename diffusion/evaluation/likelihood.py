@@ -43,8 +43,10 @@ class Draws:
 @torch.inference_mode()
 def bits_per_dim(
     denoiser: Denoiser, test: ShardImages, images: int, accelerator: Accelerator, progress: ProgressFile
-) -> BoundTerms:
-    """The bound of the first `images` images: decoder and prior for each, the T - 1 transitions by importance sampling.
+) -> tuple[BoundTerms, NDArray[np.float64]]:
+    """The bound of the first `images` images, and that of each in bits a subpixel, [images].
+
+    Decoder and prior are measured for each, the T - 1 transitions by importance sampling.
 
     A transition is drawn in proportion to the root of its second moment (Nichol & Dhariwal 2021, eq. 18), which a pilot of
     one draw an image finds out. The pilot draws in proportion to the step in log_snr: at high SNR the error of x0 falls as
@@ -64,7 +66,8 @@ def bits_per_dim(
         pilot = choose_transitions(even, len(pixels), 1, "bound pilot")
         terms = measure.transitions(pilot, "bound pilot noise")
         draws = choose_transitions(important(even, pilot, terms), len(pixels), count, "bound timesteps")
-    return summarise(np.concatenate([ends, measure.transitions(draws, "bound noise")], axis=1), draws, log_snr.numpy())
+    nats = np.concatenate([ends, measure.transitions(draws, "bound noise")], axis=1)
+    return summarise(nats, draws, log_snr.numpy()), of_each_image(nats, draws)
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,22 @@ def choose_transitions(share: NDArray[np.float64], images: int, count: int, purp
     return Draws(np.stack(columns, axis=1), share)
 
 
+def of_each_image(nats: NDArray[np.float64], draws: Draws) -> NDArray[np.float64]:
+    """The bound of each image in bits a subpixel, [images]. nats: prior, decoder, then the draws."""
+    total: NDArray[np.float64] = (nats[:, :2].sum(axis=1) + _weighted(nats, draws).sum(axis=1)) / math.log(2)
+    return total
+
+
+def _weighted(nats: NDArray[np.float64], draws: Draws) -> NDArray[np.float64]:
+    """What each draw adds to the bound of its image."""
+    weighted: NDArray[np.float64] = nats[:, 2:] / draws.share[draws.positions] / draws.positions.shape[1]
+    return weighted
+
+
 def summarise(nats: NDArray[np.float64], draws: Draws, log_snr: NDArray[np.float64]) -> BoundTerms:
     """Means over the images of the parts of the bound, in bits a subpixel. nats: prior, decoder, then the draws."""
-    bits = nats / math.log(2)
-    weighted = bits[:, 2:] / draws.share[draws.positions] / draws.positions.shape[1]
-    total = bits[:, :2].sum(axis=1) + weighted.sum(axis=1)
+    ends, weighted = nats[:, :2] / math.log(2), _weighted(nats, draws) / math.log(2)
+    total = of_each_image(nats, draws)
     edges = np.linspace(max(log_snr[-1], LOWEST_LOG_SNR), log_snr[0], BOUND_BINS + 1)
     bin_of = np.clip(np.digitize(log_snr[draws.positions], edges) - 1, 0, BOUND_BINS - 1)
     by_bin = np.bincount(bin_of.ravel(), weighted.ravel(), BOUND_BINS) / len(nats)
@@ -169,8 +183,8 @@ def summarise(nats: NDArray[np.float64], draws: Draws, log_snr: NDArray[np.float
         total=float(total.mean()),
         error=float(total.std(ddof=1) / math.sqrt(len(total))) if len(total) > 1 else math.inf,
         images=len(total),
-        prior=float(bits[:, 0].mean()),
-        decoder=float(bits[:, 1].mean()),
+        prior=float(ends[:, 0].mean()),
+        decoder=float(ends[:, 1].mean()),
         transitions=tuple(by_bin.tolist()),
         log_snr_edges=tuple(edges.tolist()),
     )

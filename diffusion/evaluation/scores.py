@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.store import Store
 
+DEVIATIONS = 1.96
+"""Standard errors either side of a figure that its 95 % interval spans."""
 HEADLINES = ("fid", "kid", "precision", "recall", "memorisation", "class_accuracy")
 """Fields of `SampleScores` that become MLflow metrics under `score/`, beside bits_per_dim and the worst class's FID."""
 DETAILS = (
@@ -87,6 +89,8 @@ class Scores(BaseModel):
     bound: BoundTerms
     by_extractor: tuple[SampleScores, ...]
     """In the recipe's order; the first decides about promotion."""
+    evidence_sha256: str
+    """Of the file with what the scores were computed from, by which two models are compared."""
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics: few under `score/`, the rest under `score_detail/`; an extractor's name is part of its figures' names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,16 +58,21 @@ class Moments:
         """The unbiased covariance [d, d]."""
         return self.scatter / (self.count - 1)
 
+    @cached_property
+    def root(self) -> NDArray[np.float64]:
+        """The symmetric root of the covariance [d, d]."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        root: NDArray[np.float64] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        return root
+
 
 def frechet_distance(first: Moments, second: Moments) -> float:
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500), >= 0.
 
-    The trace of the root is the sum of the roots of the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), which stay
-    real and non-negative where the covariances are singular.
+    The trace of the root is the sum of the roots of the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2), which stay
+    real and non-negative where the covariances are singular. `second` keeps its root: the one that stays in a series.
     """
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    inner = np.linalg.eigvalsh(root @ second.covariance @ root)
+    inner = np.linalg.eigvalsh(second.root @ first.covariance @ second.root)
     trace_of_root = np.sqrt(np.clip(inner, 0, None)).sum()
     means = np.square(first.mean - second.mean).sum()
     distance = means + np.trace(first.covariance) + np.trace(second.covariance) - 2 * trace_of_root
@@ -191,6 +197,8 @@ class Memorisation:
     """Index of the nearest training image of each sample."""
     distances: NDArray[np.float64]
     """Its distance, relative to that image's own nearest neighbour's."""
+    close: NDArray[np.bool_]
+    """Which samples the ratio counts: those closer than all but 5 % of the held-out images."""
 
 
 def memorisation(train: Features, held_out: Features, samples: Features) -> Memorisation:
@@ -209,9 +217,10 @@ def memorisation(train: Features, held_out: Features, samples: Features) -> Memo
         relative.append(distances[:, 0] / np.maximum(own[place], np.finfo(np.float64).tiny))
         nearest.append(found[:, 0])
     threshold = np.quantile(relative[1], HELD_OUT_QUANTILE)
-    share = float((relative[0] < threshold).mean())
+    close = relative[0] < threshold
     spread = HELD_OUT_QUANTILE * (1 - HELD_OUT_QUANTILE) * (1 / len(samples) + 1 / len(held_out))
-    return Memorisation(share / HELD_OUT_QUANTILE, float(np.sqrt(spread) / HELD_OUT_QUANTILE), nearest[0], relative[0])
+    error = float(np.sqrt(spread) / HELD_OUT_QUANTILE)
+    return Memorisation(float(close.mean()) / HELD_OUT_QUANTILE, error, nearest[0], relative[0], close)
 
 
 def _distances(a: Features, b: Features) -> NDArray[np.float64]:

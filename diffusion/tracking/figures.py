@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion.evaluation.scores import BoundTerms, Scores
+from diffusion.evaluation.scores import DEVIATIONS, BoundTerms, Scores
 from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def fid_over_training(history: list[Scores]) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     seen, by = [scores.images_seen for scores in history], [scores.by_extractor[0] for scores in history]
-    axes.errorbar(seen, [b.fid for b in by], yerr=[1.96 * b.fid_error for b in by], marker="o", capsize=3)
+    axes.errorbar(seen, [b.fid for b in by], yerr=[DEVIATIONS * b.fid_error for b in by], marker="o", capsize=3)
     axes.axhline(by[-1].fid_floor, color="C2", linestyle="--", label=f"real images: {by[-1].fid_floor:.2f}")
     title = f"fid_{by[-1].extractor} of {by[-1].samples:,} samples: {by[-1].fid:.1f} now (95 % interval)"
     axes.set(xlabel="images seen", ylabel=f"fid_{by[-1].extractor}", yscale="log", title=title)

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from diffusion.data.store import Store
-from diffusion.errors import TrackingError
-from diffusion.evaluation.scores import Scores
+from diffusion.errors import DataError, TrackingError
+from diffusion.evaluation.comparison import Comparison, Difference, compare, load_evidence
+from diffusion.evaluation.names import reference_name
+from diffusion.evaluation.reference import load_reference
+from diffusion.evaluation.scores import DEVIATIONS, Scores
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 COMPARABLE = ("dataset.digest", "image_size", "evaluation.protocol")
 """Tags that must agree before two figures are compared."""
-DEVIATIONS = 1.96  # of an interval of 95 %
 COLLAPSE = 1.5
 """A class whose FID is more than this many times the champion's has collapsed."""
 UNIFORM_BITS_PER_DIM = 8.0
@@ -55,21 +57,25 @@ class Decision:
     """The version that was champion then."""
 
 
-def gates_against(new: Scores, old: Scores) -> tuple[Gate, ...]:
-    """What a challenger must show against the champion, both scored under one protocol."""
+def gates_against(new: Scores, old: Scores, comparison: Comparison, margin: float) -> tuple[Gate, ...]:
+    """What a challenger must show against the champion, both scored under one protocol.
+
+    Args:
+        margin: how far below the champion's the FID must be: its difference's whole interval lies below `-margin`.
+    """
     by, before = new.by_extractor[0], old.by_extractor[0]
-    low, high = interval(by.fid - before.fid, by.fid_error, before.fid_error)
-    bits = interval(new.bound.total - old.bound.total, new.bound.error, old.bound.error)
+    fid, bits, close = comparison.fid, comparison.bits_per_dim, comparison.memorisation
     gates = [
         Gate(
             f"fid_{by.extractor} is lower",
-            high < 0,
-            f"{by.fid:.2f} against {before.fid:.2f} over {by.samples:,} samples: a difference of {low:.2f} to {high:.2f} (95 %)",
+            fid.high < -margin,
+            f"{by.fid:.2f} against {before.fid:.2f} over {by.samples:,} samples: {_text(fid, 2)}"
+            + (f"; asked for is less than {-margin:g}" if margin else ""),
         ),
         Gate(
             "bits_per_dim is not higher",
-            bits[0] <= 0,
-            f"{new.bound.total:.3f} against {old.bound.total:.3f}: a difference of {bits[0]:.3f} to {bits[1]:.3f} (95 %)",
+            bits.low <= 0,
+            f"{new.bound.total:.3f} against {old.bound.total:.3f}: {_text(bits, 3)}",
         ),
     ]
     worst: dict[str, float] = {}
@@ -84,15 +90,19 @@ def gates_against(new: Scores, old: Scores) -> tuple[Gate, ...]:
                 f"{name} has changed most: its FID is {worst[name]:.2f} times the champion's",
             )
         )
-    more = interval(by.memorisation - before.memorisation, by.memorisation_error, before.memorisation_error)
     gates.append(
         Gate(
             "memorisation is not higher",
-            more[0] <= 0 or not_memorised(new),
-            f"{by.memorisation:.2f} ± {by.memorisation_error:.2f} against {before.memorisation:.2f} (new real images: 1)",
+            # Below 1, samples are further from the training images than new real ones are: blurred, not better.
+            close.low <= 0 or not_memorised(new),
+            f"{by.memorisation:.2f} against {before.memorisation:.2f}: {_text(close, 2)}; new real images have 1",
         )
     )
     return tuple(gates)
+
+
+def _text(difference: Difference, digits: int) -> str:
+    return f"a difference of {difference.low:.{digits}f} to {difference.high:.{digits}f} (95 %)"
 
 
 def gates_alone(new: Scores) -> tuple[Gate, ...]:
@@ -119,14 +129,11 @@ def not_memorised(scores: Scores) -> bool:
     return by.memorisation - DEVIATIONS * by.memorisation_error <= 1
 
 
-def interval(difference: float, *errors: float) -> tuple[float, float]:
-    """The 95 % interval of a difference of independent figures with these standard errors."""
-    spread = DEVIATIONS * math.hypot(*errors)
-    return difference - spread, difference + spread
-
-
-def promote(client: MlflowClient, store: Store, model: str, version: str) -> Decision:
+def promote(client: MlflowClient, store: Store, model: str, version: str, margin: float = 0.0) -> Decision:
     """Judge a version against the champion and give it the alias `champion` or `challenger`; again, it changes nothing.
+
+    Args:
+        margin: how far below the champion's the FID must be.
 
     Raises TrackingError if other runs promote without end.
     """
@@ -141,7 +148,7 @@ def promote(client: MlflowClient, store: Store, model: str, version: str) -> Dec
         challenger, champion = client.get_model_version(model, version), champion_version(client, model)
         if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
             return Decision(model, version, CHAMPION, "It was made champion by hand.")
-        alias, reason, gates = _judge(challenger, champion)
+        alias, reason, gates = _judge(store, challenger, champion, margin)
         decision = Decision(model, version, alias, reason, gates, str(champion.version) if champion else None)
         if alias == CHALLENGER:
             _tell(client, decision)
@@ -165,31 +172,42 @@ def _decision(model: str, entry: dict[str, Any]) -> Decision:
     return Decision(model, entry["to"], CHAMPION, entry["reason"], gates, entry["from"])
 
 
-def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> tuple[str, str, tuple[Gate, ...]]:
+def _judge(
+    store: Store, challenger: ModelVersion, champion: ModelVersion | None, margin: float
+) -> tuple[str, str, tuple[Gate, ...]]:
     new = Scores.model_validate_json(challenger.tags["scores"])
     if champion is None:
-        gates = gates_alone(new)
-        opening = "It is the first version"
+        opening, gates = "It is the first version", gates_alone(new)
     else:
-        different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-        old = scores_of(champion)
-        if old is None:
-            different.append("the form of their scores")
-        else:
-            first, second = new.by_extractor[0], old.by_extractor[0]
-            different += [f for f in ("extractor_sha256", "samples") if getattr(first, f) != getattr(second, f)]
-        if different or old is None:
-            reason = (
-                f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}. "
-                "Move the alias champion by hand if it is to go live."
-            )
-            return CHALLENGER, reason, ()
-        gates = gates_against(new, old)
-        opening = f"Against version {champion.version}"
+        try:
+            opening, gates = f"Against version {champion.version}", _against(store, challenger, champion, new, margin)
+        except DataError as error:
+            return CHALLENGER, f"{error} Move the alias champion by hand if it is to go live.", ()
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         return CHALLENGER, f"{opening}: it fails '{failed[0].name}' ({failed[0].figures}).", gates
     return CHAMPION, f"{opening}: {gates[0].figures}; all {len(gates)} gates passed.", gates
+
+
+def _against(
+    store: Store, challenger: ModelVersion, champion: ModelVersion, new: Scores, margin: float
+) -> tuple[Gate, ...]:
+    """The gates of a challenger against the champion. Raises DataError if their figures can't be compared."""
+    different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
+    old, by = scores_of(champion), new.by_extractor[0]
+    if old is None:
+        different.append("the form of their scores")
+    else:
+        before = old.by_extractor[0]
+        different += [f for f in ("extractor_sha256", "samples") if getattr(by, f) != getattr(before, f)]
+    if old is None or different:
+        raise DataError(
+            f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}."
+        )
+    tags = challenger.tags
+    reference = reference_name(tags["dataset.digest"], by.extractor, by.extractor_sha256, int(tags["image_size"]))
+    first, second = load_evidence(store, tags["run"], new), load_evidence(store, champion.tags["run"], old)
+    return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margin)
 
 
 def scores_of(version: ModelVersion) -> Scores | None:

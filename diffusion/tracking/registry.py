@@ -12,7 +12,7 @@ import diffusion
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store
 from diffusion.errors import UserError
-from diffusion.evaluation.scores import Scores
+from diffusion.evaluation.scores import DEVIATIONS, Scores
 from diffusion.recipe import Evaluation
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.state import State, checkpoint_file
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
-PROTOCOL = "2: fixed noise by sample index, classes in turn"
+PROTOCOL = "3: fixed noise by sample index, classes in turn"
 """How figures are made, by number: those of another protocol do not compare."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
@@ -68,6 +68,8 @@ def publish(
     client, name = run.client, model_name(dataset)
     tags = {
         **tags,
+        "run": state.run,
+        "preset": state.recipe.name,
         "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
         "image_size": str(state.recipe.data.image_size),
@@ -80,6 +82,7 @@ def publish(
         tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
     for version in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
         if version.tags.get("checkpoint.digest") == state.digest:
+            _tell_start(client, name, state, str(version.version))
             return str(version.version)
     _ensure_registered(client, name, dataset)
     card = model_card(state, scores, dataset, tags, run.run_id, compute)
@@ -125,7 +128,16 @@ def publish(
         description=card,
         await_creation_for=0,
     )
+    _tell_start(client, name, state, str(version.version))
     return str(version.version)
+
+
+def _tell_start(client: MlflowClient, name: str, state: State, version: str) -> None:
+    """Tag the versions of the checkpoint that this one went on from: lineage leads both ways."""
+    if state.recipe.start is not None:
+        query = f"name = '{name}' and tags.`checkpoint.digest` = '{state.recipe.start.digest}'"
+        for before in client.search_model_versions(query):
+            client.set_model_version_tag(name, before.version, f"continued_by.{version}", state.run)
 
 
 def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> None:
@@ -185,22 +197,29 @@ def _pinned_requirements() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
+def _with_interval(value: float, error: float, digits: int) -> str:
+    low, high = value - DEVIATIONS * error, value + DEVIATIONS * error
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str], run_id: str, compute: str) -> str:
     """The card of a version, as Markdown."""
     template = ASSETS / "model_card.md"
     if not template.exists():
         raise UserError(f"{template} is missing: run the flow from a checkout of the project, which has it.")
     recipe = state.recipe
-    rows = [
-        f"| bits/dim ({scores.bound.images:,} test images) | {scores.bound.total:.3f} ± {scores.bound.error:.3f} | |"
-    ]
+    bound = scores.bound
+    rows = [f"| bits/dim ({bound.images:,} test images) | {_with_interval(bound.total, bound.error, 3)} | |"]
     for by in scores.by_extractor:
         count = f"n = {by.samples:,}"
+        floor = f"{by.fid_floor:.2f} (n = {by.floor_samples:,})"
+        rows.append(f"| fid_{by.extractor} ({count}) | {_with_interval(by.fid, by.fid_error, 2)} | {floor} |")
         rows.append(
-            f"| fid_{by.extractor} ({count}) | {by.fid:.2f} ± {by.fid_error:.2f} | {by.fid_floor:.2f} (n = {by.floor_samples:,}) |"
+            f"| kid_{by.extractor} ({count}) | {_with_interval(by.kid, by.kid_error, 4)} | {by.kid_floor:.4f} |"
         )
-        rows.append(f"| kid_{by.extractor} ({count}) | {by.kid:.4f} ± {by.kid_error:.4f} | {by.kid_floor:.4f} |")
-        rows.append(f"| memorisation, {by.extractor} | {by.memorisation:.2f} ± {by.memorisation_error:.2f} | 1 |")
+        rows.append(
+            f"| memorisation, {by.extractor} | {_with_interval(by.memorisation, by.memorisation_error, 2)} | 1 |"
+        )
         if by.class_accuracy is not None:
             rows.append(f"| class accuracy of samples, {by.extractor} | {by.class_accuracy:.1%} | |")
     return Template(template.read_text()).substitute(

@@ -26,7 +26,7 @@ PROMOTED = "train-diffusion.promoted"
 )
 def promote(run: Run, version: str) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
-    decision = decide(run.tracked.client, run.store, model_name(run.dataset), version)
+    decision = decide(run.tracked.client, run.store, model_name(run.dataset), version, run.request.fid_margin)
     run.tracked.log_decision(decision)
     if decision.alias == CHAMPION:
         emit_event(

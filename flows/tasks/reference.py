@@ -42,7 +42,7 @@ def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None
         run_stage(
             title,
             f"reference-{extractor}",
-            "diffusion.evaluation.reference",
+            "diffusion.evaluation.measure_reference",
             spec,
             folder,
             processes,

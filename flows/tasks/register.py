@@ -25,8 +25,6 @@ from flows.tasks.retrying import RETRIED
 def register(run: Run, state: State, scores: Scores) -> str:
     """Make a model version of the checkpoint, with its lineage, and return its number."""
     tags = {
-        "run": run.name,
-        "preset": run.recipe.name,
         "git.commit": run.lineage.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }

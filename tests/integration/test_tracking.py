@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -23,13 +24,17 @@ import pytest
 import requests
 import torch
 from PIL import Image
+from safetensors.numpy import save
 
 import mlflow
 from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
+from diffusion.evaluation.comparison import Evidence, evidence_name
+from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Scores
+from diffusion.evaluation.statistics import Moments
 from diffusion.recipe import Recipe, Start
 from diffusion.tracking.connection import connect
 from diffusion.tracking.figures import loss_by_noise_level
@@ -143,7 +148,9 @@ def test_the_sender_follows_in_the_background_and_survives_an_outage(run: Tracke
     assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 11)]
 
 
-def scores(step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str = "x") -> Scores:
+def scores(
+    step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str = "x", evidence_sha256: str = "e"
+) -> Scores:
     by = SampleScores(
         extractor="eurosat",
         extractor_sha256="e",
@@ -181,6 +188,7 @@ def scores(step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str 
             log_snr_edges=tuple(float(edge) for edge in range(BOUND_BINS + 1)),
         ),
         by_extractor=(by,),
+        evidence_sha256=evidence_sha256,
     )
 
 
@@ -269,6 +277,22 @@ def test_a_run_that_did_not_finish_is_found_by_the_next_of_its_recipe_data_and_c
     assert look() == "second"
 
 
+def evidence_of(fid: float, samples: int) -> Evidence:
+    """Samples that lie as far from `write_reference`'s images as that FID says."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((samples, 4)) + np.array([fid**0.5, 0, 0, 0])
+    return Evidence(features.astype(np.float32), rng.random(samples) < 0.05, 4 + rng.standard_normal(16))
+
+
+def write_reference(store: FolderStore, dataset: str) -> None:
+    features = np.random.default_rng(1).standard_normal((5000, 4))
+    train = Moments.of(features)
+    few, labels = features[:10].astype(np.float32), np.zeros(10, np.int64)
+    tensors = {"count": np.array([train.count]), "mean": train.mean, "scatter": train.scatter}
+    tensors |= {"train_features": few, "train_labels": labels, "test_features": few}
+    store.write(reference_name(dataset, "eurosat", "e", 16), save(tensors))
+
+
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
     """Publish an untrained model: what it says is another matter."""
     recipe = tiny_recipe(seed=fields.pop("seed", 0), data__image_size=fields.pop("image_size", 16))
@@ -290,7 +314,9 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
         store, state, Checkpoint(weights, {"ema-500000": weights}, {"x": weights["conv_in.bias"]}, b"")
     )
     tags = {"git.commit": "c" * 40}
-    made = scores(checkpoint=state.digest, **fields)
+    evidence = evidence_of(fields.get("fid", 10.0), fields.get("samples", 80)).to_bytes()
+    store.write(evidence_name(name, 2), evidence)
+    made = scores(checkpoint=state.digest, evidence_sha256=hashlib.sha256(evidence).hexdigest(), **fields)
     return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags, "")
 
 
@@ -315,6 +341,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
 ) -> None:
     client, store = run.client, FolderStore(tmp_path / "store")
     assert champion_version(client, MODEL) is None
+    write_reference(store, ingested.manifest.digest)
     first = make_version(run, ingested, store, "a", fid=20.0)
     assert promote(client, store, MODEL, first).alias == "champion"
     assert make_version(run, ingested, store, "a", fid=20.0) == first, "the same checkpoint became another version"
@@ -329,13 +356,16 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32)
     assert "differ in image_size" in promote(client, store, MODEL, bigger).reason
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
+    store.write(evidence_name("a", 2), b"torn")
+    assert "is damaged" in promote(client, store, MODEL, better).reason
+    store.write(evidence_name("a", 2), evidence_of(20.0, 80).to_bytes())
     assert promote(client, store, MODEL, better).alias == "champion"
     assert promote(client, store, MODEL, better).alias == "champion", "a repetition changed the decision"
     champion = champion_version(client, MODEL)
     assert champion is not None
     assert champion.version == better
     assert champion.tags["dataset.digest"] == ingested.manifest.digest
-    assert "fid_eurosat (n = 80) | 15.00 ± 0.50" in champion.description
+    assert "fid_eurosat (n = 80) | 15.00 (14.02 to 15.98)" in champion.description
     assert "| fid_eurosat is lower | yes | 15.00 against 20.00" in champion.description
     assert champion.tags["gate.memorisation is not higher"].startswith("passed")
     entries = [json.loads(store.read(name)) for name in store.names("promotions/") if name.endswith(".json")]

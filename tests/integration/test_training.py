@@ -160,7 +160,7 @@ def test_evaluation_gives_the_same_scores_and_grid_on_1_and_2_processes(
     trainer = Trainer(ingested, tmp_path, tiny_recipe(**preset))
     trainer.train(run, 2, processes=1)
     reference = ReferenceJob(**trainer.common(run), image_size=16, extractor="eurosat")
-    start(tmp_path / "reference", reference, "diffusion.evaluation.reference", 2)
+    start(tmp_path / "reference", reference, "diffusion.evaluation.measure_reference", 2)
     results = []
     for processes in (1, 2):
         spec = EvaluationJob(**trainer.common(run), step=2, samples=90)

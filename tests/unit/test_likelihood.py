@@ -75,7 +75,11 @@ def test_the_sampled_bound_of_a_network_agrees_with_the_exact_sum(ingested: Inge
         pixels = Pixels(ingested.manifest.pixel_mean, ingested.manifest.pixel_std)
         images = ShardImages(ingested.store, ingested.manifest, "test", 16, tmp_path)
         accelerator = Accelerator(cpu=True)
-        return bits_per_dim(Denoiser(recipe, network, pixels), images, 10, accelerator, ProgressFile(tmp_path, False))
+        denoiser, progress = Denoiser(recipe, network, pixels), ProgressFile(tmp_path, False)
+        bound, of_each = bits_per_dim(denoiser, images, 10, accelerator, progress)
+        assert len(of_each) == 10
+        assert of_each.mean() == pytest.approx(bound.total)
+        return bound
 
     exact, sampled = measure(39), measure(12)
     assert sampled.decoder == pytest.approx(exact.decoder, rel=0.05)

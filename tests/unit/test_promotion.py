@@ -1,11 +1,13 @@
 """The gates of a promotion: what each lets through, from figures with their errors."""
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion.evaluation.comparison import Comparison, Difference
 from diffusion.evaluation.scores import BoundTerms, SampleScores, Scores
 from diffusion.tracking.promotion import gates_against, gates_alone
 
@@ -37,16 +39,42 @@ def made(bits: float = 3.5, bits_error: float = 0.02, **fields: Any) -> Scores:
     )
     by = SampleScores(**values | fields)
     return Scores(
-        step=1, images_seen=1, checkpoint="c", weights="ema-1", fid_by_weights={}, bound=bound, by_extractor=(by,)
+        step=1,
+        images_seen=1,
+        checkpoint="c",
+        weights="ema-1",
+        fid_by_weights={},
+        bound=bound,
+        by_extractor=(by,),
+        evidence_sha256="e",
     )
 
 
-def failed(new: Scores, old: Scores) -> list[str]:
-    return [gate.name for gate in gates_against(new, old) if not gate.passed]
+def difference(new: float, old: float, *errors: float) -> Difference:
+    spread = 1.96 * math.hypot(*errors)
+    return Difference(new - old, new - old - spread, new - old + spread)
+
+
+def failed(new: Scores, old: Scores, margin: float = 0.0) -> list[str]:
+    """Names of the gates that hold the new one back, the two having nothing in common."""
+    a, b = new.by_extractor[0], old.by_extractor[0]
+    comparison = Comparison(
+        fid=difference(a.fid, b.fid, a.fid_error, b.fid_error),
+        bits_per_dim=difference(new.bound.total, old.bound.total, new.bound.error, old.bound.error),
+        memorisation=difference(a.memorisation, b.memorisation, a.memorisation_error, b.memorisation_error),
+    )
+    return [gate.name for gate in gates_against(new, old, comparison, margin) if not gate.passed]
 
 
 def test_clearly_better_passes_every_gate() -> None:
     assert failed(made(fid=10.0), made()) == []
+    assert failed(made(fid=10.0, memorisation=1.1), made()) == [], "not more than new images have"
+
+
+def test_a_margin_asks_for_more_than_better() -> None:
+    assert failed(made(fid=15.0), made()) == []
+    assert failed(made(fid=15.0), made(), margin=2.0) == []
+    assert failed(made(fid=15.0), made(), margin=3.0) == ["fid_eurosat is lower"]
 
 
 @pytest.mark.parametrize(

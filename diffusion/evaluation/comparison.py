@@ -1,0 +1,110 @@
+"""Two models compared sample by sample. No torch in here.
+
+All models draw sample i from the same noise and class, and are measured on the same test images with the same noise: what one has by
+luck, the other has as well. So both are resampled together, and only the difference is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from diffusion.data.store import Store
+from diffusion.errors import DataError
+from diffusion.evaluation.scores import Scores, evaluation_folder
+from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance
+from diffusion.randomness import stream
+
+DRAWS = 400
+SEED = 0
+OUTSIDE = 0.05
+"""Share of the draws that lies outside an interval."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a checkpoint's scores were computed from."""
+
+    features: NDArray[np.float32]
+    """Of its samples under the first extractor, [samples, dimensions]."""
+    close: NDArray[np.bool_]
+    """Which samples lie closer to a training image than all but 5 % of the test images do, [samples]."""
+    bits: NDArray[np.float64]
+    """The bound of each test image in bits a subpixel, [images]."""
+
+    def to_bytes(self) -> bytes:
+        """As safetensors."""
+        return save({"features": self.features, "close": self.close.astype(np.uint8), "bits": self.bits})
+
+
+def load_evidence(store: Store, run: str, scores: Scores) -> Evidence:
+    """What the scores of a run were computed from. Raises DataError if it is gone or damaged."""
+    name = evidence_name(run, scores.step)
+    try:
+        data = store.read(name)
+    except KeyError:
+        raise DataError(f"{store.uri}/{name}, by which models are compared, is gone.") from None
+    if hashlib.sha256(data).hexdigest() != scores.evidence_sha256:
+        raise DataError(f"{store.uri}/{name} is damaged: it is not what the scores of {run} were computed from.")
+    tensors = load(data)
+    return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"])
+
+
+def evidence_name(run: str, step: int, name: str = "") -> str:
+    """Where the evidence of an evaluation lies in the store."""
+    return f"{evaluation_folder(run, step, name)}/evidence.safetensors"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of one model minus that of another, with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a model's figures differ from another's. Lower is better in all."""
+
+    fid: Difference
+    bits_per_dim: Difference
+    memorisation: Difference
+
+
+def compare(new: Evidence, old: Evidence, reference: Moments) -> Comparison:
+    """The differences, of as many samples and test images each.
+
+    Args:
+        reference: moments of the training images' features.
+    """
+
+    def fid(chosen: NDArray[np.int64]) -> float:
+        first, second = (frechet_distance(Moments.of(one.features[chosen]), reference) for one in (new, old))
+        return first - second
+
+    bits = new.bits - old.bits
+    close = (new.close.astype(np.float64) - old.close) / HELD_OUT_QUANTILE
+    return Comparison(
+        fid=_bootstrap(fid, len(new.features), "fid"),
+        bits_per_dim=_bootstrap(lambda chosen: float(bits[chosen].mean()), len(bits), "bits"),
+        memorisation=_bootstrap(lambda chosen: float(close[chosen].mean()), len(close), "close"),
+    )
+
+
+def _bootstrap(statistic: Callable[[NDArray[np.int64]], float], count: int, purpose: str) -> Difference:
+    """The basic bootstrap interval (Davison & Hinkley 1997, "Bootstrap methods and their application", eq. 5.6).
+
+    What a draw is off from the figure, the figure is taken to be off from the truth: so it also corrects for the bias of the
+    Fréchet distance, which finitely many samples raise, and draws of draws raise once more.
+    """
+    value = statistic(np.arange(count))
+    draws = [statistic(stream(SEED, f"comparison {purpose}", draw).integers(0, count, count)) for draw in range(DRAWS)]
+    low, high = np.quantile(draws, [OUTSIDE / 2, 1 - OUTSIDE / 2])
+    return Difference(value, float(2 * value - high), float(2 * value - low))

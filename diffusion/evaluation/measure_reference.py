@@ -1,0 +1,65 @@
+"""The job that measures a reference: features of the real images, once per dataset version, extractor and image size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.numpy import save
+
+from diffusion.data.ingest import find_dataset
+from diffusion.data.loader import ShardImages
+from diffusion.data.store import open_store
+from diffusion.errors import DataError
+from diffusion.evaluation.extractor import load_extractor
+from diffusion.evaluation.names import extractor_sha256, reference_name
+from diffusion.evaluation.sharding import gather_rows
+from diffusion.evaluation.statistics import Moments
+from diffusion.job import ProgressFile, ReferenceJob, run_job
+
+KEPT_BYTES = 64_000_000  # of the train split's features: all under `eurosat`; the moments are of all in any case
+BATCH = 250
+
+
+def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator) -> None:
+    """Compute and store the reference, unless the store has it. Images are shared out to the processes by shards."""
+    store = open_store(job.store)
+    name = reference_name(job.dataset, job.extractor, extractor_sha256(job.extractor, job.inception), job.image_size)
+    manifest = find_dataset(store, job.dataset)
+    if manifest is None:
+        raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
+    extractor = load_extractor(job.extractor, accelerator.device, job.inception)
+    progress = ProgressFile(folder, accelerator.is_main_process)
+    blank = extractor.embed(np.zeros((1, job.image_size, job.image_size, 3), np.uint8))[0]
+    features = {}
+    for split in ("train", "test"):
+        images = ShardImages(store, manifest, split, job.image_size, job.shard_copies, memory_bytes=0)
+        mine = range(accelerator.process_index, len(images.shards), accelerator.num_processes)
+        blocks = {}
+        for done, shard in enumerate(mine, start=1):
+            pixels, _ = images.shard(shard)
+            parts = [extractor.embed(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
+            blocks[shard] = torch.cat(parts)
+            progress.write(f"features of real {split} images", done, len(mine))
+        features[split] = gather_rows(accelerator, blocks, [shard.samples for shard in images.shards], blank)
+    if accelerator.is_main_process:
+        train = Moments.of(features["train"])
+        kept = KEPT_BYTES // features["train"][0].nbytes
+        train_images = ShardImages(store, manifest, "train", job.image_size, job.shard_copies, memory_bytes=0)
+        labels = np.concatenate([train_images.labels(index) for index in range(len(train_images.shards))])
+        tensors = {
+            "count": np.array([train.count]),
+            "mean": train.mean,
+            "scatter": train.scatter,
+            "train_features": features["train"][:kept],
+            "train_labels": labels[:kept],
+            "test_features": features["test"],
+        }
+        store.write(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    run_job(ReferenceJob, measure_reference)

@@ -1,0 +1,101 @@
+"""Two models compared sample by sample: the intervals hold what they should, and pairing narrows them."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion.data.store import FolderStore
+from diffusion.errors import DataError
+from diffusion.evaluation.comparison import Comparison, Evidence, compare, evidence_name, load_evidence
+from diffusion.evaluation.statistics import Moments, frechet_error
+from tests.unit.test_promotion import made
+
+DIMENSIONS = 4
+REFERENCE = Moments(10_001, np.zeros(DIMENSIONS), np.eye(DIMENSIONS) * 10_000)
+
+
+def evidence(features: np.ndarray, close: float = 0.05, bits: float = 3.5, seed: int = 0) -> Evidence:
+    rng = np.random.default_rng(seed)
+    return Evidence(
+        features.astype(np.float32), rng.random(len(features)) < close, bits + 0.5 * rng.standard_normal(300)
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.floats(-1, 1), st.floats(0.5, 2))
+def test_a_model_differs_from_itself_by_nothing_and_from_another_as_that_from_it(
+    seed: int, shift: float, scale: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = evidence(rng.standard_normal((100, DIMENSIONS))), evidence(scale * rng.standard_normal((100, 4)) + shift)
+    same = compare(a, a, REFERENCE)
+    for one in (same.fid, same.bits_per_dim, same.memorisation):
+        assert (one.value, one.low, one.high) == (0, 0, 0)
+    there, back = compare(a, b, REFERENCE), compare(b, a, REFERENCE)
+    assert there.fid.value == -back.fid.value
+    assert (there.fid.low, there.fid.high) == pytest.approx((-back.fid.high, -back.fid.low), abs=1e-9)
+
+
+def gaussians(rng: np.random.Generator, count: int, common: float) -> Comparison:
+    """Of two models that are known: N(0.6, 1) and N(0.3, 1.2^2), whose samples share some of their noise."""
+    shared, *own = rng.standard_normal((3, count, DIMENSIONS))
+    first, second = (np.sqrt(common) * shared + np.sqrt(1 - common) * noise for noise in own)
+    return compare(evidence(0.6 + first), evidence(0.3 + 1.2 * second), REFERENCE)
+
+
+def test_the_interval_holds_the_true_difference_nineteen_times_in_twenty() -> None:
+    # By the closed form: d (0.6^2) - d (0.3^2 + (1.2 - 1)^2), which samples of any finite number overestimate each.
+    truth = DIMENSIONS * (0.6**2 - 0.3**2 - 0.2**2)
+    rng = np.random.default_rng(0)
+    found = [gaussians(rng, 200, common=0.5).fid for _ in range(60)]
+    held = sum(one.low <= truth <= one.high for one in found)
+    assert 51 <= held < 60  # 57 are expected; fewer than 51 happen once in 300 times
+    assert np.mean([one.high - one.low for one in found]) < 1
+
+
+def test_what_two_models_have_in_common_does_not_widen_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    apart, together = (gaussians(rng, 400, common).fid for common in (0.0, 0.95))
+    assert together.high - together.low < 0.6 * (apart.high - apart.low)
+    # Without anything in common it is what two errors make.
+    a, b = 0.6 + rng.standard_normal((2000, DIMENSIONS)), 0.3 + 1.2 * rng.standard_normal((2000, DIMENSIONS))
+    independent = 2 * 1.96 * np.hypot(frechet_error(a, REFERENCE), frechet_error(b, REFERENCE))
+    fid = compare(evidence(a), evidence(b), REFERENCE).fid
+    assert fid.high - fid.low == pytest.approx(independent, rel=0.25)
+
+
+def test_images_differ_more_than_models_do() -> None:
+    features = np.zeros((300, DIMENSIONS))
+    old = evidence(features, bits=3.50)
+    new = replace(old, bits=old.bits - 0.01 + 0.005 * np.random.default_rng(2).standard_normal(300))
+    bits = compare(new, old, REFERENCE).bits_per_dim
+    assert bits.low < -0.01 < bits.high < 0, "each alone is known to 0.03 only"
+
+
+def test_copies_are_counted_as_a_share_of_what_new_images_have() -> None:
+    features = np.zeros((1000, DIMENSIONS))
+    none, tenth = evidence(features, close=0), evidence(features, close=0.1)
+    memorisation = compare(tenth, none, REFERENCE).memorisation
+    assert memorisation.value == pytest.approx(tenth.close.mean() / 0.05)
+    assert 1 < memorisation.low < memorisation.value < memorisation.high < 3
+
+
+def test_evidence_comes_back_as_it_was_and_not_if_it_is_damaged_or_gone(tmp_path: Path) -> None:
+    store, kept = FolderStore(tmp_path), evidence(np.arange(40.0).reshape(10, 4))
+    data = kept.to_bytes()
+    scores = made().model_copy(update={"evidence_sha256": hashlib.sha256(data).hexdigest()})
+    with pytest.raises(DataError, match="is gone"):
+        load_evidence(store, "run", scores)
+    store.write(evidence_name("run", scores.step), data)
+    found = load_evidence(store, "run", scores)
+    for name in ("features", "close", "bits"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(kept, name))
+        assert getattr(found, name).dtype == getattr(kept, name).dtype
+    store.write(evidence_name("run", scores.step), data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DataError, match="is damaged"):
+        load_evidence(store, "run", scores)
