@@ -165,18 +165,20 @@ class Denoiser:
         Sample i depends on (seed, i) and its label; all else comes from the recipe where it is not given. The images of
         one call go through the network together: the same calls give the same bytes.
         """
-        size = self.recipe.data.image_size
 
-        def noise(purpose: str, step: int) -> Tensor:
-            draws = [
-                stream(seed, purpose, index, step).standard_normal((3, size, size), dtype=np.float32)
-                for index in indices
-            ]
-            return torch.from_numpy(np.stack(draws)).to(self.device)
+        def noise(k: int) -> Tensor:
+            return self._noise(indices, seed, "sample step", k)
 
-        # The start is of variance one, as x_T is: in process space the data's is one as well.
-        start = noise("sample start", 0)
-        return self.draw(start, labels, lambda k: noise("sample step", k), steps, sampler, spacing, guidance)
+        return self.draw(self.start(indices, seed), labels, noise, steps, sampler, spacing, guidance)
+
+    def start(self, indices: range, seed: int) -> Tensor:
+        """What these samples of `seed` begin as: [len(indices), 3, height, width], of variance one as the data is here."""
+        return self._noise(indices, seed, "sample start", 0)
+
+    def _noise(self, indices: range, seed: int, purpose: str, step: int) -> Tensor:
+        shape = (3, self.recipe.data.image_size, self.recipe.data.image_size)
+        draws = [stream(seed, purpose, index, step).standard_normal(shape, dtype=np.float32) for index in indices]
+        return torch.from_numpy(np.stack(draws)).to(self.device)
 
     @torch.inference_mode()
     def draw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
@@ -16,10 +16,16 @@ from diffusion.job import lock_folder
 from diffusion.settings import settings
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.retention import find_superseded
-from diffusion.training.state import delete_checkpoint, steps_with_checkpoint
+from diffusion.training.state import delete_checkpoint, steps_begun
 from flows.credentials import use_block
 from flows.progress import say
 from flows.run import FLOW_FOLDER, open_tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+LOGGED_MODEL = "models:/"
 
 
 @flow(name="clean-up")
@@ -45,7 +51,7 @@ def clean_up(
     found = find_superseded(client, experiment_id, keep_runs, keep_versions, champions)
     done = []
     for run in found.runs:
-        steps = steps_with_checkpoint(store, run)
+        steps = steps_begun(store, run)
         if not dry_run and not _delete_run(store, run, steps, environment.runs / run):
             say(f"{run} is being continued: its checkpoints are left.")
         elif steps:
@@ -57,12 +63,20 @@ def clean_up(
         done.append(f"version {version} of {model}")
         if not dry_run:
             client.delete_model_version(model, version)
-            if now.model_id:
-                client.delete_logged_model(now.model_id)  # `mlflow gc` then frees its files
+            if now.source.startswith(LOGGED_MODEL):  # the registry keeps no `model_id`
+                _delete_model(client, now.source.removeprefix(LOGGED_MODEL))
     heading = f"{'Would be deleted' if dry_run else 'Deleted'}: {len(done)}"
     say(heading)
     create_markdown_artifact("\n".join([f"# {heading}", "", *(f"- {line}" for line in done)]) + "\n", key="clean-up")
     return done
+
+
+def _delete_model(client: MlflowClient, model_id: str) -> None:
+    """Delete a logged model and its files: the weights are what takes room, and MLflow itself only marks it as deleted."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    get_artifact_repository(client.get_logged_model(model_id).artifact_location).delete_artifacts()
+    client.delete_logged_model(model_id)
 
 
 def _delete_run(store: Store, run: str, steps: list[int], folder: Path) -> bool:

@@ -100,6 +100,9 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
         # The columns are fixed by the samples' indices: the same noise at every milestone.
         shown = GRID_COLUMNS * len(rows)
         store.write(f"{where}/grid.png", png(class_grid(images[:shown], rows)))
+        if job.step == recipe.milestones[0] and not job.name:
+            noise = denoiser.pixels.decode(denoiser.start(range(shown), SEED))
+            store.write(f"{where}/noise.png", png(class_grid(noise, rows)))
         train = ShardImages(store, manifest, "train", size, job.shard_copies, memory_bytes=0)
         store.write(f"{where}/closest.png", png(closest_pairs(images, scored[0][1], train)))
         if job.step == recipe.total_steps and not job.name:

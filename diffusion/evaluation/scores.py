@@ -12,7 +12,7 @@ HEADLINES = ("fid", "kid", "precision", "recall", "memorisation", "class_accurac
 """Fields of `SampleScores` that become MLflow metrics under `score/`, beside bits_per_dim and the worst class's FID."""
 DETAILS = (
     *("fid_error", "fid_extrapolated", "fid_floor", "kid_error", "kid_floor"),
-    *("density", "coverage", "memorisation_error", "samples"),
+    *("density", "coverage", "memorisation_error"),
 )
 """Those that become MLflow metrics under `score_detail/`."""
 

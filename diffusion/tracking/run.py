@@ -15,6 +15,7 @@ from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, Start, flatten, load_recipe
 from diffusion.tracking.figures import bound_by_noise_level, class_distances, fid_over_training
+from diffusion.tracking.legend import legend
 from diffusion.tracking.promotion import Decision
 
 if TYPE_CHECKING:
@@ -24,22 +25,18 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "train-diffusion"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # so that its pages are those for training
+NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as description."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development", NOTE: legend()}
+"""The kind, so that its pages are those for training."""
 RUN_KEY, OWNER_TAG, START_TAG = "train_diffusion.run", "train_diffusion.owner", "recipe.start"
 HEADLINE_VALUES = (
     "name",
     "seed",
     "data.image_size",
     "data.images",
-    "data.batch_size",
-    "network.width",
-    "network.multipliers",
-    "process.prediction",
-    "objective.loss",
-    "optimizer.kind",
     "optimizer.learning_rate",
     "evaluation.samples",
-    "evaluation.guidance",
 )
 THUMBNAIL = 1024  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
@@ -101,7 +98,7 @@ class TrackedRun:
             "prefect.flow_run_id": lineage.flow_run_id,
             "prefect.flow_run_url": lineage.flow_run_url,
             OWNER_TAG: lineage.owner,
-            "mlflow.note.content": _note(recipe, dataset, lineage),
+            NOTE: _note(recipe, dataset, lineage),
         }
         client.log_batch(
             self.run_id,
@@ -148,14 +145,14 @@ class TrackedRun:
             self.client.log_batch(self.run_id, metrics=metrics)
 
     def log_scores(self, scores: Scores, grid: bytes, closest: bytes, history: list[Scores]) -> None:
-        """Log an evaluation: its metrics, its figures, and its pictures as the next of the series that the UI shows with a slider.
+        """Log an evaluation: its metrics, its figures, and its grid as the next of the series that the UI shows with a slider.
 
         Args:
             history: this run's evaluations so far, this one the last.
         """
         self.log_metrics([(key, value, scores.step) for key, value in scores.metrics().items()])
-        self._log_image("samples", scores.step, grid)
-        self._log_image("closest_training_images", scores.step, closest)
+        self.log_image("samples", scores.step, grid)
+        self._log_file(closest, f"figures/closest-{scores.step:09d}.png")
         self.log_figure(fid_over_training(history), "figures/fid_over_training.png")
         self.log_figure(bound_by_noise_level(scores.bound), f"figures/bound-{scores.step:09d}.png")
         if any(by.class_fid for by in scores.by_extractor):
@@ -177,8 +174,18 @@ class TrackedRun:
         if entry not in listed:
             self.client.set_tag(self.run_id, tag, json.dumps([*listed, entry]))
 
-    def _log_image(self, key: str, step: int, png: bytes) -> None:
-        """As `MlflowClient.log_image` does it, but under a name that the content decides: a repetition overwrites."""
+    def _log_file(self, content: bytes, path: str) -> None:
+        folder, _, name = path.rpartition("/")
+        with tempfile.TemporaryDirectory() as here:
+            file = Path(here, name)
+            file.write_bytes(content)
+            self.client.log_artifact(self.run_id, str(file), folder)
+
+    def log_image(self, key: str, step: int, png: bytes) -> None:
+        """The picture of a step in the series `key`, which the UI shows with a slider.
+
+        As `MlflowClient.log_image` does it, but under a name that the content decides: a repetition overwrites.
+        """
         name = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.run_id}/{key}/{step}")
         stem = f"{key}+step+{step}+timestamp+{self.started + step}+{name}"
         with tempfile.TemporaryDirectory() as folder:
@@ -194,6 +201,13 @@ class TrackedRun:
     def log_text(self, text: str, path: str) -> None:
         """Log a text as an artifact."""
         self.client.log_text(self.run_id, text, path)
+
+    def conclude(self, sentence: str, page: str) -> None:
+        """Put the outcome and a link to an artifact on top of what the run's page says."""
+        link = f"#/experiments/{self.experiment_id}/runs/{self.run_id}/artifacts/{page}"
+        conclusion = f"{sentence} [Gallery]({link})\n\n"
+        note = self.client.get_run(self.run_id).data.tags[NOTE]
+        self.client.set_tag(self.run_id, NOTE, conclusion + note.removeprefix(conclusion))
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
         """End the run, with the reason if it did not finish."""

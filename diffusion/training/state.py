@@ -56,6 +56,11 @@ def steps_with_checkpoint(store: Store, run: str) -> list[int]:
     return sorted(int(name.split("/")[-2]) for name in names if name.endswith(f"/{STATE}"))
 
 
+def steps_begun(store: Store, run: str) -> list[int]:
+    """The steps of a run of which any file is there, rising: also checkpoints that were never finished."""
+    return sorted({int(name.split("/")[2]) for name in store.names(f"checkpoints/{run}/")})
+
+
 def load_state(store: Store, run: str, step: int) -> State:
     """The state of one checkpoint. Raises CheckpointDamaged if there is none, or it is damaged."""
     where = f"{folder(run, step)}/{STATE}"

@@ -35,6 +35,9 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
         assert scores is not None
     grid = evaluation_picture(run, step, "grid")
+    if step == run.recipe.milestones[0]:
+        # MLflow's slider begins at 0.
+        run.tracked.log_image("samples", 0, evaluation_picture(run, step, "noise"))
     run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))
     create_image_artifact(
         image_url=f"data:image/png;base64,{base64.b64encode(grid).decode()}",
@@ -52,5 +55,5 @@ def evaluations(run: Run, until: int) -> list[Scores]:
 
 
 def evaluation_picture(run: Run, step: int, name: str) -> bytes:
-    """A picture of an evaluation (`grid`, `closest`), as PNG."""
+    """A picture of an evaluation (`grid`, `closest`, …), as PNG."""
     return run.store.read(f"{evaluation_folder(run.name, step)}/{name}.png")

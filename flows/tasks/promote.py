@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from diffusion.tracking.promotion import CHAMPION, Decision
+from diffusion.tracking.promotion import Decision, champion_version
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
 from flows.run import Run
@@ -28,7 +28,9 @@ def promote(run: Run, version: str) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
     decision = decide(run.tracked.client, run.store, model_name(run.dataset), version, run.request.fid_margin)
     run.tracked.log_decision(decision)
-    if decision.alias == CHAMPION:
+    champion = champion_version(run.tracked.client, decision.model)
+    # A retry may come after a way back to an older version.
+    if champion is not None and str(champion.version) == version:
         emit_event(
             PROMOTED,
             resource={"prefect.resource.id": f"train-diffusion.model.{decision.model}"},

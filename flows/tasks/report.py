@@ -42,6 +42,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
     try:
         run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
+        run.tracked.conclude(f"Version {decision.version} is **{decision.alias}**. {decision.reason}", GALLERY)
     except Exception as error:  # a page is no reason to call a run failed whose model may be live
         say(f"There is no gallery of this run: {type(error).__name__}: {error}")
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]

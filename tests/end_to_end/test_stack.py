@@ -65,14 +65,14 @@ def test_nothing_is_written_to_the_home_folder(project: Project) -> None:
     assert not {name for name in left if "prefect" in name or "mlflow" in name}, left
 
 
-def test_the_deployments_are_there_and_the_nightly_one_refuses_to_overlap(project: Project) -> None:
+def test_the_deployments_are_there_scheduled_and_refuse_to_overlap(project: Project) -> None:
     code = """
 import asyncio, json
 from prefect import get_client
 async def main():
     async with get_client() as client:
         for d in await client.read_deployments():
-            schedule = [s.schedule.cron for s in d.schedules]
+            schedule = [[s.schedule.cron, s.parameters] for s in d.schedules]
             limit = d.global_concurrency_limit.limit, d.concurrency_options.collision_strategy.value
             keys = list(d.parameter_openapi_schema["properties"])
             print(json.dumps([d.name, schedule, limit, keys]))
@@ -81,20 +81,24 @@ asyncio.run(main())
     servers = project.servers
     done = project.shell(sys.executable, "-c", code, env=servers)
     found = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
-    keys = ["preset", "overrides", "seed", "source", "processes", "start_from", "skip_unchanged"]
+    keys = ["preset", "overrides", "seed", "source", "processes", "start_from", "skip_unchanged", "fid_margin"]
+    night = {"seed": None, "skip_unchanged": True, "start_from": "scratch"}
     assert found == {
-        "train-diffusion": [[], [1, "CANCEL_NEW"], keys],
-        "nightly": [["0 2 * * *"], [1, "CANCEL_NEW"], keys],
-        "clean-up": [["0 12 * * 0"], [1, "CANCEL_NEW"], ["keep_runs", "keep_versions", "keep_champions", "dry_run"]],
+        "train-diffusion": [[["0 2 * * *", night]], [1, "CANCEL_NEW"], keys],
+        "clean-up": [
+            [["0 12 * * 0", {}]],
+            [1, "CANCEL_NEW"],
+            ["keep_runs", "keep_versions", "keep_champions", "dry_run"],
+        ],
     }, done.stderr
 
 
 def test_other_names_are_resolved_left_alone_or_refused_with_help(project: Project) -> None:
-    inspected = project.shell("prefect", "deployment", "inspect", "train-diffusion/nightly")
+    inspected = project.shell("prefect", "deployment", "inspect", "clean-up/clean-up")
     assert inspected.returncode == 0, inspected.stderr
     refused = project.shell("prefect", "deployment", "run", "nothing-like-it")
     assert refused.returncode == 1
-    assert "train-diffusion/nightly, train-diffusion/train-diffusion" in refused.stderr
+    assert "clean-up/clean-up, train-diffusion/train-diffusion" in refused.stderr
     wrong = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
     assert wrong.returncode == 1
     assert "not one of" in wrong.stdout + wrong.stderr
@@ -158,7 +162,7 @@ def test_down_stops_all_of_it_and_only_it(project: Project) -> None:
         ("prefect deployment run train-diffusion", 3),
         ("prefect deployment run -p preset=demo --watch train-diffusion", 6),
         ("/x/bin/prefect --profile other deployments run --param=a=b train-diffusion --tag x", 6),
-        ("prefect deployment run train-diffusion/nightly", None),
+        ("prefect deployment run clean-up/clean-up", None),
         ("prefect deployment run --id 123", None),
         ("prefect deployment run --help", None),
         ("prefect deployment ls", None),

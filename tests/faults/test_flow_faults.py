@@ -62,11 +62,13 @@ from prefect import get_client
 from prefect.states import Scheduled
 async def main():
     async with get_client() as client:
-        nightly = await client.read_deployment_by_name("train-diffusion/nightly")
-        parameters = {"preset": "demo", "source": "generated", "overrides": json.loads(sys.argv[1])}
+        deployment = await client.read_deployment_by_name("train-diffusion/train-diffusion")
+        tiny = {"preset": "demo", "source": "generated", "overrides": json.loads(sys.argv[1])}
+        parameters = {**deployment.schedules[0].parameters, **tiny}
         for days in (3, 2, 1):
             due = datetime.now(UTC).replace(hour=2) - timedelta(days=days)
-            run = await client.create_flow_run_from_deployment(nightly.id, parameters=parameters, state=Scheduled(scheduled_time=due))
+            state = Scheduled(scheduled_time=due)
+            run = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters, state=state)
             print(run.id, due.strftime("%Y%m%d"))
 asyncio.run(main())
 """

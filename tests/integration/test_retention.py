@@ -33,11 +33,19 @@ def six_nights(home: Path) -> MlflowClient:
         if key in STARTS:
             tags[START_TAG] = Start(run=STARTS[key], step=8, digest="d").model_dump_json()
         run = client.create_run(experiment_id, start_time=1000 + number, tags=tags)
-        client.create_model_version(MODEL, source=str(home), run_id=run.info.run_id, await_creation_for=0)
+        model = client.create_logged_model(experiment_id, name="sampler", source_run_id=run.info.run_id)
+        (home / "weights").write_bytes(b"weights")
+        client.log_model_artifact(model.model_id, str(home / "weights"))
+        client.finalize_logged_model(model.model_id, "READY")
+        source = f"models:/{model.model_id}"
+        client.create_model_version(
+            MODEL, source, run_id=run.info.run_id, model_id=model.model_id, await_creation_for=0
+        )
         if number < 5:
             client.set_terminated(run.info.run_id, "FINISHED" if number != 4 else "FAILED")
         for file in ("model.safetensors", "state.json"):
             store.write(f"checkpoints/{key}/000000008/{file}", b"{}")
+        store.write(f"checkpoints/{key}/000000016/model.safetensors", b"never finished")
         (settings().runs / key).mkdir(parents=True)
     for number, version in enumerate((1, 4)):
         store.write(f"promotions/{MODEL}/{number:06d}.json", b'{"from": null, "to": "%d"}' % version)
@@ -54,7 +62,12 @@ def left(client: MlflowClient) -> tuple[list[str], list[str]]:
     store = open_store(settings().store_uri)
     runs = [f"r{n}" for n in range(6) if steps_with_checkpoint(store, f"r{n}")]
     assert [path.name for path in sorted(settings().runs.iterdir())] == runs
+    assert {name.split("/")[1] for name in store.names("checkpoints/")} == set(runs)
     return runs, sorted(str(v.version) for v in client.search_model_versions(f"name = '{MODEL}'"))
+
+
+def weights() -> int:
+    return len(list(settings().artifacts.rglob("artifacts/weights")))
 
 
 def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: MlflowClient) -> None:
@@ -63,7 +76,9 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     assert past_champions(open_store(settings().store_uri), 10) == {MODEL: ["1", "4"]}
     would = clean_up(keep_runs=1, keep_versions=1, dry_run=True)
     assert left(six_nights) == ([f"r{n}" for n in range(6)], [str(n) for n in range(1, 7)])
+    assert weights() == 6
     assert clean_up(keep_runs=1, keep_versions=1) == would
+    assert weights() == 3, "as many files as versions"
     assert left(six_nights) == (["r0", "r1", "r2", "r3", "r5"], ["1", "4", "6"])
     assert clean_up(keep_runs=1, keep_versions=1) == [], "a repetition found something"
     # An alias of the user's own protects as well, and without the way back an old champion is one of many.
