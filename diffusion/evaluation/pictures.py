@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 GRID_COLUMNS = 8
+CELL = 96
 GAP = 4
 LABEL_WIDTH = 176
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
-def class_grid(samples: NDArray[np.uint8], rows: list[str], cell: int = 96) -> Image.Image:
+def class_grid(samples: NDArray[np.uint8], rows: list[str], at_least: int = CELL) -> Image.Image:
     """A grid with a labelled row a class: sample i lies in row i % len(rows), column i // len(rows).
 
-    samples: [GRID_COLUMNS * len(rows), height, width, 3]; each is enlarged to `cell` pixels without smoothing.
+    samples: [GRID_COLUMNS * len(rows), size, size, 3]; each pixel becomes a square, and a sample `at_least` that many wide.
     """
+    size = samples.shape[1]
+    cell = size * math.ceil(at_least / size)
     columns = len(samples) // len(rows)
     label_width = LABEL_WIDTH if any(rows) else 0
-    size = (label_width + columns * (cell + GAP) + GAP, len(rows) * (cell + GAP) + GAP)
-    image = Image.new("RGB", size, BACKGROUND)
+    extent = (label_width + columns * (cell + GAP) + GAP, len(rows) * (cell + GAP) + GAP)
+    image = Image.new("RGB", extent, BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     for row, name in enumerate(rows):
         top = GAP + row * (cell + GAP)

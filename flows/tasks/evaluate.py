@@ -8,11 +8,14 @@ from prefect import task
 from prefect.artifacts import create_image_artifact
 from prefect.cache_policies import NO_CACHE
 
+from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob
 from diffusion.training.state import State
 from flows.run import Run, run_stage
 from flows.tasks.retrying import RETRIED
+
+GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
 
 
 @task(
@@ -40,7 +43,7 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         run.tracked.log_image("samples", 0, evaluation_picture(run, step, "noise"))
     run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))
     create_image_artifact(
-        image_url=f"data:image/png;base64,{base64.b64encode(grid).decode()}",
+        image_url=f"data:image/webp;base64,{base64.b64encode(thumbnail(grid, GRID_PIXELS)).decode()}",
         key="samples",
         description=f"{run.name}: samples at step {step:,}, {state.images_seen:,} images seen.",
     )

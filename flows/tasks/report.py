@@ -18,11 +18,11 @@ from diffusion.training.state import State, checkpoint_file
 from flows.gallery import gallery
 from flows.progress import say
 from flows.run import Run
-from flows.tasks.evaluate import evaluation_picture
+from flows.tasks.evaluate import GRID_PIXELS, evaluation_picture
 from flows.tasks.retrying import RETRIED
 
 GALLERY = "gallery.html"
-GRID, GRID_PIXELS = "sample grid", 700
+GRID = "sample grid"
 
 
 class Report(BaseModel):

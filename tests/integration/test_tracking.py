@@ -193,7 +193,7 @@ def scores(
 
 
 def grid() -> bytes:
-    return png(class_grid(np.zeros((20, 16, 16, 3), np.uint8), [f"class {row}" for row in range(10)], cell=16))
+    return png(class_grid(np.zeros((20, 16, 16, 3), np.uint8), [f"class {row}" for row in range(10)], at_least=16))
 
 
 def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: TrackedRun) -> None:
