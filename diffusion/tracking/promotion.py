@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ COMPARABLE = ("dataset.digest", "image_size", "evaluation.protocol")
 COLLAPSE = 1.5
 """A class whose FID is more than this many times the champion's has collapsed."""
 UNIFORM_BITS_PER_DIM = 8.0
-DECISION_HEADING = "## Decision"
+DECISION_SECTION = re.compile(r"^## Decision\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+"""Of a model card."""
 ATTEMPTS = 20
 
 
@@ -224,12 +226,12 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
     for gate in decision.gates:
         text = f"{'passed' if gate.passed else 'FAILED'}: {gate.figures}"
         client.set_model_version_tag(decision.model, decision.version, f"gate.{gate.name}", text)
-    card = (client.get_model_version(decision.model, decision.version).description or "").partition(DECISION_HEADING)[0]
+    card = client.get_model_version(decision.model, decision.version).description or ""
     rows = "".join(f"| {gate.name} | {'yes' if gate.passed else 'NO'} | {gate.figures} |\n" for gate in decision.gates)
     table = f"\n| gate | passed | figures |\n| --- | --- | --- |\n{rows}" if rows else ""
-    client.update_model_version(
-        decision.model, decision.version, f"{card.rstrip()}\n\n{DECISION_HEADING}\n\n{decision.reason}\n{table}"
-    )
+    section = f"## Decision\n\n{decision.reason}\n{table}\n"
+    card, found = DECISION_SECTION.subn(lambda _: section, card)
+    client.update_model_version(decision.model, decision.version, card if found else f"{card}\n{section}")
 
 
 def _complete(client: MlflowClient, store: Store, model: str, entries: list[dict[str, Any]]) -> None:

@@ -69,8 +69,6 @@ def publish(
     tags = {
         **tags,
         "run": state.run,
-        "preset": state.recipe.name,
-        "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
         "image_size": str(state.recipe.data.image_size),
         "evaluation.protocol": protocol(state.recipe.evaluation),

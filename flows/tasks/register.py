@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from statistics import harmonic_mean
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -36,7 +37,11 @@ def compute(run: Run, state: State) -> str:
     """What the training took, for the card."""
     processes = usable_processes(run.recipe, run.request.processes)
     where = f"{processes} GPU processes" if gpus() else f"{processes} CPU processes ({platform.machine()})"
-    speed = run.tracked.client.get_run(run.tracked.run_id).data.metrics.get("speed/images_per_second")
+    points = run.tracked.client.get_metric_history(run.tracked.run_id, "speed/images_per_second")
     images = state.images_seen - run.recipe.first_step * run.recipe.data.batch_size
-    hours = f", about {images / speed / 3600:.2g} hours at {speed:,.0f} images/s" if speed else ""
-    return f"{images:,} images on {where}{hours}; {run.recipe.precision}, reduction {run.recipe.reduction}."
+    took = ""
+    if points:  # each of as many images
+        speed = harmonic_mean([point.value for point in points])
+        minutes = images / speed / 60
+        took = f", about {f'{minutes:.0f} minutes' if minutes < 120 else f'{minutes / 60:.1f} hours'} at {speed:,.0f} images/s"
+    return f"{images:,} images on {where}{took}; {run.recipe.precision}, reduction {run.recipe.reduction}."

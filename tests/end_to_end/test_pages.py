@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.stack import Project
 
@@ -83,11 +83,21 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, project: Project, run: dict[s
     mlflow_page.goto(f"{experiment}/runs")
     mlflow_page.get_by_role("link", name=run["run_name"]).first.wait_for()
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}")
-    for text in ("Finished", f"{MODEL}", "score/fid_eurosat", "data.images"):
+    for text in ("Finished", f"{MODEL}", "score/fid_eurosat", "data.images", "Version 1 is", "optimizer.learning_rate"):
         mlflow_page.get_by_text(text).first.wait_for()
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/model-metrics")
     for text in ("fid_eurosat", "bits_per_dim", "(8)"):  # a section of eight scores
         mlflow_page.get_by_text(text, exact=True).first.wait_for()
+    slider = mlflow_page.get_by_role("slider").first
+    slider.scroll_into_view_if_needed()
+    shown = []
+    for step in (0, 8, 16):  # the noise, and the two milestones
+        expect(slider).to_have_attribute("aria-valuenow", str(step))
+        grid = mlflow_page.locator(f"img[src*='samples%2Bstep%2B{step}%2B']")
+        grid.wait_for()
+        shown.append(grid.evaluate("async one => { await one.decode(); return one.naturalWidth }"))
+        slider.press("ArrowRight")
+    assert min(shown) > 300
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/system-metrics")
     mlflow_page.get_by_text("cpu_utilization_percentage").first.wait_for()
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/artifacts/gallery.html")
@@ -98,7 +108,7 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, project: Project, run: dict[s
 
 def test_the_model_page_of_mlflow(mlflow_page: Page, project: Project) -> None:
     mlflow_page.goto(f"{mlflow_address(project)}/models/{MODEL}")
-    mlflow_page.get_by_text("champion").first.wait_for()
+    mlflow_page.get_by_text("@ champion").first.wait_for()
     mlflow_page.get_by_text("demo, seed 0: fid_eurosat").first.wait_for()
     mlflow_page.goto(f"{mlflow_address(project)}/models/{MODEL}/versions/1")
     for text in ("Reproduce", "Limits", "Lineage", "It is the first version"):
