@@ -12,6 +12,7 @@ from pydantic import Field
 
 from diffusion.data.store import Store, open_store
 from diffusion.errors import RunBusy
+from diffusion.evaluation.comparison import evidence_name
 from diffusion.job import lock_folder
 from diffusion.settings import settings
 from diffusion.tracking.promotion import past_champions
@@ -22,10 +23,9 @@ from flows.progress import say
 from flows.run import FLOW_FOLDER, open_tracking
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
     from mlflow import MlflowClient
-
-
-LOGGED_MODEL = "models:/"
 
 
 @flow(name="clean-up")
@@ -62,21 +62,21 @@ def clean_up(
             continue
         done.append(f"version {version} of {model}")
         if not dry_run:
-            client.delete_model_version(model, version)
-            if now.source.startswith(LOGGED_MODEL):  # the registry keeps no `model_id`
-                _delete_model(client, now.source.removeprefix(LOGGED_MODEL))
+            _delete_version(client, now)
     heading = f"{'Would be deleted' if dry_run else 'Deleted'}: {len(done)}"
     say(heading)
     create_markdown_artifact("\n".join([f"# {heading}", "", *(f"- {line}" for line in done)]) + "\n", key="clean-up")
     return done
 
 
-def _delete_model(client: MlflowClient, model_id: str) -> None:
-    """Delete a logged model and its files: the weights are what takes room, and MLflow itself only marks it as deleted."""
+def _delete_version(client: MlflowClient, version: ModelVersion) -> None:
+    """Delete a version, and first the files of its model, which MLflow would leave: what breaks off is done by the next clean-up."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    get_artifact_repository(client.get_logged_model(model_id).artifact_location).delete_artifacts()
-    client.delete_logged_model(model_id)
+    model = client.get_logged_model(version.source.removeprefix("models:/"))  # the registry keeps no `model_id`
+    get_artifact_repository(model.artifact_location).delete_artifacts()
+    client.delete_model_version(version.name, str(version.version))
+    client.delete_logged_model(model.model_id)
 
 
 def _delete_run(store: Store, run: str, steps: list[int], folder: Path) -> bool:
@@ -88,6 +88,7 @@ def _delete_run(store: Store, run: str, steps: list[int], folder: Path) -> bool:
     with lock:
         for step in steps:
             delete_checkpoint(store, run, step)
+            store.delete(evidence_name(run, step))
         shutil.rmtree(folder, ignore_errors=True)
     return True
 

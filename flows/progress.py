@@ -67,7 +67,7 @@ class Stage:
             left = f", about {(now - since) * (1 - share) / (share - before):.0f} s left" if share > before else ""
             if self._bar is None:
                 say(f"{self.name}: {share:.0%}{left}" + (f" ({note})" if note else ""))
-            self._show(100 * share, note)
+            self._show(100 * share, f"{note}{left}")
         self._last_line = now
 
     def _show(self, percent: float, note: str) -> None:

@@ -32,6 +32,7 @@ class TrainingRequest(BaseModel):
     start_from: StartFrom = "scratch"
     skip_unchanged: bool = False
     fid_margin: float = 0.0
+    bits_margin: float = 0.01
 
     def recipe(self) -> Recipe:
         """The recipe that they mean. Raises RecipeError, with the nearest valid name where one is misspelt."""

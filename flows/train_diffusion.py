@@ -30,7 +30,9 @@ from flows.tasks.train import train
 def _name() -> str:
     parameters = runtime.flow_run.parameters
     seed = seed_or_date(parameters["seed"])
-    return f"{parameters['preset']}-seed{seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    night = "nightly-" if "auto-scheduled" in runtime.flow_run.tags else ""
+    start = "-from-champion" if parameters["start_from"] == "champion" else ""
+    return f"{night}{parameters['preset']}-seed{seed}{start}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def seed_or_date(seed: int | None) -> int:
@@ -48,6 +50,7 @@ def train_diffusion(
     start_from: StartFrom = "scratch",
     skip_unchanged: bool = False,
     fid_margin: Annotated[float, Field(ge=0)] = 0.0,
+    bits_margin: Annotated[float, Field(ge=0)] = 0.01,
 ) -> Report | State[None]:
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
@@ -60,6 +63,7 @@ def train_diffusion(
         start_from: "scratch", or "champion": go on with the live model and its optimiser's state, for data.images more.
         skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed.
         fid_margin: How far below the live model's the FID must be, beyond all doubt (95 %), for the new one to go live.
+        bits_margin: How far above the live model's its bits/dim may be, beyond doubt, all the same.
     """
     request = TrainingRequest(
         preset=preset,
@@ -70,6 +74,7 @@ def train_diffusion(
         start_from=start_from,
         skip_unchanged=skip_unchanged,
         fid_margin=fid_margin,
+        bits_margin=bits_margin,
     )
     if not attended():
         end_with_worker()

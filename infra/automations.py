@@ -5,6 +5,8 @@ the next night's, and whoever is notified of crashes hears of it.
 
 Notifications: a flow run that failed or crashed, and a promotion, are told to the notification blocks of Prefect that
 TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,smtp-mail/ops.
+
+Deployments that earlier versions had are deleted.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
 
 ZOMBIES = "train-diffusion: mark silent runs as crashed"
 PROMOTED = "train-diffusion.promoted"  # the event of flows/tasks/promote.py
@@ -28,6 +31,7 @@ OF_THE_FLOWS: dict[str, str | list[str]] = {
     "prefect.resource.name": ["train-diffusion", "clean-up"],
 }
 """Whose events these automations listen to: the server may run flows of others."""
+RETIRED = ("train-diffusion/nightly",)  # now a schedule of train-diffusion/train-diffusion
 SILENCE = timedelta(seconds=90)  # three heartbeats, of 30 s each (pyproject.toml)
 
 
@@ -96,8 +100,21 @@ async def find_block(block: str) -> UUID:
             ) from None
 
 
+async def remove_retired() -> None:
+    """Delete the deployments that earlier versions had: their schedules would go on."""
+    async with get_client() as client:
+        for name in RETIRED:
+            try:
+                deployment = await client.read_deployment_by_name(name)
+            except ObjectNotFound:
+                continue
+            await client.delete_deployment(deployment.id)
+            print(f"deleted the deployment {name}, which prefect.yaml has no more")
+
+
 async def main() -> None:
     """Make the automations that are not there. Those that are stay: with them the server would forget whom it listens for."""
+    await remove_retired()
     wanted = [zombies()]
     for block in filter(None, os.environ.get("TRAIN_DIFFUSION_NOTIFY", "").split(",")):
         wanted += notifications(block.strip(), await find_block(block.strip()))

@@ -20,7 +20,7 @@ from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance
 from diffusion.randomness import stream
 
-DRAWS = 400
+DRAWS = 200
 SEED = 0
 OUTSIDE = 0.05
 """Share of the draws that lies outside an interval."""
@@ -55,9 +55,9 @@ def load_evidence(store: Store, run: str, scores: Scores) -> Evidence:
     return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"])
 
 
-def evidence_name(run: str, step: int, name: str = "") -> str:
+def evidence_name(run: str, step: int) -> str:
     """Where the evidence of an evaluation lies in the store."""
-    return f"{evaluation_folder(run, step, name)}/evidence.safetensors"
+    return f"{evaluation_folder(run, step)}/evidence.safetensors"
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,10 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             store.write(f"{where}/noise.png", png(class_grid(noise, rows)))
         train = ShardImages(store, manifest, "train", size, job.shard_copies, memory_bytes=0)
         store.write(f"{where}/closest.png", png(closest_pairs(images, scored[0][1], train)))
+        evidence = None
         if job.step == recipe.total_steps and not job.name:
+            evidence = Evidence(embedded[0], scored[0][1].close, bits_of_images).to_bytes()
+            store.write(evidence_name(job.run, job.step), evidence)
             row_labels = sample_labels(recipe, manifest, range(len(rows)))
             for name, picture in (
                 ("trajectory", trajectory(denoiser, row_labels, rows)),
@@ -113,8 +116,6 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
                 ("real", real_images(test, list(manifest.classes))),
             ):
                 store.write(f"{where}/{name}.png", png(picture))
-        evidence = Evidence(embedded[0], scored[0][1].close, bits_of_images).to_bytes()
-        store.write(evidence_name(job.run, job.step, job.name), evidence)
         scores = Scores(
             step=job.step,
             images_seen=state.images_seen,
@@ -123,7 +124,7 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             fid_by_weights=fid_by_weights,
             bound=bound,
             by_extractor=tuple(scores for scores, _ in scored),
-            evidence_sha256=hashlib.sha256(evidence).hexdigest(),
+            evidence_sha256=hashlib.sha256(evidence).hexdigest() if evidence else None,
         )
         store.write(f"{where}/scores.json", (json.dumps(scores.model_dump(mode="json"), indent=1) + "\n").encode())
     accelerator.wait_for_everyone()

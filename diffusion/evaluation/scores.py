@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.data.store import Store
 
@@ -89,8 +89,8 @@ class Scores(BaseModel):
     bound: BoundTerms
     by_extractor: tuple[SampleScores, ...]
     """In the recipe's order; the first decides about promotion."""
-    evidence_sha256: str
-    """Of the file with what the scores were computed from, by which two models are compared."""
+    evidence_sha256: str | None
+    """Of the file with what the scores were computed from, by which two models are compared; only the last of a run has one."""
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics: few under `score/`, the rest under `score_detail/`; an extractor's name is part of its figures' names."""
@@ -140,10 +140,13 @@ def evaluation_folder(run: str, step: int, name: str = "") -> str:
 def find_scores(
     store: Store, run: str, step: int, samples: int, name: str = "", checkpoint: str | None = None
 ) -> Scores | None:
-    """The scores of a finished evaluation with that many samples (and of the checkpoint with that digest), or None."""
+    """The scores of a finished evaluation with that many samples (and of the checkpoint with that digest), or None.
+
+    None as well for scores of an older form, which are to be made anew.
+    """
     try:
         scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step, name)}/scores.json"))
-    except KeyError:
+    except (KeyError, ValidationError):
         return None
     if checkpoint not in (None, scores.checkpoint):
         return None

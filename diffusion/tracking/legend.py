@@ -8,7 +8,7 @@ METRICS: dict[str, dict[str, str]] = {
     "score": {
         "fid": "Fréchet distance of samples to training images; squared units of the extractor's features; lower is better",
         "bits_per_dim": "variational bound on test images; bits a subpixel; lower is better",
-        "kid": "kernel distance of samples to training images; lower is better",
+        "kid": "kernel distance of samples to training images; no unit; lower is better",
         "fid_worst_class": "the highest FID of any class: of a tenth of the samples, so higher than `fid`",
         "precision": "share of samples that lie among real images; 0 to 1",
         "recall": "share of real images that lie among samples; 0 to 1",
@@ -27,8 +27,8 @@ METRICS: dict[str, dict[str, str]] = {
         "memorisation_error": "standard error",
     },
     "train": {
-        "loss": "mean over the steps since the point before",
-        "gradient_norm": "before clipping",
+        "loss": "mean over the steps since the point before; in images of variance one; lower is better",
+        "gradient_norm": "before clipping; mean over the steps since the point before",
         "learning_rate": "at that step",
     },
     "speed": {

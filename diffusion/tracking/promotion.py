@@ -59,25 +59,31 @@ class Decision:
     """The version that was champion then."""
 
 
-def gates_against(new: Scores, old: Scores, comparison: Comparison, margin: float) -> tuple[Gate, ...]:
-    """What a challenger must show against the champion, both scored under one protocol.
+@dataclass(frozen=True)
+class Margins:
+    """How clear a difference from the champion must be."""
 
-    Args:
-        margin: how far below the champion's the FID must be: its difference's whole interval lies below `-margin`.
-    """
+    fid: float = 0.0
+    """How far below the champion's the FID must lie: the whole interval of the difference lies below minus this."""
+    bits_per_dim: float = 0.01
+    """How far above the champion's the bound may lie: the interval of the difference reaches below this."""
+
+
+def gates_against(new: Scores, old: Scores, comparison: Comparison, margins: Margins = Margins()) -> tuple[Gate, ...]:
+    """What a challenger must show against the champion, both scored under one protocol."""
     by, before = new.by_extractor[0], old.by_extractor[0]
     fid, bits, close = comparison.fid, comparison.bits_per_dim, comparison.memorisation
     gates = [
         Gate(
             f"fid_{by.extractor} is lower",
-            fid.high < -margin,
-            f"{by.fid:.2f} against {before.fid:.2f} over {by.samples:,} samples: {_text(fid, 2)}"
-            + (f"; asked for is less than {-margin:g}" if margin else ""),
+            fid.high < -margins.fid,
+            f"{by.fid:.2f} against {before.fid:.2f} over {by.samples:,} samples: {_text(fid, 2)}, corrected for what finitely many "
+            f"samples add" + (f"; asked for: below {-margins.fid:g}" if margins.fid else ""),
         ),
         Gate(
             "bits_per_dim is not higher",
-            bits.low <= 0,
-            f"{new.bound.total:.3f} against {old.bound.total:.3f}: {_text(bits, 3)}",
+            bits.low <= margins.bits_per_dim,
+            f"{new.bound.total:.3f} against {old.bound.total:.3f}: {_text(bits, 3)}; allowed: {margins.bits_per_dim:g}",
         ),
     ]
     worst: dict[str, float] = {}
@@ -94,10 +100,11 @@ def gates_against(new: Scores, old: Scores, comparison: Comparison, margin: floa
         )
     gates.append(
         Gate(
-            "memorisation is not higher",
             # Below 1, samples are further from the training images than new real ones are: blurred, not better.
+            "nothing more is copied",
             close.low <= 0 or not_memorised(new),
-            f"{by.memorisation:.2f} against {before.memorisation:.2f}: {_text(close, 2)}; new real images have 1",
+            f"memorisation {by.memorisation:.2f} ± {by.memorisation_error:.2f} (new real images: 1) against "
+            f"{before.memorisation:.2f}: {_text(close, 2)}; it must not be above both",
         )
     )
     return tuple(gates)
@@ -131,11 +138,8 @@ def not_memorised(scores: Scores) -> bool:
     return by.memorisation - DEVIATIONS * by.memorisation_error <= 1
 
 
-def promote(client: MlflowClient, store: Store, model: str, version: str, margin: float = 0.0) -> Decision:
-    """Judge a version against the champion and give it the alias `champion` or `challenger`; again, it changes nothing.
-
-    Args:
-        margin: how far below the champion's the FID must be.
+def promote(client: MlflowClient, store: Store, model: str, version: str, margins: Margins = Margins()) -> Decision:
+    """Judge a version against the champion and give it the alias `champion` or `challenger`; a promotion is never repeated.
 
     Raises TrackingError if other runs promote without end.
     """
@@ -148,16 +152,18 @@ def promote(client: MlflowClient, store: Store, model: str, version: str, margin
             _tell(client, decision)  # whoever wrote the entry may not have come to that
             return decision
         challenger, champion = client.get_model_version(model, version), champion_version(client, model)
-        if champion is not None and str(champion.version) == version:  # a database gives the number, a server its text
+        if _number(champion) == version:
             return Decision(model, version, CHAMPION, "It was made champion by hand.")
-        alias, reason, gates = _judge(store, challenger, champion, margin)
-        decision = Decision(model, version, alias, reason, gates, str(champion.version) if champion else None)
+        alias, reason, gates = _judge(store, challenger, champion, margins)
+        decision = Decision(model, version, alias, reason, gates, _number(champion))
         if alias == CHALLENGER:
             _tell(client, decision)
             client.set_registered_model_alias(model, CHALLENGER, version)
             return decision
+        if _number(champion_version(client, model)) != _number(champion):  # moved by hand meanwhile
+            continue
         entry: dict[str, Any] = {
-            "from": str(champion.version) if champion else None,
+            "from": _number(champion),
             "to": version,
             "reason": reason,
             "gates": [asdict(gate) for gate in gates],
@@ -175,14 +181,14 @@ def _decision(model: str, entry: dict[str, Any]) -> Decision:
 
 
 def _judge(
-    store: Store, challenger: ModelVersion, champion: ModelVersion | None, margin: float
+    store: Store, challenger: ModelVersion, champion: ModelVersion | None, margins: Margins
 ) -> tuple[str, str, tuple[Gate, ...]]:
     new = Scores.model_validate_json(challenger.tags["scores"])
     if champion is None:
         opening, gates = "It is the first version", gates_alone(new)
     else:
         try:
-            opening, gates = f"Against version {champion.version}", _against(store, challenger, champion, new, margin)
+            opening, gates = f"Against version {champion.version}", _against(store, challenger, champion, new, margins)
         except DataError as error:
             return CHALLENGER, f"{error} Move the alias champion by hand if it is to go live.", ()
     failed = [gate for gate in gates if not gate.passed]
@@ -192,7 +198,7 @@ def _judge(
 
 
 def _against(
-    store: Store, challenger: ModelVersion, champion: ModelVersion, new: Scores, margin: float
+    store: Store, challenger: ModelVersion, champion: ModelVersion, new: Scores, margins: Margins
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if their figures can't be compared."""
     different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
@@ -209,7 +215,12 @@ def _against(
     tags = challenger.tags
     reference = reference_name(tags["dataset.digest"], by.extractor, by.extractor_sha256, int(tags["image_size"]))
     first, second = load_evidence(store, tags["run"], new), load_evidence(store, champion.tags["run"], old)
-    return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margin)
+    return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margins)
+
+
+def _number(version: ModelVersion | None) -> str | None:
+    """A version's number as text: a database gives it as a number, a server as text."""
+    return str(version.version) if version is not None else None
 
 
 def scores_of(version: ModelVersion) -> Scores | None:

@@ -69,6 +69,7 @@ def publish(
     tags = {
         **tags,
         "run": state.run,
+        "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
         "image_size": str(state.recipe.data.image_size),
         "evaluation.protocol": protocol(state.recipe.evaluation),
@@ -109,7 +110,8 @@ def publish(
             )
             # Beside the artifacts the card can show them.
             pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
-            Path(model_folder, "README.md").write_text(f"{card}\n## Pictures\n\n{pictures_of}")
+            lasting = card.replace("Not judged yet.", "The version's description in the registry has it.")
+            Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}")
             client.log_model_artifacts(logged.model_id, str(model_folder))
         status = "READY"
     finally:

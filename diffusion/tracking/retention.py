@@ -1,8 +1,8 @@
 """What may be cleaned up: checkpoints and model versions that nothing live, recent or under way comes from.
 
-Kept are the checkpoints of every run that made a version with an alias (champion, challenger, or one of your own) or one of
-the last champions, of all runs that these went on from, of runs under way and theirs, and of the newest runs; and every version
-with an alias, the last champions, and the newest versions. Never touched: the models of other projects on the same server, and
+Kept are every version that has an alias (champion, challenger, or one of your own) or a copy in another model, the last champions,
+and the newest versions; and the checkpoints of the runs that made these (but for the merely newest), of all runs that those went
+on from, of runs under way and theirs, and of the newest runs. Never touched: the models of other projects on the same server, and
 MLflow runs with their metrics, pictures and galleries.
 """
 
@@ -16,6 +16,9 @@ from diffusion.tracking.run import RUN_KEY, START_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+LOGGED_MODEL = "models:/m-"
+"""What the source of a version that a run has made begins with."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,17 @@ def find_superseded(
     needed = {key for key, run in by_key.items() if run.info.status == "RUNNING"} | set(list(by_key)[:keep_runs])
 
     superseded = []
-    for model in _all(client.search_registered_models):
-        # The server may have models of others: only versions that our runs made are ours to clean up.
-        versions = [v for v in _all(client.search_model_versions, f"name = '{model.name}'") if v.run_id in by_id]
+    models = _all(client.search_registered_models)
+    known = {model.name: _all(client.search_model_versions, f"name = '{model.name}'") for model in models}
+    # What somebody has copied into a model of their own lives from the version's files.
+    copied = {version.source for versions in known.values() for version in versions}
+    for model in models:
+        # The server may have models of others: only versions that our runs made, and no copies of them, are ours to clean up.
+        versions = [v for v in known[model.name] if v.run_id in by_id and v.source.startswith(LOGGED_MODEL)]
         versions.sort(key=lambda version: int(version.version), reverse=True)
         aliased = {str(version) for version in model.aliases.values()}
         live = aliased | set(champions.get(model.name, []))
+        live |= {str(v.version) for v in versions if f"models:/{v.name}/{v.version}" in copied}
         needed |= {by_id[v.run_id] for v in versions if str(v.version) in live}
         kept = live | {str(v.version) for v in versions[:keep_versions]}
         superseded += [(model.name, str(v.version)) for v in versions if str(v.version) not in kept]

@@ -245,6 +245,8 @@ def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
+    if NOTE not in found.tags:
+        client.set_experiment_tag(found.experiment_id, NOTE, legend())
     return found.experiment_id
 
 

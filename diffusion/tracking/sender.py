@@ -71,7 +71,7 @@ class MetricsSender:
             if committed <= self._sent:
                 return
             rows: list[tuple[str, float, int]] = []
-            for name, convert in ((JOURNAL, _journal_rows), (TIMING, _timing_rows)):
+            for name, convert in ((JOURNAL, journal_rows), (TIMING, timing_rows)):
                 path = self.folder / name
                 # Timing is only here: a run that goes on on another machine has none of what was before.
                 for record in records(path.read_bytes() if path.exists() else b""):
@@ -97,12 +97,14 @@ class MetricsSender:
                 time.sleep(RETRY_SECONDS)
 
 
-def _journal_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
+def journal_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """The (name, value, step) rows of a record of the journal."""
     keys = ("loss", "learning_rate", "gradient_norm") if record["kind"] == "metrics" else ()
     return [(f"train/{key}", record[key], record["step"]) for key in keys]
 
 
-def _timing_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
+def timing_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """The (name, value, step) rows of a record of the timing."""
     return [
         ("speed/images_per_second", record["images_per_second"], record["step"]),
         ("speed/data_wait_share", record["data_wait_share"], record["step"]),

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from diffusion.tracking.promotion import Decision, champion_version
+from diffusion.tracking.promotion import CHAMPION, Decision, Margins, champion_version
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
 from flows.run import Run
@@ -26,11 +26,12 @@ PROMOTED = "train-diffusion.promoted"
 )
 def promote(run: Run, version: str) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
-    decision = decide(run.tracked.client, run.store, model_name(run.dataset), version, run.request.fid_margin)
+    margins = Margins(run.request.fid_margin, run.request.bits_margin)
+    decision = decide(run.tracked.client, run.store, model_name(run.dataset), version, margins)
     run.tracked.log_decision(decision)
     champion = champion_version(run.tracked.client, decision.model)
-    # A retry may come after a way back to an older version.
-    if champion is not None and str(champion.version) == version:
+    # A retry may come after a way back to an older version, which is not the time to tell.
+    if decision.alias == CHAMPION and champion is not None and int(champion.version) >= int(version):
         emit_event(
             PROMOTED,
             resource={"prefect.resource.id": f"train-diffusion.model.{decision.model}"},

@@ -81,7 +81,17 @@ asyncio.run(main())
     servers = project.servers
     done = project.shell(sys.executable, "-c", code, env=servers)
     found = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
-    keys = ["preset", "overrides", "seed", "source", "processes", "start_from", "skip_unchanged", "fid_margin"]
+    keys = [
+        "preset",
+        "overrides",
+        "seed",
+        "source",
+        "processes",
+        "start_from",
+        "skip_unchanged",
+        "fid_margin",
+        "bits_margin",
+    ]
     night = {"seed": None, "skip_unchanged": True, "start_from": "scratch"}
     assert found == {
         "train-diffusion": [[["0 2 * * *", night]], [1, "CANCEL_NEW"], keys],
@@ -91,6 +101,26 @@ asyncio.run(main())
             ["keep_runs", "keep_versions", "keep_champions", "dry_run"],
         ],
     }, done.stderr
+
+
+def test_a_deployment_that_an_earlier_version_scheduled_is_deleted(project: Project) -> None:
+    code = """
+import asyncio, sys
+from prefect import get_client
+async def main():
+    async with get_client() as client:
+        known = {d.name: d for d in await client.read_deployments()}
+        if sys.argv[1:]:
+            await client.create_deployment(known["train-diffusion"].flow_id, "nightly")
+        print(sorted({d.name for d in await client.read_deployments()}))
+asyncio.run(main())
+"""
+    env = project.servers
+    before = project.shell(sys.executable, "-c", code, "make it", env=env)
+    assert "nightly" in before.stdout, before.stderr
+    done = project.shell(sys.executable, "infra/automations.py", env=env)
+    assert "deleted the deployment train-diffusion/nightly" in done.stdout, done.stderr
+    assert project.shell(sys.executable, "-c", code, env=env).stdout == "['clean-up', 'train-diffusion']\n"
 
 
 def test_other_names_are_resolved_left_alone_or_refused_with_help(project: Project) -> None:

@@ -71,16 +71,9 @@ def test_the_flow_trains_scores_registers_and_competes(run_flow: Any, home: Path
     assert [metric.step for metric in losses] == list(range(1, 17))
     assert losses[-1].value < losses[0].value
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "score/fid_eurosat")] == [8, 16]
-    assert (
-        len(
-            [
-                i
-                for i in client.list_artifacts(run.info.run_id, "images")
-                if "/samples+" in i.path and i.path.endswith(".png")
-            ]
-        )
-        == 2
-    )
+    images = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
+    grids = [path.split("+")[2] for path in images if "/samples+" in path and path.endswith(".png")]
+    assert sorted(grids, key=int) == ["0", "8", "16"], "the noise, and a grid a milestone"
     assert client.list_artifacts(run.info.run_id, "figures")
     assert run.data.tags["dataset.name"] == "generated-fields-and-water"
     tasks = states_by_task()
@@ -88,8 +81,12 @@ def test_the_flow_trains_scores_registers_and_competes(run_flow: Any, home: Path
     assert tasks["train to step 8"] == tasks["train to step 16"] == ["Completed"]
 
     # Again: ingestion and reference are found, a second version competes with the first.
-    second = run_flow()
+    second = run_flow(fid_margin=5.0)
     assert f"{MODEL} 2" in second.rows["model version"]
+    assert "asked for: below -5" in second.rows["model version"]
+    description = client.get_model_version(MODEL, "2").description
+    assert "256 images on 1 CPU processes" in description
+    assert "minutes at" in description
     assert states_by_task()["ingest"] == ["Cached"]
     champion = champion_version(client, MODEL)
     assert champion is not None
@@ -140,6 +137,10 @@ def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any,
     experiment = client.get_experiment_by_name("train-diffusion").experiment_id
     (second, first) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
     assert json.loads(second.data.tags["recipe.start"])["run"] == first.data.tags["train_diffusion.run"]
+    assert "-from-champion-" in second.info.run_name
+    tags = [client.get_model_version(MODEL, number).tags for number in ("1", "2")]
+    assert tags[1]["start.run"] == tags[0]["run"]
+    assert tags[0]["continued_by.2"] == tags[1]["run"]
     losses = [metric.step for metric in client.get_metric_history(second.info.run_id, "train/loss")]
     assert losses == list(range(17, 25))
 
@@ -154,7 +155,7 @@ def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any,
         run_flow(start_from="champion", overrides={"network.width": 8})
 
 
-def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "c" * 40)
     run_flow()
 
@@ -167,6 +168,10 @@ def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, monkeypatch: pytest.
     said = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line[:11].strip()}
     assert {said[what] for what in ("code", "dataset", "recipe", "weights", "checkpoint")} == {"same"}
     monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "d" * 40)
+    for file in (home / "store" / "datasets").rglob(
+        "manifest.json"
+    ):  # the images are still there, to be ingested again
+        file.unlink()
     again = reproduce("--version", "1")
     assert "code  DIFFERENT" in again.stdout
     assert "training" in again.stdout, "what an earlier reproduction had made was taken for a new one"

@@ -81,6 +81,11 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     assert weights() == 3, "as many files as versions"
     assert left(six_nights) == (["r0", "r1", "r2", "r3", "r5"], ["1", "4", "6"])
     assert clean_up(keep_runs=1, keep_versions=1) == [], "a repetition found something"
+    # What is copied into a model of the user's own lives on, with the run that it came from.
+    six_nights.copy_model_version(f"models:/{MODEL}/1", "production")
+    assert clean_up(keep_runs=1, keep_versions=1, keep_champions=0) == []
+    assert weights() == 3
+    six_nights.delete_registered_model("production")
     # An alias of the user's own protects as well, and without the way back an old champion is one of many.
     six_nights.set_registered_model_alias(MODEL, "favourite", "6")
     clean_up(keep_runs=1, keep_versions=1, keep_champions=0)

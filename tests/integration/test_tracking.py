@@ -368,7 +368,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert "| fid_eurosat is lower | yes | 15.00 against 20.00" in champion.description
     assert champion.description.index("## Decision") < champion.description.index("## Use")
     assert champion.description.count("## Decision") == 1, "a repetition added it again"
-    assert champion.tags["gate.memorisation is not higher"].startswith("passed")
+    assert champion.tags["gate.nothing more is copied"].startswith("passed")
     entries = [json.loads(store.read(name)) for name in store.names("promotions/") if name.endswith(".json")]
     assert [(entry["from"], entry["to"]) for entry in entries] == [(None, first), (first, better)]
 

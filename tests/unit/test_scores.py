@@ -1,0 +1,31 @@
+"""Scores: what becomes of them in MLflow, and what an older form of them counts as."""
+
+import json
+from pathlib import Path
+
+from diffusion.data.store import FolderStore
+from diffusion.evaluation.scores import evaluation_folder, find_scores
+from diffusion.tracking.legend import METRICS, legend
+from diffusion.tracking.sender import journal_rows, timing_rows
+from tests.unit.test_promotion import made
+
+
+def test_every_metric_has_its_meaning_in_the_legend() -> None:
+    record = {"step": 1, "kind": "metrics", "loss": 1.0, "learning_rate": 1.0, "gradient_norm": 1.0}
+    timing = {"step": 1, "images_per_second": 1.0, "data_wait_share": 0.0, "peak_memory_bytes": 1}
+    logged = {name for name, *_ in (*journal_rows(record), *timing_rows(timing))}
+    logged |= {name.removesuffix("_eurosat") for name in made().metrics()}
+    known = {f"{section}/{name}" for section, metrics in METRICS.items() for name in metrics if section != "system"}
+    assert logged == known
+    assert all(f"| {name} | " in legend() for name in known)
+
+
+def test_scores_of_an_older_form_are_made_anew(tmp_path: Path) -> None:
+    store, scores = FolderStore(tmp_path), made()
+    where = f"{evaluation_folder('run', 1)}/scores.json"
+    store.write(where, scores.model_dump_json().encode())
+    assert find_scores(store, "run", 1, 1000) == scores
+    assert find_scores(store, "run", 1, 750) is None, "of another number of samples"
+    older = {key: value for key, value in json.loads(scores.model_dump_json()).items() if key != "evidence_sha256"}
+    store.write(where, json.dumps(older).encode())
+    assert find_scores(store, "run", 1, 1000) is None
