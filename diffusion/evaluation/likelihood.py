@@ -187,6 +187,7 @@ def summarise(nats: NDArray[np.float64], draws: Draws, log_snr: NDArray[np.float
         decoder=float(ends[:, 1].mean()),
         transitions=tuple(by_bin.tolist()),
         log_snr_edges=tuple(edges.tolist()),
+        timestep_edges=tuple(np.searchsorted(-log_snr, -edges, side="right").tolist()),
     )
 
 

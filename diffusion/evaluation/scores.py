@@ -71,6 +71,8 @@ class BoundTerms(BaseModel):
     """The transitions' part, by log_snr of the noisier end in BOUND_BINS equal bins, noise first."""
     log_snr_edges: tuple[float, ...]
     """Edges of these bins, rising."""
+    timestep_edges: tuple[int, ...]
+    """The timesteps at these edges, falling from T to 1."""
 
 
 class Scores(BaseModel):

@@ -98,6 +98,9 @@ def bound_by_noise_level(bound: BoundTerms) -> Figure:
     axes.bar(edges[:-1], bound.transitions, width, align="edge", color="C0", edgecolor="white", label="transitions")
     axes.bar(edges[0] - width, bound.prior, width, color="C2", label=f"prior ({bound.prior:.4f})")
     axes.bar(edges[-1] + width, bound.decoder, width, color="C1", label=f"decoder ({bound.decoder:.3f})")
+    timesteps = axes.secondary_xaxis("top")
+    timesteps.set_xticks(edges[::4], [f"{t:,}" for t in bound.timestep_edges[::4]])
+    timesteps.set_xlabel("timestep")
     title = f"{bound.total:.3f} ± {bound.error:.3f} bits/dim on {bound.images:,} test images"
     axes.set(xlabel="log SNR (noise on the left, data on the right)", ylabel="bits/dim", title=title)
     axes.grid(axis="y", alpha=0.3)

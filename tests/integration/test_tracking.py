@@ -186,6 +186,7 @@ def scores(
             decoder=0.5,
             transitions=(0.1745,) * BOUND_BINS,
             log_snr_edges=tuple(float(edge) for edge in range(BOUND_BINS + 1)),
+            timestep_edges=tuple(range(BOUND_BINS + 1, 0, -1)),
         ),
         by_extractor=(by,),
         evidence_sha256=evidence_sha256,

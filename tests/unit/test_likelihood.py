@@ -57,6 +57,10 @@ def test_the_parts_add_up_to_the_whole() -> None:
     nats = np.random.default_rng(0).uniform(0, 1, (10, 51))
     bound = summarise(nats, draws, levels)
     assert len(bound.transitions) == BOUND_BINS
+    assert (bound.timestep_edges[0], bound.timestep_edges[-1]) == (50, 1)
+    for t, edge in zip(bound.timestep_edges, bound.log_snr_edges, strict=True):
+        assert levels[t - 1] >= edge - 1e-9
+        assert t == 50 or levels[t] < edge
     assert bound.prior + bound.decoder + sum(bound.transitions) == pytest.approx(bound.total)
     assert bound.total * math.log(2) == pytest.approx(nats.sum(axis=1).mean())
     assert isinstance(draws, Draws)

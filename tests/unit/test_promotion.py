@@ -35,7 +35,14 @@ def made(bits: float = 3.5, bits_error: float = 0.02, **fields: Any) -> Scores:
         "class_fid": {"Forest": 20.0, "River": 40.0},
     }
     bound = BoundTerms(
-        total=bits, error=bits_error, images=400, prior=0.0, decoder=0.5, transitions=(bits,), log_snr_edges=(0.0, 1.0)
+        total=bits,
+        error=bits_error,
+        images=400,
+        prior=0.0,
+        decoder=0.5,
+        transitions=(bits,),
+        log_snr_edges=(0.0, 1.0),
+        timestep_edges=(2, 1),
     )
     by = SampleScores(**values | fields)
     return Scores(
