@@ -22,8 +22,8 @@ def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str
     while not (found := [one for one in received if text in one["subject"] + one["body"]]):
         assert time.monotonic() < deadline, received
         time.sleep(0.2)
-    (message,) = found
-    return message
+    assert len(found) == 1, found
+    return found[0]
 
 
 def stack_processes(project: Project) -> list[psutil.Process]:
