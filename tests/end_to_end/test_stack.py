@@ -22,7 +22,8 @@ def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str
     while not (found := [one for one in received if text in one["subject"] + one["body"]]):
         assert time.monotonic() < deadline, received
         time.sleep(0.2)
-    assert len(found) == 1, found
+    # Prefect delivers an event at least once: under load it was seen to tell the same thing twice.
+    assert all(one == found[0] for one in found), found
     return found[0]
 
 
