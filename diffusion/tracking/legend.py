@@ -47,7 +47,7 @@ METRICS: dict[str, dict[str, str]] = {
 
 def legend() -> str:
     """All of it as Markdown, for the experiment's page."""
-    return "\n".join(["Metrics, in the order in which to read them. Lines over steps.", "", *_rows()])
+    return "\n".join(["Metrics, in the order in which to read them.", "", *_rows()])
 
 
 def _rows() -> Iterator[str]:

@@ -392,6 +392,21 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert champion is not None
     assert str(champion.version) == better
 
+    # A champion that is moved by hand while another is judged: it is judged again, against the one that is live then.
+    class MovedMeanwhile(FolderStore):
+        moved = False
+
+        def read(self, name: str) -> bytes:
+            if name.endswith("evidence.safetensors") and not self.moved:
+                self.moved = True
+                client.set_registered_model_alias(MODEL, "champion", first)
+            return super().read(name)
+
+    late = make_version(run, ingested, store, "late", seed=21, fid=2.0)
+    decision = promote(client, MovedMeanwhile(store.folder), MODEL, late)
+    assert (decision.alias, decision.against) == ("champion", first)
+    client.set_registered_model_alias(MODEL, "champion", better)
+
     # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder.
     code = f"""
 import sys
