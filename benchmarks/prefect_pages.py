@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import requests
-from playwright.sync_api import sync_playwright
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from benchmarks.pages import REPEATS, median
+from benchmarks.browser import View, print_table, server, time_views
 
 PORT = 5792
 API = f"http://127.0.0.1:{PORT}/api"
@@ -40,34 +33,12 @@ TASKS += ["register step 6", "promote version 1", "report"]
 PICTURE_BYTES, REPORT_BYTES = 100_000, 130_000
 
 
-@contextmanager
-def server(home: Path) -> Iterator[None]:
-    """A Prefect server in that folder."""
-    env = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    env["PREFECT_UI_API_URL"] = API
-    for known in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
-        env.pop(known, None)
-    command = [
-        str(Path(sys.executable).parent / "prefect"),
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(PORT),
-    ]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                if requests.get(f"{API}/health", timeout=2).ok:
-                    break
-            except requests.RequestException:
-                time.sleep(0.3)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+def environment(home: Path) -> dict[str, str]:
+    """Of a server in that folder."""
+    known = {
+        key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")
+    }
+    return known | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_UI_API_URL": API}
 
 
 def make_runs(runs: int) -> tuple[str, str]:
@@ -95,37 +66,22 @@ def make_runs(runs: int) -> tuple[str, str]:
             if name.startswith("evaluate"):
                 ask("/artifacts/", flow_run_id=run, task_run_id=task, key="samples", type="image", data=picture)
         report = f"# night {number}\n\n<!-- {'A' * REPORT_BYTES} -->"
-        artifact = ask("/artifacts/", flow_run_id=run, task_run_id=task, key="report", type="markdown", data=report)[
-            "id"
-        ]
+        shown = ask("/artifacts/", flow_run_id=run, task_run_id=task, key="report", type="markdown", data=report)
         ask(f"/flow_runs/{run}/set_state", state=completed, force=True)
-    return run, artifact
+    return run, shown["id"]
 
 
 def measure(run: str, report: str, newest: str) -> dict[str, float]:
     """Seconds by page."""
     base = API.removesuffix("/api")
-    found = {}
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        for name, address, tab, text in (
-            ("list of runs, shown", f"{base}/runs", "", newest),
-            ("a run's tasks, shown", f"{base}/runs/flow-run/{run}", "#task-runs", "report"),
-            ("artifacts, shown", f"{base}/artifacts", "", "samples"),
-            ("a report, shown", f"{base}/artifacts/artifact/{report}", "", newest),
-        ):
-
-            def show(address: str = address, tab: str = tab, text: str = text) -> None:
-                page.goto("about:blank")
-                page.goto(address)
-                if tab:
-                    page.locator(tab).click(timeout=60_000)
-                page.get_by_text(text).first.wait_for(timeout=60_000)
-
-            found[name] = median(show)
-        browser.close()
-    return found
+    return time_views(
+        [
+            View("list of runs, shown", f"{base}/runs", newest),
+            View("a run's tasks, shown", f"{base}/runs/flow-run/{run}", "report", tab="#task-runs"),
+            View("artifacts, shown", f"{base}/artifacts", "samples"),
+            View("a report, shown", f"{base}/artifacts/artifact/{report}", newest),
+        ]
+    )
 
 
 def main() -> None:
@@ -134,15 +90,13 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {}
     for runs in (1, arguments.runs):
-        with tempfile.TemporaryDirectory() as folder, server(Path(folder)):
+        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(PORT)]
+        with tempfile.TemporaryDirectory() as folder, server(command, f"{API}/health", environment(Path(folder))):
             run, report = make_runs(runs)
             size = sum(file.stat().st_size for file in Path(folder).glob("prefect.db*"))
             print(f"{runs} runs: {size / 2**20:,.0f} MiB", flush=True)
             found[runs] = measure(run, report, f"night {runs - 1}")
-    few, many = found.values()
-    print(f"\n| s, median of {REPEATS} | 1 run | {arguments.runs} runs | ratio |\n| --- | --- | --- | --- |")
-    for name, seconds in few.items():
-        print(f"| {name} | {seconds:.2f} | {many[name]:.2f} | {many[name] / seconds:.1f} |")
+    print_table(found[1], found[arguments.runs], arguments.runs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast MLflow's pages are after many nights: 200 runs of 50,000 metric points each, in a real server and a real browser.
 
-    python -m benchmarks.pages [--runs 200] [--points 50000]
+    python -m benchmarks.mlflow_pages [--runs 200] [--points 50000]
 
 Makes the runs in a database of its own (a few GB, in a temporary folder, deleted at the end), starts a server on it, and times what
 the pages ask for, and how long a browser takes until the page shows it: with all runs there, and with one.
@@ -9,21 +9,14 @@ the pages ask for, and how long a browser takes until the page shows it: with al
 from __future__ import annotations
 
 import argparse
-import shutil
 import sqlite3
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import requests
 from mlflow.entities import Metric, Param
-from playwright.sync_api import sync_playwright
 
+from benchmarks.browser import View, median, print_table, server, time_views
 from diffusion.recipe import load_recipe
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import RUN_KEY, headline_values, open_experiment
@@ -38,7 +31,6 @@ SERIES = (
     "speed/images_per_second",
     "speed/data_wait_share",
 )
-REPEATS = 7
 
 
 def make_runs(database: Path, runs: int, points: int) -> str:
@@ -85,35 +77,6 @@ def _copy(rows: sqlite3.Connection, table: str, source: str, run: str, number: i
     rows.execute(statement, (source,))
 
 
-@contextmanager
-def server(database: Path) -> Iterator[None]:
-    """An MLflow server on that database."""
-    command = [str(Path(sys.executable).parent / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(PORT)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                requests.get(f"{URL}/health", timeout=2)
-                break
-            except requests.RequestException:
-                time.sleep(0.3)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def median(what: Callable[[], object]) -> float:
-    """Median seconds of a few repetitions, after one that is not counted."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        what()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
-
-
 def measure(run: str) -> dict[str, float]:
     """Seconds by what is asked for."""
     api = f"{URL}/api/2.0/mlflow"
@@ -128,22 +91,12 @@ def measure(run: str) -> dict[str, float]:
         requests.get(address, timeout=60).raise_for_status()
 
     found = {"list of runs (API)": median(search), "one chart's points (API)": median(chart)}
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        for name, address, text in (
-            ("runs list, shown", f"{URL}/#/experiments/1/runs", "night"),
-            ("run's charts, shown", f"{URL}/#/experiments/1/runs/{run}/model-metrics", "figure_0"),
-        ):
-
-            def show(address: str = address, text: str = text) -> None:
-                page.goto("about:blank")
-                page.goto(address)
-                page.get_by_text(text).first.wait_for(timeout=60_000)
-
-            found[name] = median(show)
-        browser.close()
-    return found
+    return found | time_views(
+        [
+            View("runs list, shown", f"{URL}/#/experiments/1/runs", "night"),
+            View("run's charts, shown", f"{URL}/#/experiments/1/runs/{run}/model-metrics", "figure_0"),
+        ]
+    )
 
 
 def main() -> None:
@@ -157,12 +110,10 @@ def main() -> None:
             database = Path(folder, "mlflow.db")
             newest = make_runs(database, runs, arguments.points)
             print(f"{runs} runs: {database.stat().st_size / 2**20:,.0f} MiB", flush=True)
-            with server(database):
+            command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(PORT), "--workers", "1"]
+            with server([*command, "--backend-store-uri", f"sqlite:///{database}"], f"{URL}/health"):
                 found[runs] = measure(newest)
-    few, many = found.values()
-    print(f"\n| s, median of {REPEATS} | 1 run | {arguments.runs} runs | ratio |\n| --- | --- | --- | --- |")
-    for name, seconds in few.items():
-        print(f"| {name} | {seconds:.2f} | {many[name]:.2f} | {many[name] / seconds:.1f} |")
+    print_table(found[1], found[arguments.runs], arguments.runs)
 
 
 if __name__ == "__main__":
