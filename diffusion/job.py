@@ -1,7 +1,8 @@
 """What the training and the evaluation job share: their files, their processes, and how their errors travel.
 
-A job is a module run by torchrun with one argument, the folder that holds its `job.json`. What it has to say goes
-there: `error.json` if it fails.
+A job is a module that runs as one process or several, its ranks, each with one argument: the folder that holds its
+`job.json`. What it has to say goes there: `error.json` if it fails. The ranks meet in a file of that folder, which is
+private: nobody else can join them, and none of them listens for strangers while they find each other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diffusion.settings import InceptionSource
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SPEC, ERROR, LOCK = "job.json", "error.json", "lock"
+SPEC, ERROR, LOCK, RENDEZVOUS = "job.json", "error.json", "lock", "rendezvous"
 LOCK_SECONDS = 25.0
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a child of a threaded process must not take locks
@@ -114,6 +115,7 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
         # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
         # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
         same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
+        _join(folder, rank, int(os.environ.get("WORLD_SIZE", "1")))
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[same_buckets])
         lock = lock_folder(folder) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()  # nobody looks at what an earlier writer may still be changing
@@ -136,6 +138,17 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
         part.unlink()
         logging.getLogger(__name__).exception("rank %d failed", rank)
         raise SystemExit(1) from error
+
+
+def _join(folder: Path, rank: int, ranks: int) -> None:
+    """Meet the other ranks, before Accelerate would: it would have rank 0 listen on a port of its own, for everybody."""
+    import torch
+    import torch.distributed as dist
+
+    if ranks > 1:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = dist.FileStore(str(folder / RENDEZVOUS), ranks)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
 class RankOutput(io.TextIOBase):

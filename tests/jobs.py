@@ -1,4 +1,4 @@
-"""Training and evaluation jobs under torchrun, for tests."""
+"""Training and evaluation jobs, for tests."""
 
 from __future__ import annotations
 

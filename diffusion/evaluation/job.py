@@ -1,4 +1,4 @@
-"""The evaluation job: samples of a checkpoint, their scores, and a grid. `torchrun … -m diffusion.evaluation.job FOLDER`."""
+"""The evaluation job: samples of a checkpoint, their scores, and a grid. A rank of it is `python -m diffusion.evaluation.job FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training job: `torchrun … -m diffusion.training.job FOLDER`."""
+"""The training job. A rank of it is `python -m diffusion.training.job FOLDER`."""
 
 from diffusion.job import TrainingJob, run_job
 from diffusion.training.loop import train

@@ -24,9 +24,10 @@ from diffusion.data.store import FolderStore
 from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe, load_recipe
 from diffusion.training.journal import JOURNAL, records
-from flows.launcher import run_job, wait_until_ended
+from flows.launcher import run_job
 from tests.conftest import TINY
 from tests.faults.report import Kill, write_report
+from tests.processes import wait_until_ended
 from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow

@@ -23,9 +23,9 @@ import pytest
 from diffusion.job import TrainingJob
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import folder as checkpoint_folder
-from flows.launcher import wait_until_ended
 from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.report import Kill, write_report
+from tests.processes import wait_until_ended
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ SEED = int(os.environ.get("SOAK_SEED", "20261124"))
 KILLS_A_TRIAL = 5
 STEPS, EVERY, PROCESSES = 120, 8, 2
 GONE_SECONDS = 15.0
-VICTIMS = ("rank 0", "rank 1", "agent", "caller", "rank 0 in a checkpoint")
+VICTIMS = ("rank 0", "rank 1", "caller", "rank 0 in a checkpoint")
 MOMENTS_A_CHECKPOINT = 22  # half, flushed, before, after for each of five files; before and after for committed.json
 
 
@@ -98,16 +98,14 @@ class Trial:
 
 
 def tree_of(caller: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
-    """The caller, torchrun's agent and the ranks, as far as they live."""
+    """The caller and the ranks, as far as they live."""
     found = {"caller": psutil.Process(caller.pid)}
     for process in found["caller"].children(recursive=True):
         try:
             line, rank = process.cmdline(), process.environ().get("RANK")
         except psutil.Error:
             continue
-        if "torch.distributed.run" in line:
-            found["agent"] = process
-        elif "diffusion.training.job" in line and rank is not None:
+        if "diffusion.training.job" in line and rank is not None:
             found[f"rank {rank}"] = process
     return found
 
@@ -130,7 +128,7 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     tree: dict[str, psutil.Process] = {}
     began = time.monotonic()
     while caller.poll() is None and time.monotonic() < began + 180:
-        tree |= tree_of(caller) if len(tree) < 2 + PROCESSES else {}
+        tree |= tree_of(caller) if len(tree) < 1 + PROCESSES else {}
         if victim == "rank 0 in a checkpoint":
             if said.exists():
                 break

@@ -20,7 +20,7 @@ from diffusion.data.eurosat import Source
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.store import S3Store, open_store
 from diffusion.errors import StoreError
-from diffusion.job import SPEC, TrainingJob
+from diffusion.job import TrainingJob
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
@@ -145,31 +145,27 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     job = job_on_s3("faulty", source.digest, tmp_path, steps, every)
     folder = tmp_path / "faulty"
     folder.mkdir()
-    (folder / SPEC).write_text(job.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += [
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        "--local-addr",
-        "127.0.0.1",
-        "-m",
-        "diffusion.training.job",
-        str(folder),
-    ]
+    (folder / "told.json").write_text(job.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from diffusion.job import TrainingJob; from flows.launcher import run_job\n"
+        "told = Path(sys.argv[1]); job = TrainingJob.model_validate_json(told.read_bytes())\n"
+        "run_job('diffusion.training.job', job, told.parent, 2, lambda progress: None, lambda line: None, threads=1)"
+    )
+    command = [sys.executable, "-c", code, str(folder / "told.json")]
     for _ in range(len(uploads) + 4):
         rank_0.clear()
-        agent = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-        while agent.poll() is None:
-            for child in psutil.Process(agent.pid).children() if not rank_0 else []:
+        caller = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while caller.poll() is None:
+            for child in psutil.Process(caller.pid).children() if not rank_0 else []:
                 try:
                     if child.environ().get("RANK") == "0":
                         rank_0.append(child)
                 except psutil.Error:
                     continue
             time.sleep(0.05)
-        if agent.returncode == 0:
+        if caller.returncode == 0:
             break
-    assert agent.returncode == 0
+    assert caller.returncode == 0
     assert killed == uploads
     expected, found = load_checkpoint(ingested.store, "quiet-s3", steps)[0], load_checkpoint(store, "faulty", steps)[0]
     assert found.sha256 == expected.sha256

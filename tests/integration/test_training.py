@@ -1,4 +1,4 @@
-"""The training job under torchrun: one process or several, killed and resumed, must end with the same bits."""
+"""The training job: one process or several, killed and resumed, must end with the same bits."""
 
 from __future__ import annotations
 
