@@ -1,8 +1,14 @@
 """Errors that a user can act on: each message says what is wrong, where, and what to do."""
 
+from diffusion.trust.redaction import fit_to_leave
+
 
 class UserError(Exception):
     """Something outside the code is wrong and trying again will not help until the user has changed it."""
+
+    def __init__(self, message: str = "") -> None:
+        # It goes to terminals, logs, pages and mails, and may repeat what the environment or an archive says.
+        super().__init__(fit_to_leave(message))
 
 
 class DataError(UserError):

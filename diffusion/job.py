@@ -19,13 +19,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Literal, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from diffusion import errors
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.settings import InceptionSource
+from diffusion.trust.identifiers import RunName, Sha256
+from diffusion.trust.redaction import fit_to_leave, redact_logs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,11 +43,11 @@ class JobSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str
+    run: RunName
     """Name of the run, part of every path."""
     store: str
     """URI of the store."""
-    dataset: str
+    dataset: Sha256
     """Digest of the dataset."""
     shard_copies: Path
     """Folder for local copies of a remote store's shards."""
@@ -82,7 +84,7 @@ class EvaluationJob(JobSpec):
     """Images to generate."""
     evaluation: Evaluation | None = None
     """How to score, where it is not as the checkpoint's recipe says."""
-    name: str = ""
+    name: RunName | Literal[""] = ""
     """Name of such an evaluation, part of where its results go."""
     inception: InceptionSource | None = None
 
@@ -103,6 +105,8 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    os.umask(0o077)
+    redact_logs()
     folder = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
     sys.stdout = sys.stderr = RankOutput(f"[rank {rank}] ", sys.stdout)
@@ -127,7 +131,11 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
             torch.distributed.destroy_process_group()
     except Exception as error:
         kind = type(error).__name__ if isinstance(error, errors.UserError) else "crash"
-        report = {"kind": kind, "message": str(error) if kind != "crash" else traceback.format_exc(), "rank": rank}
+        report = {
+            "kind": kind,
+            "message": str(error) if kind != "crash" else fit_to_leave(traceback.format_exc()),
+            "rank": rank,
+        }
         # All ranks may fail at once, most of them only because the first did: the first to write is kept.
         part = folder / f"{ERROR}.{rank}"
         part.write_text(json.dumps(report))
@@ -152,7 +160,7 @@ def _join(folder: Path, rank: int, ranks: int) -> None:
 
 
 class RankOutput(io.TextIOBase):
-    """Writes whole lines, each with a prefix: several ranks share one log."""
+    """Writes whole lines, each with a prefix and fit to leave: several ranks share one log."""
 
     def __init__(self, prefix: str, output: TextIO) -> None:
         self._prefix, self._output, self._line = prefix, output, ""
@@ -161,7 +169,7 @@ class RankOutput(io.TextIOBase):
         """Keep the text until its line is whole."""
         *whole, self._line = (self._line + text).split("\n")
         if whole:
-            self._output.write("".join(f"{self._prefix}{line}\n" for line in whole))
+            self._output.write("".join(f"{self._prefix}{fit_to_leave(line)}\n" for line in whole))
             self._output.flush()
         return len(text)
 

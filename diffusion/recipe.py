@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from diffusion.errors import RecipeError, nearest
 from diffusion.process.names import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
+from diffusion.trust.identifiers import RunName, Sha256
 
 
 class Part(BaseModel):
@@ -168,11 +169,11 @@ class Evaluation(Part):
 class Start(Part):
     """The checkpoint that training goes on from, with its optimiser's state, in place of new weights."""
 
-    run: str
+    run: RunName
     """The run that made it."""
     step: int = Field(gt=0)
     """Its step; the images seen until then count as seen."""
-    digest: str
+    digest: Sha256
     """Of the checkpoint: another one under that name is refused."""
 
 

@@ -1,23 +1,32 @@
-"""Get the public EuroSAT archive by HTTPS: resumable, with progress, checked by its md5."""
+"""Get files by HTTPS, and no more of them than they can have; the public EuroSAT archive: resumable, checked by its md5."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import requests
+import urllib3
 
 from diffusion.data.eurosat import MIRRORS, Mirror
 from diffusion.errors import DataError
+from diffusion.trust.reading import read_at_most
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 3
 CONNECT_AND_READ_SECONDS = (10, 30)
+MAX_ARCHIVE_BYTES = 256 << 20
+"""The public archives have 90 to 95 MB."""
+MAX_SECONDS = 3600.0
+"""For one try: a server that trickles is given up, and what came is kept for the next call."""
+
+DOWNLOAD_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+"""What requests raises, and what it lets through: of urllib3, of the disk, of addresses that are none."""
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that are here and the bytes in all (None where the server does not tell)."""
@@ -36,13 +45,25 @@ def download_eurosat(folder: Path, mirrors: Sequence[Mirror] = MIRRORS, progress
         try:
             _fetch(mirror, target, progress)
             return target
-        except (requests.RequestException, DataError) as error:
+        except (*DOWNLOAD_ERRORS, DataError) as error:
             reasons.append(f"{mirror.url}: {_reason(error)}")
             log.warning("EuroSAT is not to be had from %s", reasons[-1])
     raise DataError(
         "EuroSAT could not be downloaded:\n  " + "\n  ".join(reasons) + "\nDownload EuroSAT_RGB.zip on a machine that "
         "can (https://zenodo.org/records/7711810) and set EUROSAT_ARCHIVE to its path."
     )
+
+
+def download(url: str, limit: int) -> bytes:
+    """The content of an https address, of at most `limit` bytes. Raises DataError with the reason if it is not to be had."""
+    try:
+        with requests.get(
+            url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=CONNECT_AND_READ_SECONDS
+        ) as response:
+            response.raise_for_status()
+            return read_at_most(response.raw, limit, url)
+    except DOWNLOAD_ERRORS as error:
+        raise DataError(f"{url} can't be downloaded: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -60,7 +81,8 @@ def _fetch(mirror: Mirror, target: Path, progress: Progress | None) -> None:
             if attempt == ATTEMPTS or not part.exists():
                 raise
             time.sleep(attempt)
-    found = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != mirror.md5:
         part.unlink()
         raise DataError(f"the file that came has md5 {found}, expected {mirror.md5}; it was deleted")
@@ -69,7 +91,9 @@ def _fetch(mirror: Mirror, target: Path, progress: Progress | None) -> None:
 
 def _continue(url: str, part: Path, progress: Progress | None) -> None:
     here = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={here}-"} if here else {}
+    # Not packed on the way: a few bytes could become very many.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {})
+    deadline = time.monotonic() + MAX_SECONDS
     with requests.get(url, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
         if response.status_code == 416:  # nothing is left to send: the md5 decides whether the file is right
             return
@@ -79,10 +103,28 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
         length = response.headers.get("Content-Length")
         total = here + int(length) if length else None
         with part.open("ab" if here else "wb") as file:
-            for chunk in response.iter_content(CHUNK_BYTES):
-                file.write(chunk)
+            for chunk in _chunks(response):
                 here += len(chunk)
+                if here > MAX_ARCHIVE_BYTES:
+                    file.close()
+                    part.unlink()
+                    raise DataError(
+                        f"more than {MAX_ARCHIVE_BYTES:,} bytes came, which EuroSAT has not; they were deleted"
+                    )
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"only {here:,} bytes came within {MAX_SECONDS / 60:.0f} minutes; start again to go on"
+                    )
+                file.write(chunk)
                 if progress:
                     progress(here, total)
     if total is not None and here < total:
         raise requests.ConnectionError(f"the transfer stopped after {here:,} of {total:,} bytes")
+
+
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """The body as it comes, packed or not. Raises requests' errors alone."""
+    try:
+        yield from response.raw.stream(CHUNK_BYTES, decode_content=False)
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.ConnectionError(error) from error

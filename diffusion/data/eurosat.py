@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from diffusion.errors import DataError
+from diffusion.trust.reading import read_at_most, read_file
+from diffusion.trust.redaction import shown
 
 CLASSES = (
     "AnnualCrop",
@@ -35,21 +37,15 @@ EUROSAT_DIGEST = "76dd10d01f1fd8e92e83b7b338830f3f4ae8726ed2dbb388a797714e94c5a9
 LICENCE = "MIT, Copyright (c) Patrick Helber et al.; contains modified Copernicus Sentinel data"
 TOP_FOLDERS = ("2750", "EuroSAT_RGB")
 
-# The real archive holds 27,000 files of at most 20 kB. Anything far beyond is not EuroSAT and is not unpacked.
+# The real archive holds 27,000 files of at most 20 kB. Anything far beyond is not EuroSAT and is not unpacked. The limits
+# hold on what is read, from a zip or a folder, whatever an archive says of itself.
 MAX_FILES = 100_000
 MAX_FILE_BYTES = 1 << 20
 MAX_TOTAL_BYTES = 1 << 30
-
-# What zipfile raises for archives that are cut off, flipped, encrypted, or compressed in ways it does not know.
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    NotImplementedError,
-    RuntimeError,
-)
+MAX_DIRECTORY_BYTES = 16 << 20
+"""Of a zip's own list of its files, which is read before anything else can be looked at."""
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others may ask for gigabytes of memory for a few bytes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def read_archive(path: Path, name: str, licence: str) -> Source:
     if not path.exists():
         raise DataError(f"No archive at {path}. Set EUROSAT_ARCHIVE to the EuroSAT zip or its unpacked folder.")
     files = _folder_files(path) if path.is_dir() else _zip_files(path)
-    images = tuple(sorted(_images(path, files), key=lambda image: (image.class_name, image.file_name)))
+    images = tuple(sorted(_images(path, _counted(path, files)), key=lambda image: (image.class_name, image.file_name)))
     missing = sorted(set(CLASSES) - {image.class_name for image in images})
     if missing:
         raise DataError(
@@ -135,7 +131,33 @@ def read_archive(path: Path, name: str, licence: str) -> Source:
     return Source(name=name, licence=licence, images=images, digest=content_digest(images))
 
 
-def _images(path: Path, files: Iterator[tuple[PurePosixPath, Callable[[], bytes]]]) -> Iterator[SourceImage]:
+File = tuple[PurePosixPath, Callable[[], bytes]]
+"""Where a file lies in the archive, and how its content is read."""
+
+
+def _counted(path: Path, files: Iterator[File]) -> Iterator[File]:
+    """The same files, but no more of them, and no more of their bytes, than EuroSAT can have."""
+    total = 0
+
+    def counted(read: Callable[[], bytes]) -> bytes:
+        nonlocal total
+        content = read()
+        total += len(content)
+        if total > MAX_TOTAL_BYTES:
+            raise _too_much(path)
+        return content
+
+    for number, (relative, read) in enumerate(files, start=1):
+        if number > MAX_FILES:
+            raise _too_much(path)
+        yield relative, partial(counted, read)
+
+
+def _too_much(path: Path) -> DataError:
+    return DataError(f"{path} holds more than {MAX_FILES:,} files or {MAX_TOTAL_BYTES:,} bytes. This is not EuroSAT.")
+
+
+def _images(path: Path, files: Iterator[File]) -> Iterator[SourceImage]:
     seen: set[tuple[str, str]] = set()
     for relative, read in files:
         if (
@@ -149,58 +171,62 @@ def _images(path: Path, files: Iterator[tuple[PurePosixPath, Callable[[], bytes]
             continue
         key = (relative.parts[-2], relative.name)
         if key in seen:
-            raise DataError(f"{path} holds {'/'.join(key)} twice, under different folders. Keep one copy.")
+            raise DataError(f"{path} holds {shown('/'.join(key))} twice, under different folders. Keep one copy.")
         seen.add(key)
         yield SourceImage(*key, read())
 
 
-def _folder_files(folder: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+def _folder_files(folder: Path) -> Iterator[File]:
     for directory, _, names in os.walk(folder):
         for name in names:
             file = Path(directory, name)
             # The folder itself may be the top one (`…/2750`): its own name is part of the layout.
-            yield PurePosixPath(folder.name, *file.relative_to(folder).parts), file.read_bytes
+            yield PurePosixPath(folder.name, *file.relative_to(folder).parts), partial(read_file, file, MAX_FILE_BYTES)
 
 
-def _zip_files(path: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+def _zip_files(path: Path) -> Iterator[File]:
+    with _zip_errors(path):
+        archive = _open_zip(path)
+    with archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield PurePosixPath(member.filename), partial(_read_member, path, archive, member)
+
+
+@contextmanager
+def _zip_errors(path: Path) -> Iterator[None]:
+    """Turn whatever zipfile makes of a damaged or hostile archive into a DataError: it lets a dozen kinds of errors through."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            _refuse_unsafe(path, members)
-            for member in members:
-                if not member.is_dir():
-                    yield PurePosixPath(member.filename), partial(_read_member, path, archive, member)
-    except ZIP_ERRORS as error:
-        raise _damaged(path, error) from error
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} is not a whole zip archive ({type(error).__name__}: {error}). It was probably cut off while it was "
+            "copied: get it again."
+        ) from error
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    """Open an archive and look at all its names before anything is unpacked."""
+    if not path.is_file():
+        raise DataError(f"{path} is neither a folder nor a file.")
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile does it, which then reads that many bytes
+    if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
+        raise _too_much(path)
+    archive = zipfile.ZipFile(path)
+    for member in archive.infolist():
+        name = member.filename
+        if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            raise DataError(f"{path} has a member that points outside its folder: '{shown(name)}'. Do not trust it.")
+        if member.compress_type not in COMPRESSIONS:
+            raise DataError(
+                f"{path}: '{shown(name)}' is packed in a way that EuroSAT's archives never are. Pack it as plain zip."
+            )
+    return archive
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    try:
-        return archive.read(member)
-    except ZIP_ERRORS as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} is not a whole zip archive ({error}). It was probably cut off while it was copied: get it again."
-    )
-
-
-def _refuse_unsafe(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    for member in members:
-        if member.filename.startswith(("/", "\\")) or ".." in PurePosixPath(member.filename.replace("\\", "/")).parts:
-            raise DataError(
-                f"{path} has a member that points outside its folder: '{member.filename}'. Do not trust it."
-            )
-        if member.file_size > MAX_FILE_BYTES and member.filename.lower().endswith(".jpg"):
-            raise DataError(
-                f"{path}: '{member.filename}' would expand to {member.file_size:,} bytes, "
-                f"more than the {MAX_FILE_BYTES:,} that a 64 x 64 patch can need. This is not EuroSAT."
-            )
-    total = sum(member.file_size for member in members)
-    if len(members) > MAX_FILES or total > MAX_TOTAL_BYTES:
-        raise DataError(
-            f"{path} would expand to {len(members):,} files and {total:,} bytes, more than {MAX_FILES:,} files or "
-            f"{MAX_TOTAL_BYTES:,} bytes. This is not EuroSAT."
-        )
+    with _zip_errors(path), archive.open(member) as file:
+        return read_at_most(file, MAX_FILE_BYTES, f"{path}: '{shown(member.filename)}'")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from diffusion.data.sealed import seal, unseal
 from diffusion.errors import DataError
+from diffusion.trust.identifiers import ObjectName, Sha256
 
 FORMAT_VERSION = 1
 
@@ -19,11 +20,11 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: ObjectName
     split: Split
-    samples: int
-    bytes: int
-    sha256: str
+    samples: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: Sha256
 
 
 class Manifest(BaseModel):
@@ -32,8 +33,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int
-    digest: str
-    source: str
+    digest: Sha256
+    source: ObjectName
     licence: str
     classes: tuple[str, ...]
     image_size: int

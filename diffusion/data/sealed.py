@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from diffusion.trust.reading import parse_json
+
 CHECKSUM = "checksum"
 
 T = TypeVar("T", bound=BaseModel)
@@ -21,7 +23,7 @@ def seal(document: BaseModel) -> bytes:
 
 def unseal(kind: type[T], data: bytes) -> T:
     """The document. Raises ValueError (pydantic's ValidationError is one) if it is not as it was sealed."""
-    fields = json.loads(data)
+    fields = parse_json(data)
     if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) != _checksum(fields):
         raise ValueError("its checksum is not its own")
     return kind.model_validate(fields)

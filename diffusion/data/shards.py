@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diffusion.errors import DataError
+from diffusion.trust.redaction import shown
 
 BLOCK = 512
 
@@ -56,7 +58,7 @@ def read_shard(data: bytes, where: str) -> list[Sample]:
                     jpegs[key] = content
                 else:
                     samples.append(Sample(key, jpegs.pop(key), int(content)))
-    except (tarfile.TarError, KeyError, ValueError) as error:
+    except Exception as error:
         raise DataError(
             f"The shard {where} is damaged ({error}). Delete its dataset's folder and ingest again."
         ) from error
@@ -68,17 +70,27 @@ def decode(jpeg: bytes, where: str, expected_size: int, image_size: int) -> NDAr
 
     Raises DataError if it does not decode or is not `expected_size` x `expected_size`.
     """
-    try:
-        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"The image {where} does not decode ({error}). Replace it by a whole copy.") from error
-    if image.size != (expected_size, expected_size):
+    where = shown(where)
+    with _decoder_errors(where):
+        image: Image.Image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
+    if image.size != (expected_size, expected_size):  # before it is decoded: a few bytes can mean gigabytes of pixels
         raise DataError(
             f"The image {where} has {image.size[0]} x {image.size[1]} pixels, expected {expected_size} x {expected_size}."
         )
+    with _decoder_errors(where):
+        image = image.convert("RGB")
     if image_size != expected_size:
         image = image.reduce(expected_size // image_size)
     return np.asarray(image)
+
+
+@contextmanager
+def _decoder_errors(where: str) -> Iterator[None]:
+    """Turn whatever Pillow makes of a damaged or hostile image into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"The image {where} does not decode as JPEG ({error}). Replace it by a whole copy.") from error
 
 
 def decode_all(samples: Iterable[Sample], expected_size: int, image_size: int) -> NDArray[np.uint8]:

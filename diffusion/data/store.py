@@ -1,6 +1,7 @@
 """The object store: immutable objects under slash-separated names, in a local folder or an S3 bucket.
 
-An object appears whole or not at all. Names are relative: `datasets/<digest>/manifest.json`.
+An object appears whole or not at all. Names are relative: `datasets/<digest>/manifest.json`. One that leads out of the
+store is refused (StoreError) wherever it is used.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from diffusion.errors import StoreError
+from diffusion.errors import DataError, StoreError
+from diffusion.trust.identifiers import check_object_path
+from diffusion.trust.reading import read_file
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -23,7 +27,10 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 PART_BYTES = 16 << 20
+OBJECT_BYTES = 16 << 30
+"""No object of ours has more; what has is not read to its end."""
 COPIES_BYTES = 8 << 30
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Store(Protocol):
@@ -58,6 +65,11 @@ def open_store(uri: str) -> Store:
     S3 takes its endpoint and credentials the AWS way (environment, profile, instance role).
     """
     parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise StoreError(
+            f"The store '{uri}' has a user or password in its address, where logs and pages would show it. "
+            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, instead."
+        )
     if parts.scheme == "s3":
         return S3Store(parts.netloc, parts.path.strip("/"))
     if parts.scheme in ("", "file"):
@@ -83,15 +95,15 @@ class FolderStore:
 
     def path(self, name: str) -> Path:
         """Where an object lies, whether it exists or not."""
-        return self.folder / name
+        return self.folder / check_object_path(name)
 
     def read(self, name: str) -> bytes:
         try:
-            return self.path(name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise KeyError(f"{self.uri}/{name}") from None
-        except OSError as error:
-            raise StoreError(f"{self.path(name)} can't be read: {error.strerror}.") from error
+            return read_file(self.path(name), OBJECT_BYTES)
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                raise KeyError(f"{self.uri}/{name}") from None
+            raise StoreError(str(error)) from error
 
     def write(self, name: str, data: bytes) -> None:
         self._put(name, data, Path.replace)
@@ -132,7 +144,7 @@ class FolderStore:
 
     def names(self, prefix: str) -> list[str]:
         # Only the folder that the prefix lies in is walked, not the whole store.
-        top = self.folder / prefix.rpartition("/")[0]
+        top = self.folder / check_object_path(prefix).rpartition("/")[0]
         found = (path.relative_to(self.folder).as_posix() for path in top.rglob("*") if path.is_file())
         return sorted(name for name in found if name.startswith(prefix) and not name.endswith(".part"))
 
@@ -178,10 +190,10 @@ class S3Store:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        content = io.BytesIO()
+        content = _Bounded()
         try:
             # The transfer also begins again where a body breaks off, which a plain get does not.
-            self.client.download_fileobj(self.bucket, self.prefix + name, content, Config=_transfer())
+            self.client.download_fileobj(self.bucket, self._key(name), content, Config=_transfer())
         except ClientError as error:
             if _code(error) in ("NoSuchKey", "404"):
                 raise KeyError(f"{self.uri}/{name}") from None
@@ -196,7 +208,7 @@ class S3Store:
 
         try:
             # In parts where it is large; whole, with a checksum on the way, in any case.
-            self.client.upload_fileobj(io.BytesIO(data), self.bucket, self.prefix + name, Config=_transfer())
+            self.client.upload_fileobj(io.BytesIO(data), self.bucket, self._key(name), Config=_transfer())
         except (BotoCoreError, ClientError, Boto3Error) as error:
             raise self._failure("written", error) from error
 
@@ -204,7 +216,7 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data, IfNoneMatch="*")
+            self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
         except ClientError as error:
             if _code(error) == "NotImplemented":  # a server without conditional writes
                 self.write(name, data)
@@ -221,9 +233,7 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self.prefix + prefix
-            )
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             keys = [item.get("Key", "") for page in pages for item in page.get("Contents", [])]
         except (BotoCoreError, ClientError) as error:
             raise self._failure("listed", error) from error
@@ -233,15 +243,27 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            self.client.delete_object(Bucket=self.bucket, Key=self.prefix + name)
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(name))
         except (BotoCoreError, ClientError) as error:
             raise self._failure("written", error) from error
+
+    def _key(self, name: str) -> str:
+        return self.prefix + check_object_path(name)
 
     def _failure(self, verb: str, error: Exception) -> StoreError:
         return StoreError(
             f"The store {self.uri} can't be {verb} ({error}). Check the bucket's name, AWS_ENDPOINT_URL_S3 and the "
             "credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or a profile)."
         )
+
+
+class _Bounded(io.BytesIO):
+    """Takes no more than OBJECT_BYTES."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > OBJECT_BYTES:
+            raise StoreError(f"An object of the store has more than {OBJECT_BYTES:,} bytes: it is none of ours.")
+        return super().write(data)
 
 
 def _code(error: ClientError) -> str:
@@ -272,6 +294,8 @@ class LocalCopy:
         """The object's bytes, checked. Raises KeyError if there is none, StoreDamage if its bytes are others."""
         if isinstance(self.store, FolderStore):
             return _checked(self.store.read(name), sha256)
+        if not SHA256.fullmatch(sha256):
+            raise StoreDamage("has a digest that is none")
         copy = self.folder / sha256
         try:
             data = copy.read_bytes()

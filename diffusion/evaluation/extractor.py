@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from diffusion.data.download import download
 from diffusion.data.eurosat import CLASSES
-from diffusion.errors import RecipeError
+from diffusion.errors import DataError, RecipeError
 from diffusion.evaluation.classifier import EuroSATClassifier
 from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, required_inception
 from diffusion.model.placement import place
 from diffusion.settings import InceptionSource
+from diffusion.trust.reading import read_file
+
+MAX_BYTES = 512 << 20
+"""The Inception network has 95 MB."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +81,12 @@ def _inception(device: torch.device, inception: InceptionSource | None) -> Extra
 
 
 def _content(location: str) -> bytes:
-    if location.startswith("https://"):
-        try:
-            response = requests.get(location, timeout=(10, 60))
-            response.raise_for_status()
-        except requests.RequestException as error:
-            raise RecipeError(f"The extractor can't be downloaded from {location}: {error}") from error
-        return response.content
     try:
-        return Path(location).read_bytes()
-    except OSError as error:
-        raise RecipeError(f"The extractor {location} can't be read: {error.strerror}.") from error
+        if location.startswith("https://"):
+            return download(location, MAX_BYTES)
+        return read_file(Path(location), MAX_BYTES)
+    except DataError as error:
+        raise RecipeError(f"The extractor is not to be had: {error}") from error
 
 
 def _verified(content: bytes, sha256: str, where: str) -> bytes:

@@ -12,6 +12,7 @@ from diffusion.data.sealed import unseal
 from diffusion.data.store import Store
 from diffusion.errors import CheckpointDamaged
 from diffusion.recipe import Recipe
+from diffusion.trust.identifiers import ObjectName, RunName, Sha256
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,13 @@ class State(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int
-    run: str
+    run: RunName
     step: int
     images_seen: int
-    dataset: str
+    dataset: Sha256
     """Digest of the dataset."""
     recipe: Recipe
-    sha256: dict[str, str]
+    sha256: dict[ObjectName, Sha256]
     """Of every other file of the folder."""
 
     @property

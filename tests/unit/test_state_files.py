@@ -27,7 +27,7 @@ def write(store: FolderStore, step: int, run: str = "run") -> State:
         run=run,
         step=step,
         images_seen=step * 16,
-        dataset="d",
+        dataset="d" * 64,
         recipe=tiny_recipe(),
         sha256={},
     )

@@ -1,0 +1,31 @@
+"""Names that become paths or queries, as validated types: whoever reads one from a tag, a file or a parameter asks here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import StringConstraints
+
+from diffusion.errors import StoreError
+from diffusion.trust.redaction import shown
+
+# No leading dot or dash, no slash: never a path of its own, nor an option.
+_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$"
+
+RunName = Annotated[str, StringConstraints(pattern=_NAME)]
+"""Key of a run: one folder in the store, and one on the machine that runs it."""
+ObjectName = Annotated[str, StringConstraints(pattern=_NAME)]
+"""Last part of an object's name in the store: a shard, a file of a checkpoint."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A digest."""
+LongestName = 1024
+
+
+def check_object_path(name: str) -> str:
+    """The name of an object, or the beginning of one, if it stays within its store. Raises StoreError if it does not."""
+    parts = name.split("/")
+    inner = parts[:-1] if name.endswith("/") or name == "" else parts
+    bad = any(part in ("", ".", "..") for part in inner) or not name.isprintable() or "\\" in name
+    if bad or len(name) > LongestName:
+        raise StoreError(f"'{shown(name)}' is no name of an object in a store: it was not used.")
+    return name

@@ -1,0 +1,107 @@
+"""Files and folders that are nobody else's: made private from their first byte, mended where they are not, refused otherwise.
+
+What is kept here are databases that hold passwords, the keys to them, weights and logs. A folder that others may write is
+worse than one that they may read: what lies in it decides where passwords are sent and what is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import uuid
+from pathlib import Path
+
+from diffusion.errors import UserError
+
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+FOLDERS = ("downloads", "matplotlib", "mlflow", "prefect", "runs", "shards", "stack", "store")
+"""What this project makes in its home."""
+
+
+class NotPrivate(UserError):
+    """A file or folder that must be the user's own can be read or changed by others."""
+
+
+def use_private_home(home: Path) -> None:
+    """Make the home of the installation, and all that this process and its children make from now on, private.
+
+    One that earlier versions left open is mended. Raises NotPrivate if it belongs to somebody else, or if others may write
+    into a folder that is not ours alone to close.
+    """
+    os.umask(OTHERS)
+    home.mkdir(parents=True, exist_ok=True)
+    if _open_to_others(home):
+        strangers = sorted({entry.name for entry in home.iterdir()} - {*FOLDERS, ".gitkeep"})
+        if not strangers:
+            home.chmod(stat.S_IRWXU)
+        elif home.stat().st_mode & OTHERS_WRITE:
+            raise NotPrivate(
+                f"Others may write into {home}, which also holds {', '.join(strangers[:3])}. "
+                "Set TRAIN_DIFFUSION_HOME to a folder of its own."
+            )
+    for name in FOLDERS:
+        folder = home / name
+        if folder.exists() and _open_to_others(folder):
+            _close(folder)
+
+
+def _open_to_others(folder: Path) -> bool:
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise NotPrivate(
+            f"{folder} belongs to another user. Set TRAIN_DIFFUSION_HOME to a folder of your own, or take this one over (chown)."
+        )
+    return bool(status.st_mode & OTHERS)
+
+
+def _close(folder: Path) -> None:
+    """Take away what others may do with a folder and all that is in it; the folder first, which shuts the way to the rest."""
+    folder.chmod(folder.stat().st_mode & ~OTHERS)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            # A link's target may be anywhere; what a running program deletes meanwhile is gone.
+            with contextlib.suppress(FileNotFoundError):
+                if not path.is_symlink():
+                    path.chmod(path.lstat().st_mode & ~OTHERS)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read: whole, or not at all."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_private(path: Path, limit: int = 1 << 16) -> str:
+    """What such a file holds. Raises FileNotFoundError if there is none.
+
+    Raises NotPrivate if it is not a file of this user's, or if others can read it, change it, or put another in its place.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise NotPrivate(f"{path} is not a file of yours: it was not read.")
+        if status.st_mode & OTHERS:
+            raise NotPrivate(
+                f"{path} can be read or changed by others: it was not used. If what it holds is still a secret: chmod 600 {path}"
+            )
+        for folder in (path.parent, path.parent.parent):
+            inside = folder.stat()
+            writable = inside.st_mode & OTHERS_WRITE and not inside.st_mode & stat.S_ISVTX
+            if writable or inside.st_uid not in (os.geteuid(), 0):
+                raise NotPrivate(f"Others may write into {folder}: {path.name} there was not used.")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise NotPrivate(f"{path} has more than {limit:,} bytes: it is not what it should be.")
+    return content.decode()

@@ -1,0 +1,69 @@
+"""Texts that leave: without the secrets that they may hold, and without what would steer a terminal or fake a log line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+HIDDEN = "***"
+SHORTEST_SECRET = 6
+"""Characters: what is shorter stands in too many innocent words."""
+
+_SECRET_VARIABLE = re.compile(r"PASSWORD|SECRET|TOKEN|AUTH_STRING|ENCRYPTION_KEY|API_KEY")
+# user@ or user:password@, in which a password may hold a slash that nobody has quoted.
+_USER_IN_ADDRESS = re.compile(r"(?<=://)(?:[^/\s@'\"]+:[^\s@'\"]*|[^/\s@'\"]+)@")
+_SECRET_IN_QUERY = re.compile(
+    r"([?&][^=&\s]*(?:token|signature|secret|password|credential|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
+)
+
+
+def redacted(text: str) -> str:
+    """The text without users and passwords in addresses, and without the secrets of this process's environment."""
+    for secret in _secrets():
+        text = text.replace(secret, HIDDEN)
+    text = _USER_IN_ADDRESS.sub(f"{HIDDEN}@", text)
+    return _SECRET_IN_QUERY.sub(rf"\1{HIDDEN}", text)
+
+
+def _secrets() -> list[str]:
+    """The values that this process's environment keeps secret, the longest first: one may be part of another."""
+    found = set()
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name):
+            found |= {value, value.partition(":")[2]}  # user:password
+    return sorted((value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+
+
+def shown(name: str, limit: int = 120) -> str:
+    """A name that somebody else has chosen, fit to be shown on one line: what does not print is escaped, the end is cut."""
+    cut = name if len(name) <= limit else f"{name[: limit - 1]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+
+
+def printable(text: str) -> str:
+    """A text of several lines without the characters that steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else shown(c) for c in text)
+
+
+def fit_to_leave(text: str) -> str:
+    """A text for a log, a page or a message: both of the above."""
+    return printable(redacted(text))
+
+
+def redact_logs() -> None:
+    """Have all log records of this process, with their tracebacks, made fit to leave. Calling it again changes nothing."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+    formatter = logging.Formatter()
+
+    def factory(*arguments: object, **options: object) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        record.msg, record.args = fit_to_leave(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = fit_to_leave(formatter.formatException(record.exc_info))
+        return record
+
+    factory.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(factory)
