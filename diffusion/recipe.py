@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
@@ -14,12 +14,22 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from diffusion.errors import RecipeError, nearest
 from diffusion.process.names import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
 from diffusion.trust.identifiers import RunName, Sha256
+from diffusion.trust.redaction import shown
 
 
 class Part(BaseModel):
     """A part of the recipe: frozen, and without room for a misspelt key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+IMAGES = 10**10
+"""Upper end of all counts of images: a hundred thousand epochs and more of any set of patches."""
+MOST_MILESTONES = 1000
+MOST_CHANNELS = 8192
+"""Of a layer."""
+LONGEST_OVERRIDE = 10_000
+"""Characters of a value that is typed as text."""
 
 
 class Data(Part):
@@ -27,13 +37,13 @@ class Data(Part):
 
     image_size: Literal[16, 32, 64] = 64
     """Height and width; below 64 the images are averaged down."""
-    images: int = Field(gt=0)
+    images: int = Field(gt=0, le=IMAGES)
     """The budget: images seen in all (an epoch of EuroSAT has 24,300)."""
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, le=2**20)
     """Images a step, over all processes together."""
-    lanes: int = Field(default=1, gt=0)
+    lanes: int = Field(default=1, gt=0, le=2**12)
     """Parts that a batch is cut into. A lane is one micro-batch; a process works on whole lanes."""
-    window_shards: int = Field(default=8, gt=0)
+    window_shards: int = Field(default=8, gt=0, le=2**16)
     """Whole shards that are shuffled together."""
     horizontal_flip: bool = True
     """Mirror every second image left to right, the symmetry that patches break least (docs/experiments.md)."""
@@ -47,15 +57,15 @@ class Network(Part):
 
     kind: Literal["unet", "seed"] = "unet"
     """unet: residual blocks with adaptive group norm and attention. seed: the small batch-norm network of old."""
-    width: int = Field(default=64, gt=0, multiple_of=8)
+    width: int = Field(default=64, gt=0, le=MOST_CHANNELS, multiple_of=8)
     """Channels at the highest resolution."""
-    multipliers: tuple[int, ...] = (1, 2, 2)
+    multipliers: tuple[Annotated[int, Field(gt=0, le=64)], ...] = Field(default=(1, 2, 2), min_length=1, max_length=8)
     """Channels of each resolution in units of `width`; the resolution halves from one to the next."""
-    blocks: int = Field(default=2, gt=0)
+    blocks: int = Field(default=2, gt=0, le=64)
     """Residual blocks at each resolution."""
-    attention_below: int = Field(default=16, ge=0)
+    attention_below: int = Field(default=16, ge=0, le=1024)
     """Resolutions up to this have attention."""
-    patch: int = Field(default=1, ge=1)
+    patch: int = Field(default=1, ge=1, le=64)
     """Squares of this many pixels become channels before the first layer."""
     class_conditional: bool = True
     """Whether the network is told the class."""
@@ -70,9 +80,9 @@ class Process(Part):
 
     schedule: Literal["cosine", "cosine_discrete", "linear"] = "cosine"
     """cosine: continuous time between the two ends below. cosine_discrete, linear: the published tables of `steps`."""
-    log_snr_max: float = 7.5
+    log_snr_max: float = Field(default=7.5, ge=-60, le=60)
     """The clean end of the continuous schedule: noise of about one grey level, where the bound is tightest."""
-    log_snr_min: float = -10.0
+    log_snr_min: float = Field(default=-10.0, ge=-60, le=60)
     """The noisy end of the continuous schedule."""
     steps: int = Field(default=1000, ge=2, le=4000)
     """T: the steps of the discrete tables, and of the chain whose bound is bits/dim."""
@@ -88,18 +98,18 @@ class Objective(Part):
     loss: Loss = "simple"
     """simple: the weighted error of the prediction. vlb: the variational bound, with learned variances. hybrid: simple,
     and the bound for the variances alone."""
-    bound_weight: float = Field(default=1e-3, ge=0)
+    bound_weight: float = Field(default=1e-3, ge=0, le=1e6)
     """Weight of the bound in `hybrid` (Nichol & Dhariwal 2021, section 3.1)."""
     noise_levels: NoiseLevels = "log_normal"
     """How training draws noise levels. log_normal: log_snr from a normal. uniform: time, evenly over the schedule.
     importance: by the second moments of the losses so far, which are weighted to mean what `uniform` means."""
-    log_snr_mean: float = 1.0
+    log_snr_mean: float = Field(default=1.0, ge=-60, le=60)
     """Of the normal."""
-    log_snr_std: float = Field(default=2.4, gt=0)
+    log_snr_std: float = Field(default=2.4, gt=0, le=60)
     """Of the normal."""
     weighting: Weighting = "none"
     """The weight on the error of the prediction."""
-    gamma: float = 5.0
+    gamma: float = Field(default=5.0, ge=0, le=1e6)
     """Parameter of the weights `min_snr` and `p2`."""
     error: Error = "squared"
     """Squared or absolute error."""
@@ -111,24 +121,26 @@ class Optimizer(Part):
     kind: Literal["adamw", "muon"] = "muon"
     """adamw: Loshchilov & Hutter 2019, arXiv:1711.05101. muon: orthogonalised momentum for the weights of the blocks (Jordan
     et al. 2024), AdamW for all else."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1e6)
     """After warm-up."""
-    warmup_images: int = Field(default=0, ge=0)
+    warmup_images: int = Field(default=0, ge=0, le=IMAGES)
     """Images over which the rate rises from zero."""
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after warm-up; cosine falls to zero at the end of the budget."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of AdamW's two moments."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
     """Decoupled weight decay."""
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, le=1e12)
     """The gradient is scaled down to this norm."""
 
 
 class MovingAverage(Part):
     """The weights that are sampled from."""
 
-    half_lives: tuple[PositiveFloat, ...] = Field(default=(500_000,), min_length=1)
+    half_lives: tuple[Annotated[float, Field(gt=0, le=100 * IMAGES)], ...] = Field(
+        default=(500_000,), min_length=1, max_length=16
+    )
     """Images after which an old weight counts half, for each of the averages that are kept. The first is scored on the
     way; after training the best is chosen, by the FID of samples that its scores do not use."""
     ramp: PositiveFloat | None = 0.05
@@ -138,31 +150,31 @@ class MovingAverage(Part):
 class Evaluation(Part):
     """How a checkpoint is scored."""
 
-    every_images: int = Field(gt=0)
+    every_images: int = Field(gt=0, le=IMAGES)
     """A milestone, with an evaluation, each time this many images have been seen (and at the end)."""
-    samples: int = Field(default=10_000, ge=2)
+    samples: int = Field(default=10_000, ge=2, le=10**6)
     """Images generated at each milestone; the same everywhere, since FID depends on it."""
-    likelihood_images: int = Field(default=512, ge=1)
+    likelihood_images: int = Field(default=512, ge=1, le=10**6)
     """Held-out images whose bound is measured."""
-    likelihood_timesteps: int = Field(default=8, ge=1)
+    likelihood_timesteps: int = Field(default=8, ge=1, le=10**6)
     """Transitions of the chain that are measured for each of them; process.steps - 1 or more: all, the exact sum."""
     sampler: SamplerName = "dpmpp"
     """The sampler."""
-    sampler_steps: int = Field(default=20, ge=1)
+    sampler_steps: int = Field(default=20, ge=1, le=10_000)
     """Its network evaluations."""
     spacing: Spacing = "karras"
     """Where it places them."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """Fresh noise in the steps of `ddim`: 0 none, 1 as much as the ancestral chain."""
-    guidance: float = Field(default=1.0, ge=0)
+    guidance: float = Field(default=1.0, ge=0, le=1000)
     """1 takes the class as it is; above, samples are pushed towards it, at twice the network evaluations."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights are scored."""
     extractors: tuple[Literal["eurosat", "inception"], ...] = ("eurosat",)
     """Feature extractors; the first decides about promotion."""
-    choice_samples: int = Field(default=1000, ge=2)
+    choice_samples: int = Field(default=1000, ge=2, le=10**6)
     """Images by which each moving average is judged when one is chosen."""
-    batch: int = Field(default=100, gt=0)
+    batch: int = Field(default=100, gt=0, le=2**16)
     """Images that the network sees at once. It belongs to the recipe: another batch may round differently."""
 
 
@@ -171,7 +183,7 @@ class Start(Part):
 
     run: RunName
     """The run that made it."""
-    step: int = Field(gt=0)
+    step: int = Field(gt=0, le=IMAGES)
     """Its step; the images seen until then count as seen."""
     digest: Sha256
     """Of the checkpoint: another one under that name is refused."""
@@ -182,7 +194,7 @@ class Recipe(Part):
 
     name: str
     """The preset that it came from."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every random stream: order, noise, noise levels, initial weights."""
     data: Data
     network: Network
@@ -206,6 +218,15 @@ class Recipe(Part):
         data, network = self.data, self.network
         if data.batch_size % data.lanes:
             raise ValueError(f"data.batch_size {data.batch_size} is not a multiple of data.lanes {data.lanes}")
+        if network.width * max(network.multipliers) > MOST_CHANNELS:
+            raise ValueError(
+                f"network.width {network.width} times {max(network.multipliers)} are more than {MOST_CHANNELS:,} channels"
+            )
+        if self.milestone_count > MOST_MILESTONES:
+            raise ValueError(
+                f"evaluation.every_images {self.evaluation.every_images:,} means {self.milestone_count:,} evaluations of "
+                f"{data.images:,} images; {MOST_MILESTONES:,} are the most"
+            )
         if data.lanes & (data.lanes - 1):
             raise ValueError(f"data.lanes {data.lanes} is not a power of two")
         smallest = network.patch * 2 ** (len(network.multipliers) - 1)
@@ -263,9 +284,18 @@ class Recipe(Part):
         return -(-self.data.images // self.data.batch_size)
 
     @property
+    def _milestone_steps(self) -> int:
+        return max(1, round(self.evaluation.every_images / self.data.batch_size))
+
+    @property
+    def milestone_count(self) -> int:
+        """At most so many milestones there are; counted, for recipes that have more than can be listed."""
+        return -(-(self.total_steps - self.first_step) // self._milestone_steps)
+
+    @property
     def milestones(self) -> tuple[int, ...]:
         """The steps after which the model is evaluated, the last step among them."""
-        every = max(1, round(self.evaluation.every_images / self.data.batch_size))
+        every = self._milestone_steps
         inner = range(self.first_step + every, self.total_steps, every)
         # A last stretch of less than half a segment is not worth an evaluation of its own before it.
         return (*(step for step in inner if self.total_steps - step >= every / 2), self.total_steps)
@@ -326,7 +356,7 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
     Raises RecipeError for an unknown preset or key, with the nearest valid name, and for a value that does not fit.
     """
     if preset not in preset_names():
-        raise RecipeError(f"There is no preset '{preset}': {nearest(preset, preset_names())}")
+        raise RecipeError(f"There is no preset '{shown(preset)}': {nearest(preset, preset_names())}")
     values = yaml.safe_load(files("diffusion").joinpath("presets", f"{preset}.yaml").read_text())
     values["name"] = preset
     for key, value in (overrides or {}).items():
@@ -345,12 +375,23 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
     keys = recipe_keys()
     if key not in keys:
-        raise RecipeError(f"There is no recipe value '{key}': {nearest(key, keys)}")
+        raise RecipeError(f"There is no recipe value '{shown(str(key))}': {nearest(str(key), keys)}")
     *parts, last = key.split(".")
     for part in parts:
         values = values.setdefault(part, {})
-    # A value typed as text (a command line, a form) means what it would mean in a YAML file.
-    values[last] = yaml.safe_load(value) if isinstance(value, str) else value
+    values[last] = _as_in_yaml(key, value) if isinstance(value, str) else value
+
+
+def _as_in_yaml(key: str, text: str) -> Any:
+    """A value typed as text (a command line, a form) means what it would mean in a YAML file."""
+    if len(text) <= LONGEST_OVERRIDE:
+        try:
+            return yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    else:
+        reason = f"{len(text):,} characters"
+    raise RecipeError(f"The value of {key}, '{shown(text, 40)}', can't be read: {reason}.")
 
 
 def recipe_keys() -> list[str]:

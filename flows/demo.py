@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
 EMBEDDED = {
@@ -36,6 +37,8 @@ def main() -> int:
 
     from diffusion.errors import UserError
     from diffusion.settings import settings
+    from diffusion.trust.private import use_private_home
+    from diffusion.trust.redaction import redact_logs
 
     environment = settings()
     os.environ.update(EMBEDDED)
@@ -44,7 +47,14 @@ def main() -> int:
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
     os.environ.setdefault("PREFECT_HOME", str(environment.home / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
+    try:
+        use_private_home(environment.home)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    redact_logs()
     (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
+    os.environ.update(_server_secrets(environment.home))
 
     from flows.stopwatch import stopwatch
 
@@ -77,6 +87,29 @@ def main() -> int:
         "\nmake up    opens Prefect and MLflow on what is here: the flow run, metrics, sample grids as a series, model versions"
     )
     return 0
+
+
+def _server_secrets(home: Path) -> dict[str, str]:
+    """Settings of the temporary server: a password for this run alone, since it opens the database of `make up` as well."""
+    import secrets
+
+    from flows.keyring import KEY, encryption_key
+
+    stack = home / "stack"
+    stack.mkdir(exist_ok=True)
+    password = f"demo:{secrets.token_urlsafe(18)}"
+    found = {
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_API_AUTH_STRING": password,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "http://127.0.0.1",  # no page is open to it: it has none of its own
+    }
+    # A server of an earlier version that still runs would not find the key that is taken out of its database.
+    if (stack / KEY).exists() or not (stack / "prefect-server.pid").exists():
+        database = os.environ.get(
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{os.environ['PREFECT_HOME']}/prefect.db"
+        )
+        found["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(stack, database)
+    return found
 
 
 def _source_or_generated(source: str) -> str:

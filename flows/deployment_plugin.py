@@ -16,9 +16,20 @@ from typing import Any, NoReturn
 
 from prefect.plugins import HookContext, SetupResult, register_hook
 
+from diffusion.errors import UserError
+from diffusion.trust.private import OTHERS_WRITE, read_private
+
 HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", "var"))
 SERVERS = HOME / "stack" / "servers.json"
 """Written by `make up`: addresses and credentials as environment variables."""
+KEYS = (
+    "PREFECT_API_URL",
+    "PREFECT_API_AUTH_STRING",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+"""All that is taken from that file."""
 FLAGS = {"--watch", "--no-watch", "--help", "-h"}  # the options of `deployment run` that take no value
 SECONDS = 5
 
@@ -27,38 +38,51 @@ SECONDS = 5
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """What is absent from the environment and known here; and, if a deployment is named bare, its full name in sys.argv."""
     env = _servers()
-    if "PREFECT_HOME" not in os.environ and HOME.is_dir():
+    if "PREFECT_HOME" not in os.environ and _is_own(HOME):
         # pyproject.toml has it relative to this folder; processes that start elsewhere need it absolute.
         env["PREFECT_HOME"] = str((HOME / "prefect").absolute())
     position = bare_name_position(sys.argv)
     if position is not None:
         api = os.environ.get("PREFECT_API_URL") or env.get("PREFECT_API_URL") or ctx.api_url
-        auth = os.environ.get("PREFECT_API_AUTH_STRING") or env.get("PREFECT_API_AUTH_STRING") or _auth_of_profile()
-        sys.argv[position] = full_name(sys.argv[position], api, auth)
+        given = os.environ.get("PREFECT_API_AUTH_STRING") or env.get("PREFECT_API_AUTH_STRING")
+        sys.argv[position] = full_name(sys.argv[position], api, given or _auth_of_profile(api))
     return SetupResult(env=env) if env else None
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is this user's, and nobody else can put anything into it."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & OTHERS_WRITE
 
 
 def _servers() -> dict[str, str]:
     """What `make up` says, but for servers that the environment names otherwise: theirs must not get these credentials."""
     try:
-        servers: dict[str, str] = json.loads(SERVERS.read_text())
-    except FileNotFoundError:
+        said = json.loads(read_private(SERVERS))
+        servers = {key: str(said[key]) for key in KEYS if key in said}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
-        print(f"{SERVERS} can't be read ({error}): run make up again.", file=sys.stderr)
+    except (OSError, ValueError, TypeError, UserError) as error:
+        print(f"{SERVERS} is not used ({error}): run make up again.", file=sys.stderr)
         return {}
+    if "PREFECT_API_URL" in servers:
+        # Servers without a password must not be sent the profile's, which belongs to another address.
+        servers.setdefault("PREFECT_API_AUTH_STRING", "")
     for prefix, address in (("PREFECT_", "PREFECT_API_URL"), ("MLFLOW_", "MLFLOW_TRACKING_URI")):
         if os.environ.get(address, servers.get(address)) != servers.get(address):
             servers = {key: value for key, value in servers.items() if not key.startswith(prefix)}
     return {key: value for key, value in servers.items() if key not in os.environ}
 
 
-def _auth_of_profile() -> str | None:
-    """The credentials of the active Prefect profile (`make profile` writes one)."""
+def _auth_of_profile(api: str | None) -> str | None:
+    """The credentials of the active Prefect profile (`make profile` writes one), for its own address alone."""
     from prefect.settings import get_current_settings
 
-    secret = get_current_settings().api.auth_string
-    return secret.get_secret_value() if secret else None
+    settings = get_current_settings().api
+    return settings.auth_string.get_secret_value() if settings.auth_string and settings.url == api else None
 
 
 def bare_name_position(arguments: list[str]) -> int | None:

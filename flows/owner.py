@@ -18,8 +18,10 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion.tracking.run import OWNER_TAG
+from diffusion.trust.redaction import shown
 from flows.progress import say
 
 if TYPE_CHECKING:
@@ -37,24 +39,42 @@ def boot_id() -> str:
     return path.read_text().strip() if path.exists() else f"{psutil.boot_time():.0f}"
 
 
+class Owner(BaseModel):
+    """A process, so that it is told from all others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str
+    boot: str
+    pid: int = Field(gt=0, lt=2**31)
+    started: float
+
+
 def this_process() -> str:
     """This process, as text."""
     own = psutil.Process()
-    known = {"host": socket.gethostname(), "boot": boot_id(), "pid": own.pid, "started": own.create_time()}
-    return json.dumps(known, sort_keys=True)
+    known = Owner(host=socket.gethostname(), boot=boot_id(), pid=own.pid, started=own.create_time())
+    return json.dumps(known.model_dump(), sort_keys=True)
 
 
-def is_dead(owner: str) -> bool:
+def read_owner(text: str | None) -> Owner | None:
+    """The process that a tag names; None if it names none: tags can be written by others."""
+    try:
+        return Owner.model_validate_json(text or "")
+    except ValidationError:
+        return None
+
+
+def is_dead(owner: Owner) -> bool:
     """Whether a process is known to have ended: one of another machine never is."""
-    told = json.loads(owner)
-    if told["host"] != socket.gethostname():
+    if owner.host != socket.gethostname():
         return False
-    if told["boot"] != boot_id():
+    if owner.boot != boot_id():
         return True
     try:
-        process = psutil.Process(told["pid"])
+        process = psutil.Process(owner.pid)
         # The start is counted back from a clock that may have been set.
-        same = abs(process.create_time() - told["started"]) < 5
+        same = abs(process.create_time() - owner.started) < 5
         return not same or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
@@ -67,16 +87,18 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str)
     """
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     for run in running:
-        owner, flow_run = run.data.tags.get(OWNER_TAG), run.data.tags.get("prefect.flow_run_id", "")
+        tag, flow_run = run.data.tags.get(OWNER_TAG), run.data.tags.get("prefect.flow_run_id", "")
+        owner = read_owner(tag)
+        if owner is None and tag is not None:
+            say(f"The MLflow run {run.info.run_id} does not say readably whose it is: it is left alone.")
         if owner is None or not is_dead(owner):
             continue
-        told = json.loads(owner)
-        reason = f"Its process {told['pid']} on {told['host']} ended without a word; found by flow run {own_flow_run}."
+        reason = f"Its process {owner.pid} on {owner.host} ended without a word; found by flow run {own_flow_run}."
         client.set_tag(run.info.run_id, "failure", reason)
         client.set_terminated(run.info.run_id, "FAILED")
         if flow_run != own_flow_run:
             _crash_flow_run(flow_run, reason)
-        say(f"Closed the MLflow run {run.info.run_name}: {reason}")
+        say(f"Closed the MLflow run {shown(str(run.info.run_name))}: {reason}")
 
 
 def _crash_flow_run(flow_run: str, reason: str) -> None:

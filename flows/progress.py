@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from diffusion.trust.redaction import fit_to_leave
+
 LINE_SECONDS = 10.0
 
 
@@ -93,6 +95,7 @@ class Stage:
 
 def say(line: str) -> None:
     """One line for whoever watches: on the console of a run by hand, in the log of a deployed one."""
+    line = fit_to_leave(line)
     if attended():
         print(line, file=sys.stderr, flush=True)
     else:

@@ -29,6 +29,8 @@ from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
+from diffusion.trust.private import use_private_home
+from diffusion.trust.redaction import redact_logs
 from flows.credentials import use_block
 from flows.launcher import run_job
 from flows.request import checkpoint_every, threads_per_process, usable_processes
@@ -65,6 +67,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
     try:
+        use_private_home(settings().home)
+        redact_logs()
         use_block(settings().s3_block)
         client, _ = open_tracking(settings())
         original = read_version(client, find_version(client, arguments.model, arguments.version, arguments.run))

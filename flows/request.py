@@ -5,13 +5,15 @@ from __future__ import annotations
 from glob import glob
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion.data.find import EUROSAT
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, load_recipe
 from flows.launcher import usable_cores
 
+PROCESSES_A_CORE = 4
+"""More than one are slower than one; so many more are a slip of the keyboard."""
 CHECKPOINT_EVERY_IMAGES = 250_000
 CHECKPOINTS_AT_LEAST = 20  # in a run: metrics reach MLflow, and a crash loses work, by the checkpoint
 
@@ -26,13 +28,13 @@ class TrainingRequest(BaseModel):
 
     preset: str
     overrides: dict[str, Any] = {}
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     source: str = EUROSAT
     processes: int | None = None
     start_from: StartFrom = "scratch"
     skip_unchanged: bool = False
-    fid_margin: float = 0.0
-    bits_margin: float = 0.01
+    fid_margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    bits_margin: float = Field(default=0.01, ge=0, allow_inf_nan=False)
 
     def recipe(self) -> Recipe:
         """The recipe that they mean. Raises RecipeError, with the nearest valid name where one is misspelt."""
@@ -51,6 +53,10 @@ def usable_processes(recipe: Recipe, asked: int | None) -> int:
             raise RecipeError(
                 f"{asked} processes were asked for, but there are {present} GPUs. Use at most as many, or set "
                 "CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
+            )
+        if not present and asked > PROCESSES_A_CORE * usable_cores():
+            raise RecipeError(
+                f"{asked:,} processes were asked for, but there are {usable_cores()} cores. Use at most as many."
             )
         return asked
     lanes = recipe.data.lanes

@@ -11,6 +11,8 @@ from pydantic import Field
 
 from diffusion.recipe import preset_names
 from diffusion.settings import settings
+from diffusion.trust.private import use_private_home
+from diffusion.trust.redaction import redact_logs
 from flows.checks import check_before_compute
 from flows.credentials import use_block
 from flows.owner import end_with_worker
@@ -44,13 +46,13 @@ def seed_or_date(seed: int | None) -> int:
 def train_diffusion(
     preset: Annotated[str, Field(json_schema_extra={"enum": preset_names()})] = "eurosat",
     overrides: dict[str, Any] | None = None,
-    seed: Annotated[int, Field(ge=0)] | None = 0,
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = 0,
     source: str = "eurosat",
     processes: Annotated[int, Field(ge=1)] | None = None,
     start_from: StartFrom = "scratch",
     skip_unchanged: bool = False,
-    fid_margin: Annotated[float, Field(ge=0)] = 0.0,
-    bits_margin: Annotated[float, Field(ge=0)] = 0.01,
+    fid_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
+    bits_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
 ) -> Report | State[None]:
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
@@ -76,6 +78,8 @@ def train_diffusion(
         fid_margin=fid_margin,
         bits_margin=bits_margin,
     )
+    use_private_home(settings().home)
+    redact_logs()
     if not attended():
         end_with_worker()
     use_block(settings().s3_block)

@@ -1,7 +1,8 @@
-"""The servers on this machine, without containers: `python infra/stack.py up | down | status`.
+"""The servers on this machine, without containers: `python infra/stack.py up | down | status | password`.
 
 up starts a Prefect server, an MLflow server and a worker on the loopback interface, with credentials of their own
-(AUTH=off: without), and registers the deployments of prefect.yaml. down stops these processes and no others.
+(AUTH=off: without), and registers the deployments of prefect.yaml. down stops these processes and no others. password
+makes a new password and has everything here follow it.
 
 Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000). Databases: SQLite under var/, or what
 PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say.
@@ -20,13 +21,19 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
+
+from diffusion.errors import UserError
+from diffusion.trust.private import use_private_home, write_private
+from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
 HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", PROJECT / "var")).absolute()
 STACK = HOME / "stack"
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
+MLFLOW_USERS = STACK / "mlflow-auth.db"
 BIN = Path(sys.executable).parent
 READY_SECONDS = 120
 STOP_SECONDS = 30
@@ -50,10 +57,23 @@ class Addresses:
         return env
 
 
-def base_environment() -> dict[str, str]:
-    """For every process of the stack. Databases and homes lie in this project, never in the user's home folder."""
+STORE_KEYS, PREFECT_OWN, MLFLOW_OWN = "AWS_", "PREFECT_", "MLFLOW_"
+
+OPEN_TO_ALL = """
+WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
+hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Web pages of other sites are refused
+by their origin, but not those that make their own name point to this machine. Use it where you are alone.
+"""
+
+
+def base_environment(*withheld: str) -> dict[str, str]:
+    """For every process of the stack. Databases and homes lie in this project, never in the user's home folder.
+
+    Args:
+        withheld: beginnings of the names of variables that this process has no need of.
+    """
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith(withheld)},
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "TRAIN_DIFFUSION_HOME": str(HOME),
         "TRAIN_DIFFUSION_PROJECT": str(PROJECT),
@@ -131,8 +151,12 @@ def check_port(port: int, name: str, variable: str) -> None:
 
 def start_prefect(port: int, addresses: Addresses) -> None:
     """The Prefect server."""
+    database = prefect_database()
     env = {
-        **base_environment(),
+        **base_environment(STORE_KEYS, MLFLOW_OWN),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+        "PREFECT_SERVER_ENCRYPTION_KEY": encryption_key(STACK, database),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": addresses.prefect,  # and of no other page
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_UI_API_URL": f"{addresses.prefect}/api",
@@ -140,25 +164,35 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
-    env.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}")
     if addresses.password:
         env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
     start("prefect-server", [str(BIN / "prefect"), "server", "start"], env)
+
+
+def prefect_database() -> str:
+    """The URL of Prefect's database."""
+    default = f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}"
+    return os.environ.get("PREFECT_SERVER_DATABASE_CONNECTION_URL", default)
 
 
 def start_mlflow(port: int, addresses: Addresses) -> None:
     """The MLflow server. Like Prefect's, it shares its database with `make demo`, so that the demo's runs are seen here."""
     (HOME / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
     # The job runner and its seven consumers, which only GenAI evaluations need, would take 2 GB.
-    env = {**base_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    backend = os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}")
+    env = {**base_environment(STORE_KEYS, PREFECT_OWN), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # In the environment: an argument, which may hold a password, is seen by every user of the machine.
+    env.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}")
+    hosts = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
+    env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(hosts)
+    env["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{host}" for host in hosts)
     artifacts = (HOME / "mlflow" / "artifacts").as_uri()
     command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
+    command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
     if addresses.password:
         config = STACK / "mlflow-auth.ini"
         template = (PROJECT / "mlflow" / "server.ini").read_text()
-        config.write_text(template.replace("= DATABASE_URI", f"= sqlite:///{STACK / 'mlflow-auth.db'}"))
+        config.write_text(template.replace("= DATABASE_URI", f"= sqlite:///{MLFLOW_USERS}"))
+        follow_password(addresses.password)
         command += ["--app-name", "basic-auth"]
         env |= {
             "MLFLOW_AUTH_CONFIG_PATH": str(config),
@@ -166,6 +200,19 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
         }
     start("mlflow-server", command, env)
+
+
+def follow_password(password: str) -> None:
+    """Have MLflow's user database, where it is there, know the password: it keeps the one that it was made with."""
+    if not MLFLOW_USERS.exists():
+        return
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    users = SqlAlchemyStore()
+    users.init_db(f"sqlite:///{MLFLOW_USERS}")
+    if not users.authenticate_user("admin", password):
+        users.update_user("admin", password)
+    users.engine.dispose()
 
 
 def register_deployments(env: dict[str, str]) -> None:
@@ -184,17 +231,9 @@ def register_deployments(env: dict[str, str]) -> None:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-def known_password() -> str:
-    """The password of earlier starts: MLflow keeps the first one in its database."""
-    path = STACK / "password"
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(12))
-    return path.read_text()
-
-
 def up() -> None:
     """Start all that is not running."""
+    use_private_home(HOME)
     STACK.mkdir(parents=True, exist_ok=True)
     (HOME / "prefect").mkdir(parents=True, exist_ok=True)
     if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
@@ -202,7 +241,7 @@ def up() -> None:
     prefect_port, mlflow_port = int(os.environ.get("PREFECT_PORT", "4200")), int(os.environ.get("MLFLOW_PORT", "5000"))
     check_port(prefect_port, "Prefect", "PREFECT_PORT")
     check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
-    password = None if os.environ.get("AUTH") == "off" else known_password()
+    password = None if os.environ.get("AUTH") == "off" else known_password(STACK)
     addresses = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}", password)
 
     print("starting the Prefect server and the MLflow server …", flush=True)
@@ -210,18 +249,20 @@ def up() -> None:
     start_mlflow(mlflow_port, addresses)
     wait_until_ready("prefect-server", f"{addresses.prefect}/api/health")
     wait_until_ready("mlflow-server", f"{addresses.mlflow}/health")
-    env = {**base_environment(), **addresses.client_environment()}
+    # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
+    env = {**base_environment("PREFECT_SERVER_", "MLFLOW_BACKEND_", "MLFLOW_AUTH_"), **addresses.client_environment()}
     print("registering the deployments …", flush=True)
     register_deployments(env)
     start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
-    SERVERS.unlink(missing_ok=True)
-    SERVERS.touch(mode=0o600)
-    SERVERS.write_text(json.dumps(addresses.client_environment(), indent=1))
+    write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
+    profile("follow")
     print(f"\nPrefect  {addresses.prefect}\nMLflow   {addresses.mlflow}")
     if password:
-        print(
-            f"both ask for user admin, password {password} (kept in {STACK / 'password'}; Prefect wants admin:{password})"
-        )
+        # Not into a file or a pipe, where it would stay.
+        shown = password if sys.stdout.isatty() else "PASSWORD"
+        print(f"both ask for user admin and the password in {STACK / PASSWORD}; Prefect wants admin:{shown}")
+    else:
+        print(OPEN_TO_ALL)
     print(
         "\nsource .venv/bin/activate\nprefect deployment run train-diffusion -p preset=demo --watch\n\nmake down stops it all."
     )
@@ -232,6 +273,33 @@ def down() -> None:
     for name in ("worker", "mlflow-server", "prefect-server"):
         stop(name)
     SERVERS.unlink(missing_ok=True)
+    profile("withdraw")
+
+
+def profile(verb: str) -> None:
+    """Have the user's Prefect profile, if there is one, follow what the servers do."""
+    subprocess.run([sys.executable, str(PROJECT / "infra" / "profile.py"), verb], check=True)
+
+
+def password() -> None:
+    """Change the password of the servers; those that run are started anew with it. The old one is refused from then on."""
+    use_private_home(HOME)
+    STACK.mkdir(parents=True, exist_ok=True)
+    worker = find("worker")
+    if worker is not None and worker.children() and os.environ.get("FORCE") != "1":
+        raise SystemExit(
+            "A flow run is under way, and would end: it has the old password. Wait for it, or make password FORCE=1."
+        )
+    if SERVERS.exists():  # on the same ports
+        running = json.loads(SERVERS.read_text())
+        for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
+            os.environ.setdefault(variable, str(urlsplit(running[address]).port))
+    made = new_password(STACK)
+    if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
+        up()
+    else:
+        follow_password(made)
+    print(f"The new password is in {STACK / PASSWORD}. Browsers ask for it anew; the old one is refused.")
 
 
 def status() -> None:
@@ -239,10 +307,15 @@ def status() -> None:
     for name in ("prefect-server", "mlflow-server", "worker"):
         process = find(name)
         print(f"{name:15} {f'running, pid {process.pid}' if process else 'not running'}")
+    if SERVERS.exists() and "PREFECT_API_AUTH_STRING" not in json.loads(SERVERS.read_text()):
+        print(OPEN_TO_ALL)
 
 
 if __name__ == "__main__":
-    commands = {"up": up, "down": down, "status": status}
+    commands = {"up": up, "down": down, "status": status, "password": password}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
-    commands[sys.argv[1]]()
+    try:
+        commands[sys.argv[1]]()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -9,6 +9,7 @@ from diffusion.data.download import Progress, download_eurosat
 from diffusion.data.eurosat import MIRRORS, Source, read_archive, read_eurosat
 from diffusion.errors import DataError
 from diffusion.settings import Settings
+from diffusion.trust.redaction import shown
 
 GENERATED = "generated"
 EUROSAT = "eurosat"
@@ -26,8 +27,10 @@ def find_archive(source: str, settings: Settings, progress: Progress | None = No
         return path if path.exists() else generated.write_archive(path)
     named = settings.archive if source == EUROSAT else Path(source).expanduser()
     if named is not None:
-        if not named.exists():
-            raise DataError(f"No archive at {named}. Set EUROSAT_ARCHIVE to the EuroSAT zip or its unpacked folder.")
+        if "\0" in str(named) or not named.exists():
+            raise DataError(
+                f"No archive at {shown(str(named))}. Set EUROSAT_ARCHIVE to the EuroSAT zip or its unpacked folder."
+            )
         return named
     for mirror in MIRRORS:
         if (settings.downloads / mirror.file_name).exists():

@@ -29,5 +29,11 @@ def unseal(kind: type[T], data: bytes) -> T:
     return kind.model_validate(fields)
 
 
+def is_sealed(data: bytes) -> bool:
+    """Whether a document has a checksum at all. Raises ValueError if it is no JSON."""
+    fields = parse_json(data)
+    return isinstance(fields, dict) and CHECKSUM in fields
+
+
 def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

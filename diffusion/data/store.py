@@ -183,7 +183,13 @@ class S3Store:
                 max_pool_connections=16,
             )
             # A session of its own: the default one would keep the credentials of whoever used boto3 first.
-            self._client = boto3.session.Session().client("s3", config=config)
+            client = boto3.session.Session().client("s3", config=config)
+            if "@" in urlsplit(client.meta.endpoint_url).netloc:
+                raise StoreError(
+                    "The S3 endpoint's address (AWS_ENDPOINT_URL_S3) has a user or password in it, where logs would show it. "
+                    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+                )
+            self._client = client
         return self._client
 
     def read(self, name: str) -> bytes:

@@ -1,9 +1,8 @@
-"""The evaluation job: samples of a checkpoint, their scores, and a grid. A rank of it is `python -m diffusion.evaluation.job FOLDER`."""
+"""The evaluation job: samples of a checkpoint, their scores, and a grid. A rank is `python -m diffusion.evaluation.job FOLDER`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
+from diffusion.data.sealed import seal
 from diffusion.data.store import Store, open_store
 from diffusion.denoiser import Denoiser, Pixels, build_network
 from diffusion.errors import DataError
@@ -126,7 +126,7 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             by_extractor=tuple(scores for scores, _ in scored),
             evidence_sha256=hashlib.sha256(evidence).hexdigest() if evidence else None,
         )
-        store.write(f"{where}/scores.json", (json.dumps(scores.model_dump(mode="json"), indent=1) + "\n").encode())
+        store.write(f"{where}/scores.json", seal(scores))
     accelerator.wait_for_everyone()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.numpy import save
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
@@ -15,6 +14,7 @@ from diffusion.data.store import open_store
 from diffusion.errors import DataError
 from diffusion.evaluation.extractor import load_extractor
 from diffusion.evaluation.names import extractor_sha256, reference_name
+from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
 from diffusion.job import ProgressFile, ReferenceJob, run_job
@@ -49,15 +49,7 @@ def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator)
         kept = KEPT_BYTES // features["train"][0].nbytes
         train_images = ShardImages(store, manifest, "train", job.image_size, job.shard_copies, memory_bytes=0)
         labels = np.concatenate([train_images.labels(index) for index in range(len(train_images.shards))])
-        tensors = {
-            "count": np.array([train.count]),
-            "mean": train.mean,
-            "scatter": train.scatter,
-            "train_features": features["train"][:kept],
-            "train_labels": labels[:kept],
-            "test_features": features["test"],
-        }
-        store.write(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+        write_reference(store, name, Reference(train, features["train"][:kept], labels[:kept], features["test"]))
     accelerator.wait_for_everyone()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from diffusion.errors import RecipeError
 from diffusion.settings import InceptionSource
@@ -27,6 +28,11 @@ def required_inception(inception: InceptionSource | None) -> InceptionSource:
         raise RecipeError(
             "The extractor 'inception' is not part of the package: set TRAIN_DIFFUSION_INCEPTION to the path or URL of its "
             "TorchScript file and TRAIN_DIFFUSION_INCEPTION_SHA256 to its sha256, or use evaluation.extractors: [eurosat]."
+        )
+    if "@" in urlsplit(inception.location).netloc:
+        raise RecipeError(
+            f"TRAIN_DIFFUSION_INCEPTION '{inception.location}' has a user or password in its address. Download the file and "
+            "name its path."
         )
     if not re.fullmatch("[0-9a-f]{64}", inception.sha256):
         raise RecipeError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from diffusion.data.sealed import is_sealed, unseal
 from diffusion.data.store import Store
 
 DEVIATIONS = 1.96
@@ -144,11 +145,13 @@ def find_scores(
 ) -> Scores | None:
     """The scores of a finished evaluation with that many samples (and of the checkpoint with that digest), or None.
 
-    None as well for scores of an older form, which are to be made anew.
+    None as well for scores that are damaged or of an older form, which are to be made anew.
     """
     try:
-        scores = Scores.model_validate_json(store.read(f"{evaluation_folder(run, step, name)}/scores.json"))
-    except (KeyError, ValidationError):
+        data = store.read(f"{evaluation_folder(run, step, name)}/scores.json")
+        # Earlier versions did not seal them.
+        scores = unseal(Scores, data) if is_sealed(data) else Scores.model_validate_json(data)
+    except (KeyError, ValueError):
         return None
     if checkpoint not in (None, scores.checkpoint):
         return None

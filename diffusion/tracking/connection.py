@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from diffusion.errors import TrackingError
 
@@ -36,12 +36,15 @@ def connect(uri: str) -> MlflowClient:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https") and "@" in urlsplit(uri).netloc:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI '{uri}' has a user or password in its address, where logs and pages would show it. Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
+        )
     if scheme == "sqlite":
         _check_database(Path(uri.split("///", 1)[-1]))
     elif scheme not in ("http", "https"):
-        raise TrackingError(
-            f"MLFLOW_TRACKING_URI '{without_credentials(uri)}' is neither http(s)://… nor sqlite:////absolute/path."
-        )
+        raise TrackingError(f"MLFLOW_TRACKING_URI '{uri}' is neither http(s)://… nor sqlite:////absolute/path.")
 
     import mlflow
     from mlflow import MlflowClient
@@ -54,9 +57,9 @@ def connect(uri: str) -> MlflowClient:
         try:
             client.search_experiments(max_results=1)
         except Exception as error:  # MLflow lets the errors of requests, urllib3 and SQLAlchemy through
-            reason = str(error).splitlines()[0].replace(uri, without_credentials(uri))[:300]
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise TrackingError(
-                f"The MLflow server at {without_credentials(uri)} does not answer as it should ({reason}). "
+                f"The MLflow server at {uri} does not answer as it should ({reason}). "
                 "Start it (make up), or correct MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             ) from None
     return client
@@ -75,12 +78,6 @@ def _check_database(path: Path) -> None:
         raise TrackingError(
             f"The MLflow database {path} can't be used ({error}). Move it away or make it writable."
         ) from error
-
-
-def without_credentials(uri: str) -> str:
-    """The URI without the user and password that it may hold."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 @contextmanager

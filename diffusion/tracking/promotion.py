@@ -10,9 +10,9 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from diffusion.data.store import Store
 from diffusion.errors import DataError, TrackingError
@@ -20,6 +20,7 @@ from diffusion.evaluation.comparison import Comparison, Difference, compare, loa
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.scores import DEVIATIONS, Scores
+from diffusion.trust.reading import parse_json
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -57,6 +58,25 @@ class Decision:
     gates: tuple[Gate, ...] = ()
     against: str | None = None
     """The version that was champion then."""
+
+
+Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """An entry of the log."""
+
+    before: Number | None
+    """The version that was champion; `from` in the file."""
+    to: Number
+    reason: str = ""
+    gates: tuple[Gate, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """As it lies in the store."""
+        fields = {"from": self.before, "to": self.to, "reason": self.reason, "gates": [asdict(g) for g in self.gates]}
+        return json.dumps(fields, indent=1).encode()
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,7 @@ def promote(client: MlflowClient, store: Store, model: str, version: str, margin
     for _ in range(ATTEMPTS):
         entries = _log(store, model)
         _complete(client, store, model, entries)
-        if written := [entry for entry in entries if entry["to"] == version]:
+        if written := [entry for entry in entries if entry.to == version]:
             # Promoted before: whatever was done with the alias since, by a later run or by hand, stays.
             decision = _decision(model, written[-1])
             _tell(client, decision)  # whoever wrote the entry may not have come to that
@@ -162,22 +182,16 @@ def promote(client: MlflowClient, store: Store, model: str, version: str, margin
             return decision
         if _number(champion_version(client, model)) != _number(champion):  # moved by hand meanwhile
             continue
-        entry: dict[str, Any] = {
-            "from": _number(champion),
-            "to": version,
-            "reason": reason,
-            "gates": [asdict(gate) for gate in gates],
-        }
-        if store.create(_entry(model, len(entries)), json.dumps(entry, indent=1).encode()):
+        entry = Promotion(_number(champion), version, reason, gates)
+        if store.create(_entry(model, len(entries)), entry.to_bytes()):
             _tell(client, decision)
             _complete(client, store, model, [*entries, entry])
             return decision
     raise TrackingError(f"Version {version} of {model} could not be judged: other runs were promoted {ATTEMPTS} times.")
 
 
-def _decision(model: str, entry: dict[str, Any]) -> Decision:
-    gates = tuple(Gate(**gate) for gate in entry["gates"])
-    return Decision(model, entry["to"], CHAMPION, entry["reason"], gates, entry["from"])
+def _decision(model: str, entry: Promotion) -> Decision:
+    return Decision(model, entry.to, CHAMPION, entry.reason, entry.gates, entry.before)
 
 
 def _judge(
@@ -214,7 +228,7 @@ def _against(
         )
     tags = challenger.tags
     reference = reference_name(tags["dataset.digest"], by.extractor, by.extractor_sha256, int(tags["image_size"]))
-    first, second = load_evidence(store, tags["run"], new), load_evidence(store, champion.tags["run"], old)
+    first, second = load_evidence(store, tags["run"], new), load_evidence(store, champion.tags.get("run", ""), old)
     return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margins)
 
 
@@ -245,26 +259,37 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
     client.update_model_version(decision.model, decision.version, card if found else f"{card}\n{section}")
 
 
-def _complete(client: MlflowClient, store: Store, model: str, entries: list[dict[str, Any]]) -> None:
+def _complete(client: MlflowClient, store: Store, model: str, entries: list[Promotion]) -> None:
     """Move the alias as the log's last entry says, if whoever wrote it did not come to that."""
     while entries and not _exists(store, _applied(model, len(entries) - 1)):
-        client.set_registered_model_alias(model, CHAMPION, str(entries[-1]["to"]))
+        client.set_registered_model_alias(model, CHAMPION, entries[-1].to)
         store.write(_applied(model, len(entries) - 1), b"")
         # A slow writer may have moved it back after another had moved it on: the log's end decides.
         newer = _log(store, model)
         if len(newer) > len(entries):
-            client.set_registered_model_alias(model, CHAMPION, str(newer[-1]["to"]))
+            client.set_registered_model_alias(model, CHAMPION, newer[-1].to)
         entries = newer
 
 
-def _log(store: Store, model: str) -> list[dict[str, Any]]:
+def _log(store: Store, model: str) -> list[Promotion]:
     """All entries; read one by one, since a listing may lag."""
-    entries: list[dict[str, Any]] = []
+    entries: list[Promotion] = []
     while True:
         try:
-            entries.append(json.loads(store.read(_entry(model, len(entries)))))
+            entries.append(_read_entry(store, _entry(model, len(entries))))
         except KeyError:
             return entries
+
+
+def _read_entry(store: Store, name: str) -> Promotion:
+    """Raises KeyError if there is none, DataError if it can't be read: without it nobody knows what was live."""
+    try:
+        fields = parse_json(store.read(name))
+        return TypeAdapter(Promotion).validate_python({**fields, "before": fields.pop("from")})
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        if isinstance(error, KeyError) and error.args != ("from",):
+            raise
+        raise DataError(f"The promotion {store.uri}/{name} can't be read. Restore it from a backup.") from error
 
 
 def past_champions(store: Store, count: int) -> dict[str, list[str]]:
@@ -272,10 +297,10 @@ def past_champions(store: Store, count: int) -> dict[str, list[str]]:
     found: dict[str, dict[str, None]] = {}
     for name in store.names("promotions/"):
         if name.endswith(".json"):
-            entry, versions = json.loads(store.read(name)), found.setdefault(name.split("/")[1], {})
-            for version in filter(None, (entry.get("from"), entry["to"])):  # one made champion by hand is a `from` only
-                versions.pop(str(version), None)
-                versions[str(version)] = None
+            entry, versions = _read_entry(store, name), found.setdefault(name.split("/")[1], {})
+            for version in filter(None, (entry.before, entry.to)):  # one made champion by hand is a `from` only
+                versions.pop(version, None)
+                versions[version] = None
     return {model: list(versions)[-count:] if count else [] for model, versions in found.items()}
 
 

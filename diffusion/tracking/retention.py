@@ -8,14 +8,21 @@ MLflow runs with their metrics, pictures and galleries.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from diffusion.recipe import Start
 from diffusion.tracking.run import RUN_KEY, START_TAG
+from diffusion.trust.identifiers import RunName
+from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 LOGGED_MODEL = "models:/m-"
 """What the source of a version that a run has made begins with."""
@@ -42,9 +49,13 @@ def find_superseded(
         champions: by model, the versions that were champion, the newest last; as many of them as are listed are kept.
     """
     runs = _all(client.search_runs, [experiment_id], order_by=["attributes.start_time DESC"])
-    by_key = {run.data.tags[RUN_KEY]: run for run in runs if RUN_KEY in run.data.tags}
-    by_id = {run.info.run_id: key for key, run in by_key.items()}
-    needed = {key for key, run in by_key.items() if run.info.status == "RUNNING"} | set(list(by_key)[:keep_runs])
+    ours = [(said, run) for run in runs if (said := _read(run)) is not None]
+    starts: dict[str, set[str]] = {}
+    for said, _ in ours:
+        starts.setdefault(said.key, set()).update({said.start.run} if said.start else set())
+    by_id = {run.info.run_id: said.key for said, run in ours}
+    # A key is said by several runs only if somebody has made one say it: whichever is under way counts.
+    needed = {said.key for said, run in ours if run.info.status == "RUNNING"} | set(list(starts)[:keep_runs])
 
     superseded = []
     models = _all(client.search_registered_models)
@@ -61,15 +72,35 @@ def find_superseded(
         needed |= {by_id[v.run_id] for v in versions if str(v.version) in live}
         kept = live | {str(v.version) for v in versions[:keep_versions]}
         superseded += [(model.name, str(v.version)) for v in versions if str(v.version) not in kept]
-    for key in list(needed):
-        while (start := _start(by_key, key)) is not None and start.run not in needed:
-            needed.add(key := start.run)
-    return Superseded(tuple(key for key in by_key if key not in needed), tuple(superseded))
+    open_ends = list(needed)
+    while open_ends:
+        new = starts.get(open_ends.pop(), set()) - needed
+        needed |= new
+        open_ends += new
+    return Superseded(tuple(key for key in starts if key not in needed), tuple(superseded))
 
 
-def _start(by_key: dict[str, Any], key: str) -> Start | None:
-    text = by_key[key].data.tags.get(START_TAG) if key in by_key else None
-    return Start.model_validate_json(text) if text else None
+@dataclass(frozen=True)
+class _Said:
+    """What a run says of itself in its tags."""
+
+    key: str
+    start: Start | None
+
+
+def _read(run: Any) -> _Said | None:
+    """None for a run that is none of ours: without our tags, or with some that we can't have written."""
+    tags = run.data.tags
+    if RUN_KEY not in tags:
+        return None
+    try:
+        start = Start.model_validate_json(tags[START_TAG]) if tags.get(START_TAG) else None
+        return _Said(TypeAdapter(RunName).validate_python(tags[RUN_KEY]), start)
+    except ValidationError:
+        log.warning(
+            "The MLflow run %s (%s) is passed over: its tags can't be ours.", run.info.run_id, shown(tags[RUN_KEY])
+        )
+        return None
 
 
 def _all(search: Any, *arguments: Any, **options: Any) -> list[Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.evaluation.pictures import thumbnail
@@ -17,12 +20,17 @@ from diffusion.recipe import Recipe, Start, flatten, load_recipe
 from diffusion.tracking.figures import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.legend import legend
 from diffusion.tracking.promotion import Decision
+from diffusion.trust.identifiers import RunName
+from diffusion.trust.reading import parse_json
+from diffusion.trust.redaction import fit_to_leave
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.entities import Run as MlflowRun
 
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 EXPERIMENT = "train-diffusion"
 NOTE = "mlflow.note.content"
@@ -169,8 +177,13 @@ class TrackedRun:
         """As `MlflowClient.log_table` does it, but a repetition replaces the rows in place of adding them again."""
         self.client.log_text(self.run_id, json.dumps({"columns": columns, "data": rows}), path)
         tag = "mlflow.loggedArtifacts"
-        listed = json.loads(self.client.get_run(self.run_id).data.tags.get(tag, "[]"))
         entry = {"path": path, "type": "table"}
+        try:
+            listed = parse_json(self.client.get_run(self.run_id).data.tags.get(tag, "[]"))
+        except ValueError:
+            listed = None
+        if not isinstance(listed, list):  # somebody has changed it: the UI could not read it either
+            listed = []
         if entry not in listed:
             self.client.set_tag(self.run_id, tag, json.dumps([*listed, entry]))
 
@@ -206,13 +219,13 @@ class TrackedRun:
         """Put the outcome and a link to an artifact on top of what the run's page says."""
         link = f"#/experiments/{self.experiment_id}/runs/{self.run_id}/artifacts/{page}"
         conclusion = f"{sentence} [Gallery]({link})\n\n"
-        note = self.client.get_run(self.run_id).data.tags[NOTE]
+        note = self.client.get_run(self.run_id).data.tags.get(NOTE, "")
         self.client.set_tag(self.run_id, NOTE, conclusion + note.removeprefix(conclusion))
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
         """End the run, with the reason if it did not finish."""
         if reason:
-            self.client.set_tag(self.run_id, "failure", reason[:5000])
+            self.client.set_tag(self.run_id, "failure", fit_to_leave(reason)[:5000])
         self.client.set_terminated(self.run_id, status)
 
 
@@ -258,7 +271,7 @@ def unfinished_run(
     None if the newest one finished, or if the code is not known exactly.
     """
     newest = _newest_run(client, experiment_id, recipe, dataset, commit)
-    return str(newest.data.tags[RUN_KEY]) if newest and newest.info.status in ("FAILED", "KILLED") else None
+    return _key(newest) if newest and newest.info.status in ("FAILED", "KILLED") else None
 
 
 def finished_run(
@@ -266,7 +279,16 @@ def finished_run(
 ) -> str | None:
     """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished."""
     newest = _newest_run(client, experiment_id, recipe, dataset, commit, " and attributes.status = 'FINISHED'")
-    return str(newest.data.tags[RUN_KEY]) if newest else None
+    return _key(newest) if newest else None
+
+
+def _key(run: MlflowRun) -> str | None:
+    """The run's key, which becomes a path; None if it says none that is ours."""
+    try:
+        return TypeAdapter(RunName).validate_python(run.data.tags.get(RUN_KEY))
+    except ValidationError:
+        log.warning("The MLflow run %s is passed over: its tag %s can't be ours.", run.info.run_id, RUN_KEY)
+        return None
 
 
 def _newest_run(
@@ -287,7 +309,10 @@ def recorded_start(client: MlflowClient, experiment_id: str, flow_run_id: str) -
     for query in (f"tags.`prefect.flow_run_id` = '{flow_run_id}'", f"tags.`{RUN_KEY}` LIKE '%{flow_run_id}'"):
         for run in client.search_runs([experiment_id], query, max_results=1):
             text = run.data.tags.get(START_TAG)
-            return True, Start.model_validate_json(text) if text else None
+            try:
+                return True, Start.model_validate_json(text) if text else None
+            except ValidationError:
+                log.warning("The MLflow run %s is passed over: its tag %s can't be ours.", run.info.run_id, START_TAG)
     return False, None
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import TrackingError
-from diffusion.tracking.connection import without_credentials
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.journal import JOURNAL, TIMING, committed_step, records
+from diffusion.trust.redaction import fit_to_leave
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ class MetricsSender:
         except Exception as error:
             log.warning("MLflow did not take the last metrics (%s).", self._said(error))
 
-    def _said(self, error: Exception) -> str:
-        """The error's first line, without the credentials that a URL in it may hold."""
-        uri = self.run.client.tracking_uri
-        return (str(error).splitlines() or [type(error).__name__])[0].replace(uri, without_credentials(uri))[:300]
+    @staticmethod
+    def _said(error: Exception) -> str:
+        """The error's first line."""
+        return fit_to_leave((str(error).splitlines() or [type(error).__name__])[0][:300])
 
     def _loop(self) -> None:
         while not self._stop.is_set():

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -89,5 +90,11 @@ def load_checkpoint(store: Store, run: str, step: int) -> tuple[State, Checkpoin
 
 
 def load_tensors(store: Store, state: State, part: str) -> Tensors:
-    """One of a checkpoint's tensor files (`model`, `optimizer`, `ema-<half-life>`), verified."""
-    return load(checkpoint_file(store, state, f"{part}.safetensors"))
+    """One of a checkpoint's tensor files (`model`, `optimizer`, `ema-<half-life>`), verified. Raises CheckpointDamaged."""
+    name = f"{part}.safetensors"
+    try:
+        return load(checkpoint_file(store, state, name))
+    except SafetensorError as error:
+        raise CheckpointDamaged(
+            f"{store.uri}/{folder(state.run, state.step)}/{name} has no tensors ({error})."
+        ) from error

@@ -54,12 +54,18 @@ def folder(run: str, step: int) -> str:
 def steps_with_checkpoint(store: Store, run: str) -> list[int]:
     """The steps of a run that have a checkpoint, rising, without checking the files."""
     names = store.names(f"checkpoints/{run}/")
-    return sorted(int(name.split("/")[-2]) for name in names if name.endswith(f"/{STATE}"))
+    return sorted(int(step) for step, file in _steps_and_files(names) if file == STATE)
 
 
 def steps_begun(store: Store, run: str) -> list[int]:
     """The steps of a run of which any file is there, rising: also checkpoints that were never finished."""
-    return sorted({int(name.split("/")[2]) for name in store.names(f"checkpoints/{run}/")})
+    return sorted({int(step) for step, _ in _steps_and_files(store.names(f"checkpoints/{run}/"))})
+
+
+def _steps_and_files(names: list[str]) -> list[tuple[str, str]]:
+    """Of names in a run's folder, those that a checkpoint can have."""
+    parts = [name.split("/") for name in names]
+    return [(part[2], part[3]) for part in parts if len(part) == 4 and part[2].isdecimal()]
 
 
 def load_state(store: Store, run: str, step: int) -> State:
@@ -108,9 +114,15 @@ def checkpoint_file(store: Store, state: State, name: str) -> bytes:
     return content
 
 
-def delete_checkpoint(store: Store, run: str, step: int) -> None:
-    """Delete a checkpoint, its state first: what is left of a deletion that breaks off is no checkpoint for any reader."""
+def checkpoint_names(store: Store, run: str, step: int) -> list[str]:
+    """The files of a checkpoint in the order to delete them: its state first, so that what is left of a deletion that breaks
+    off is no checkpoint for any reader."""
     where = folder(run, step)
-    store.delete(f"{where}/{STATE}")
-    for name in store.names(f"{where}/"):
+    return sorted(store.names(f"{where}/"), key=lambda name: name != f"{where}/{STATE}")
+
+
+def delete_checkpoint(store: Store, run: str, step: int) -> None:
+    """Delete a checkpoint."""
+    store.delete(f"{folder(run, step)}/{STATE}")  # a listing may lag
+    for name in checkpoint_names(store, run, step):
         store.delete(name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
+from pydantic import ValidationError
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import open_store
@@ -23,6 +24,8 @@ from flows.run import git_commit, open_tracking
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
     from mlflow import MlflowClient
 
 
@@ -50,8 +53,7 @@ def _from_champion(client: MlflowClient, experiment_id: str, recipe: Recipe, dat
     if not begun:
         champion = champion_version(client, model_name(dataset))
         if champion is not None:
-            tags = champion.tags
-            start = Start(run=tags["run"], step=int(tags["checkpoint.step"]), digest=tags["checkpoint.digest"])
+            start = _start_at(champion)
             say(f"Going on from version {champion.version}, the champion: step {start.step:,} of {start.run}.")
     if start is None:
         say("There is no champion to go on from: beginning with new weights.")
@@ -63,6 +65,18 @@ def _from_champion(client: MlflowClient, experiment_id: str, recipe: Recipe, dat
             "weights mean other pixels. Train with start_from: scratch once."
         )
     return recipe.continued(start, state.recipe)
+
+
+def _start_at(champion: ModelVersion) -> Start:
+    """The checkpoint of a version, which its tags name. Raises RecipeError if they name none."""
+    names = {"run": "run", "step": "checkpoint.step", "digest": "checkpoint.digest"}
+    try:
+        return Start.model_validate({name: champion.tags.get(tag) for name, tag in names.items()})
+    except ValidationError:
+        raise RecipeError(
+            f"The tags {', '.join(names.values())} of version {champion.version} of {champion.name}, the champion, name no "
+            "checkpoint. Set them right on the version's page, or train with start_from: scratch."
+        ) from None
 
 
 def unchanged(run: str) -> State[None]:

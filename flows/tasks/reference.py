@@ -7,10 +7,13 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import open_store
+from diffusion.errors import DataError
 from diffusion.evaluation.names import extractor_sha256, reference_name
+from diffusion.evaluation.reference import load_reference
 from diffusion.job import ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
+from flows.progress import say
 from flows.run import job_fields, run_stage
 from flows.tasks.retrying import RETRIED
 
@@ -29,8 +32,12 @@ def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None
     for extractor in recipe.evaluation.extractors:
         sha256 = extractor_sha256(extractor, environment.inception)
         name = reference_name(dataset.digest, extractor, sha256, size)
-        if store.names(name):
+        try:
+            load_reference(store, name)
             continue
+        except DataError as error:  # missing, damaged, or of a version that did not seal them
+            if store.names(name):
+                say(str(error))
         spec = ReferenceJob(
             **job_fields("reference", dataset, environment),
             image_size=size,

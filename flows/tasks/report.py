@@ -11,7 +11,6 @@ from pydantic import BaseModel
 
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
-from diffusion.tracking.connection import without_credentials
 from diffusion.tracking.promotion import Decision, scores_of
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
@@ -72,7 +71,7 @@ def _journal(run: Run, state: State) -> list[dict[str, float]]:
 
 def _mlflow_page(run: Run) -> str:
     """Address of the run's page, or nothing where there is no server."""
-    uri = without_credentials(run.settings.tracking_uri)
+    uri = run.settings.tracking_uri
     run_page = f"{uri.rstrip('/')}/#/experiments/{run.tracked.experiment_id}/runs/{run.tracked.run_id}"
     return run_page if uri.startswith("http") else ""
 

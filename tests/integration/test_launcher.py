@@ -35,14 +35,14 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
                 (folder / f"pid-{accelerator.process_index}").write_text(str(os.getpid()))
                 print(f"hello from rank {accelerator.process_index}", flush=True)
                 ProgressFile(folder, accelerator.is_main_process).write("working", 1, 1)
-                if spec.run == "user error":
+                if spec.run == "user-error":
                     raise DataError("shard 3 is damaged")
                 if spec.run == "crash" and accelerator.process_index == 1:
                     raise ZeroDivisionError("rank one divides by zero")
                 if spec.run == "stubborn":
                     signal.signal(signal.SIGTERM, signal.SIG_IGN)
                     (folder / f"ignores-{accelerator.process_index}").touch()
-                if spec.run in ("for ever", "crash", "stubborn"):
+                if spec.run in ("for-ever", "crash", "stubborn"):
                     time.sleep(600)
 
             if __name__ == "__main__":
@@ -55,7 +55,7 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def spec(what: str, tmp_path: Path) -> JobSpec:
-    return JobSpec(run=what, store="x", dataset="x", shard_copies=tmp_path)
+    return JobSpec(run=what, store="x", dataset="0" * 64, shard_copies=tmp_path)
 
 
 def test_output_and_progress_reach_the_caller(job_module: str, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_output_and_progress_reach_the_caller(job_module: str, tmp_path: Path) -
 
 def test_an_error_for_the_user_stays_what_it_is(job_module: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="shard 3 is damaged"):
-        run_job(job_module, spec("user error", tmp_path), tmp_path / "job", 1, lambda p: None, lambda line: None)
+        run_job(job_module, spec("user-error", tmp_path), tmp_path / "job", 1, lambda p: None, lambda line: None)
 
 
 def test_a_crash_brings_the_rank_and_its_traceback(job_module: str, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_whatever_ends_the_caller_s_wait_ends_the_job(job_module: str, tmp_path:
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        run_job(job_module, spec("for ever", tmp_path), tmp_path / "job", 2, stop_at_once, lambda line: None)
+        run_job(job_module, spec("for-ever", tmp_path), tmp_path / "job", 2, stop_at_once, lambda line: None)
     assert_gone(tmp_path / "job")
 
 
@@ -113,7 +113,7 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
         from pathlib import Path
         from diffusion.job import JobSpec
         from flows.launcher import run_job
-        spec = JobSpec(run="for ever", store="x", dataset="x", shard_copies=Path("."))
+        spec = JobSpec(run="for-ever", store="x", dataset="0" * 64, shard_copies=Path("."))
         run_job({job_module!r}, spec, Path({str(tmp_path / "job")!r}), 2, lambda p: None, lambda line: None)
         """
     )

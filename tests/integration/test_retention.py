@@ -31,7 +31,7 @@ def six_nights(home: Path) -> MlflowClient:
         key = f"r{number}"
         tags = {RUN_KEY: key}
         if key in STARTS:
-            tags[START_TAG] = Start(run=STARTS[key], step=8, digest="d").model_dump_json()
+            tags[START_TAG] = Start(run=STARTS[key], step=8, digest="d" * 64).model_dump_json()
         run = client.create_run(experiment_id, start_time=1000 + number, tags=tags)
         model = client.create_logged_model(experiment_id, name="sampler", source_run_id=run.info.run_id)
         (home / "weights").write_bytes(b"weights")

@@ -324,7 +324,7 @@ def test_where_a_flow_run_started_is_known_to_its_retry_also_when_another_has_go
     client: MlflowClient, ingested: Ingested
 ) -> None:
     experiment_id = open_experiment(client, None)
-    start = Start(run="champion's", step=16, digest="d")
+    start = Start(run="champions", step=16, digest="d" * 64)
     recipe = tiny_recipe().continued(start, tiny_recipe())
     assert recorded_start(client, experiment_id, "flow-a") == (False, None)
     for flow_run in ("flow-a", "flow-b"):  # b goes on with what a has begun

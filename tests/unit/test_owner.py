@@ -5,16 +5,17 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
-from flows.owner import is_dead, this_process
+from flows.owner import Owner, is_dead, read_owner, this_process
 
 
-def changed(**values: object) -> str:
-    return json.dumps(json.loads(this_process()) | values)
+def changed(**values: object) -> Owner:
+    return Owner.model_validate(json.loads(this_process()) | values)
 
 
 def test_this_process_lives() -> None:
-    assert not is_dead(this_process())
+    assert not is_dead(changed())
 
 
 def test_a_process_that_has_ended_is_dead_also_as_a_zombie() -> None:
@@ -39,3 +40,10 @@ def test_nothing_outlives_a_reboot() -> None:
 
 def test_a_process_of_another_machine_is_never_known_to_be_dead() -> None:
     assert not is_dead(changed(host="elsewhere", pid=1, boot="another boot"))
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "{}", "no JSON", "[" * 100_000, '{"host": 1}', '{"host":"h","boot":"b","pid":-1,"started":0}']
+)
+def test_a_tag_that_names_no_process_is_nobody_s(tag: str) -> None:
+    assert read_owner(tag) is None

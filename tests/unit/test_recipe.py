@@ -78,7 +78,7 @@ def test_the_learning_rate_rises_and_falls_by_images() -> None:
     assert learning_rate(recipe, 16) < 1 / 2 + 1e-9
     assert learning_rate(recipe, 32) == pytest.approx(0.5 * (1 + 0.9238795), rel=1e-6)
     assert learning_rate(recipe, 256) == pytest.approx(0, abs=1e-12)
-    again = recipe.continued(Start(run="r", step=16, digest="d"), recipe)
+    again = recipe.continued(Start(run="r", step=16, digest="d" * 64), recipe)
     assert again.data.images == 512
     assert again.milestones == (24, 32)
     assert learning_rate(again, 256) == pytest.approx(1)
@@ -98,7 +98,7 @@ def test_the_learning_rate_rises_and_falls_by_images() -> None:
 )
 def test_a_state_of_another_form_is_refused(other: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match="can't go on from step 16 of r"):
-        tiny_recipe(**other).continued(Start(run="r", step=16, digest="d"), tiny_recipe())
+        tiny_recipe(**other).continued(Start(run="r", step=16, digest="d" * 64), tiny_recipe())
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
