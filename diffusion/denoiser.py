@@ -159,17 +159,18 @@ class Denoiser:
         sampler: SamplerName | None = None,
         spacing: Spacing | None = None,
         guidance: float | None = None,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> NDArray[np.uint8]:
         """Draw the samples `indices` of `seed`: bytes [len(indices), height, width, 3].
 
         Sample i depends on (seed, i) and its label; all else comes from the recipe where it is not given. The images of
-        one call go through the network together: the same calls give the same bytes.
+        one call go through the network together: the same calls give the same bytes. `watch` may end it early, by raising.
         """
 
         def noise(k: int) -> Tensor:
             return self._noise(indices, seed, "sample step", k)
 
-        return self.draw(self.start(indices, seed), labels, noise, steps, sampler, spacing, guidance)
+        return self.draw(self.start(indices, seed), labels, noise, steps, sampler, spacing, guidance, watch)
 
     def start(self, indices: range, seed: int) -> Tensor:
         """What these samples of `seed` begin as: [len(indices), 3, height, width], of variance one as the data is here."""

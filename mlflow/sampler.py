@@ -5,18 +5,25 @@
 import base64
 import io
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
 import mlflow
 
 MAX_IMAGES = 1024
+MAX_EVALUATIONS = 50_000
+"""Of the network, an image each, that one request may ask for: 1,024 images in 20 guided steps need 40,960."""
+MAX_SECONDS = 600.0
+"""After which a request is given up, whether or not somebody still waits for it: a server can't be ended before."""
 MAX_GUIDANCE = 20
 BLOCK = 8
 FORMATS = ("array", "png")
@@ -43,6 +50,7 @@ class Sampler(PythonModel):
         network.load_state_dict(load_file(context.artifacts["weights"]))
         pixels = Pixels(tuple(dataset["pixel_mean"]), tuple(dataset["pixel_std"]))
         self.denoiser = Denoiser(recipe, network.eval().requires_grad_(False), pixels)
+        self.drawing = threading.Lock()
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -65,11 +73,11 @@ class Sampler(PythonModel):
             raise MlflowException.invalid_parameter_value(f"n is {n}; it must be between 1 and {MAX_IMAGES}.")
         if not 1 <= steps <= 1000:
             raise MlflowException.invalid_parameter_value(f"steps is {steps}; it must be between 1 and 1000.")
-        if seed < 0:
-            raise MlflowException.invalid_parameter_value(f"seed is {seed}; it must not be negative.")
+        if not 0 <= seed < 2**63:
+            raise MlflowException.invalid_parameter_value(f"seed is {seed}; it must be between 0 and 2^63 - 1.")
         if sampler not in self.samplers:
             raise MlflowException.invalid_parameter_value(
-                f"sampler is '{sampler}'; it must be one of {', '.join(self.samplers)}."
+                f"sampler is {sampler[:40]!r}; it must be one of {', '.join(self.samplers)}."
             )
         if not 0 <= guidance <= MAX_GUIDANCE:
             raise MlflowException.invalid_parameter_value(
@@ -77,17 +85,41 @@ class Sampler(PythonModel):
             )
         if label and label not in self.classes:
             raise MlflowException.invalid_parameter_value(
-                f"label is '{label}'; it must be empty or one of {', '.join(self.classes) or '(the model knows no classes)'}."
+                f"label is {label[:40]!r}; it must be empty or one of {', '.join(self.classes) or '(the model knows no classes)'}."
             )
         if values["format"] not in FORMATS:
             raise MlflowException.invalid_parameter_value(
-                f"format is '{values['format']}'; it must be one of {', '.join(FORMATS)}."
+                f"format is {str(values['format'])[:40]!r}; it must be one of {', '.join(FORMATS)}."
             )
+        passes = 2 if self.classes and guidance != 1 else 1
         # Blocks are always drawn whole: how many images the network sees at once can change how it rounds.
-        blocks = [
-            self.denoiser.sample(indices, self._labels(indices, label), seed, steps, sampler, guidance=guidance)
-            for indices in (range(start, start + BLOCK) for start in range(0, n, BLOCK))
-        ]
+        starts = range(0, n, BLOCK)
+        if (asked := len(starts) * BLOCK * steps * passes) > MAX_EVALUATIONS:
+            raise MlflowException.invalid_parameter_value(
+                f"{n} images in {steps} steps{' with guidance' if passes > 1 else ''} are {asked:,} evaluations of the network; "
+                f"{MAX_EVALUATIONS:,} are the most. Ask for fewer images or steps at once."
+            )
+        deadline = time.monotonic() + MAX_SECONDS
+        # One request at a time: together they would take longer, and more memory.
+        if not self.drawing.acquire(timeout=MAX_SECONDS):
+            raise MlflowException(
+                f"Other requests took more than {MAX_SECONDS:.0f} s. Try again later.", TEMPORARILY_UNAVAILABLE
+            )
+        try:
+            blocks = [
+                self.denoiser.sample(
+                    range(start, start + BLOCK),
+                    self._labels(range(start, start + BLOCK), label),
+                    seed,
+                    steps,
+                    sampler,
+                    guidance=guidance,
+                    watch=lambda *_: _check(deadline),
+                )
+                for start in starts
+            ]
+        finally:
+            self.drawing.release()
         images = np.concatenate(blocks)[:n]
         return images if values["format"] == "array" else [_png(image) for image in images]
 
@@ -96,6 +128,15 @@ class Sampler(PythonModel):
             return None
         fixed = [self.classes.index(label)] if label else range(len(self.classes))
         return np.array([fixed[index % len(fixed)] for index in indices])
+
+
+def _check(deadline: float) -> None:
+    """Before each evaluation of the network. Raises MlflowException after the deadline."""
+    if time.monotonic() > deadline:
+        raise MlflowException(
+            f"The request took more than {MAX_SECONDS:.0f} s and was given up. Ask for fewer images or steps at once.",
+            TEMPORARILY_UNAVAILABLE,
+        )
 
 
 def _png(image: np.ndarray) -> str:

@@ -14,6 +14,7 @@ from diffusion.data.store import Store
 from diffusion.errors import UserError
 from diffusion.evaluation.scores import DEVIATIONS, Scores
 from diffusion.recipe import Evaluation
+from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.state import State, checkpoint_file
 
@@ -91,7 +92,7 @@ def publish(
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            files = _write_files(Path(folder), store, state, scores.weights, dataset, pictures)
+            contents = _write_files(Path(folder), store, state, scores.weights, dataset, pictures)
             model_folder = Path(folder, "model")
             mlflow.pyfunc.save_model(
                 path=str(model_folder),
@@ -102,7 +103,7 @@ def publish(
                     model_uuid=logged.model_id,
                 ),
                 python_model=str(ASSETS / "sampler.py"),
-                artifacts=files,
+                artifacts=contents,
                 code_paths=[str(Path(diffusion.__file__).resolve().parent)],
                 input_example=INPUT_EXAMPLE,
                 signature=ModelSignature(inputs=None, outputs=_output_schema(state), params=_params(state)),
@@ -112,6 +113,7 @@ def publish(
             pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
             lasting = card.replace("Not judged yet.", "The version's description in the registry has it.")
             Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}")
+            files = files_digest(model_folder)
             client.log_model_artifacts(logged.model_id, str(model_folder))
         status = "READY"
     finally:
@@ -124,7 +126,7 @@ def publish(
         source=f"models:/{logged.model_id}",
         run_id=run.run_id,
         model_id=logged.model_id,
-        tags={**tags, "scores": scores.model_dump_json()},
+        tags={**tags, FILES_TAG: files, "scores": scores.model_dump_json()},
         description=card,
         await_creation_for=0,
     )

@@ -145,7 +145,8 @@ def test_other_names_are_resolved_left_alone_or_refused_with_help(project: Proje
 def test_the_servers_want_credentials_and_listen_on_loopback_only(project: Project) -> None:
     servers = project.servers
     password = servers["MLFLOW_TRACKING_PASSWORD"]
-    assert password in project.printed
+    assert password not in project.printed, "in a pipe it would stay"
+    assert str(project.folder / "var/stack/password") in project.printed
     assert oct((project.folder / "var/stack/servers.json").stat().st_mode & 0o777) == "0o600"
     for url in (servers["PREFECT_API_URL"] + "/admin/version", servers["MLFLOW_TRACKING_URI"] + "/version"):
         denied = project.shell(

@@ -24,12 +24,12 @@ import pytest
 import requests
 import torch
 from PIL import Image
-from safetensors.numpy import save
 
 import mlflow
 from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
+from diffusion.evaluation import reference
 from diffusion.evaluation.comparison import Evidence, evidence_name
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.pictures import class_grid, png
@@ -288,9 +288,9 @@ def write_reference(store: FolderStore, dataset: str) -> None:
     features = np.random.default_rng(1).standard_normal((5000, 4))
     train = Moments.of(features)
     few, labels = features[:10].astype(np.float32), np.zeros(10, np.int64)
-    tensors = {"count": np.array([train.count]), "mean": train.mean, "scatter": train.scatter}
-    tensors |= {"train_features": few, "train_labels": labels, "test_features": few}
-    store.write(reference_name(dataset, "eurosat", "e", 16), save(tensors))
+    reference.write_reference(
+        store, reference_name(dataset, "eurosat", "e", 16), reference.Reference(train, few, labels, few)
+    )
 
 
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:

@@ -1,0 +1,98 @@
+"""Loading a model version whose files are those that its run has made: loading runs the code that lies among them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion.errors import TrackingError
+from diffusion.tracking.connection import connect
+from diffusion.trust.redaction import shown
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from mlflow import MlflowClient
+
+FILES_TAG = "files.digest"
+"""Of a version: the digest of its files. It lies in MLflow's database, the files lie elsewhere."""
+ADDED_BY_DOWNLOAD = ("registered_model_meta",)
+NAME = re.compile(
+    r"(?:models:/)?(?P<model>[A-Za-z0-9_][A-Za-z0-9._-]*)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[0-9]{1,9}))"
+)
+
+log = logging.getLogger(__name__)
+
+
+def files_digest(folder: Path) -> str:
+    """sha256 over the lines `<path> <sha256 of the file>` of a model's files, sorted by path."""
+    lines = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in ADDED_BY_DOWNLOAD:
+            lines.append(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_version(name: str, tracking_uri: str) -> Any:
+    """The model of a version, as `mlflow.pyfunc.load_model` gives it, once its files have been found to be its own.
+
+    Args:
+        name: `eurosat-ddpm@champion` or `eurosat-ddpm/3`, with or without `models:/`.
+        tracking_uri: the MLflow server.
+
+    Raises TrackingError if there is no such version, the server does not answer, or the files are others: none of their code is
+    run then. A version that was made before versions carried a digest is loaded with a warning.
+    """
+    import mlflow.artifacts
+    import mlflow.pyfunc
+
+    client = connect(tracking_uri)
+    version = _find(client, name)
+    folder = Path(tempfile.mkdtemp(prefix="train-diffusion-model-"))
+    os.chmod(folder, 0o700)
+    try:
+        mlflow.artifacts.download_artifacts(
+            f"models:/{version.name}/{version.version}", dst_path=str(folder), tracking_uri=tracking_uri
+        )
+        expected = version.tags.get(FILES_TAG)
+        if expected is None:
+            log.warning(
+                "%s %s was made before versions carried a digest: its files are not checked.",
+                version.name,
+                version.version,
+            )
+        elif files_digest(folder) != expected:
+            raise TrackingError(
+                f"The files of {version.name} {version.version} are not those that its run has made: nothing of them was run. "
+                "Look who can write where MLflow keeps its artifacts."
+            )
+        model = mlflow.pyfunc.load_model(str(folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)  # its code is imported from there as it is used
+    return model
+
+
+def _find(client: MlflowClient, name: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    parts = NAME.fullmatch(name)
+    if parts is None:
+        raise TrackingError(
+            f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
+        )
+    try:
+        if parts["alias"]:
+            return client.get_model_version_by_alias(parts["model"], parts["alias"])
+        return client.get_model_version(parts["model"], parts["version"])
+    except MlflowException as error:
+        raise TrackingError(f"MLflow has no model version {shown(name)} ({error.error_code}).") from None
