@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults soak lint up down status password profile reproduce extractor
+.PHONY: help install demo test faults soak lint up down status password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ status: install ## What of it is running
 
 password: install ## A new password for the servers of make up; all that runs here follows it
 	@$(BIN)/python infra/stack.py password
+
+secrets: install ## The secrets of infra/compose.yaml, drawn at random, in infra/.env
+	@$(BIN)/python infra/make_secrets.py
 
 profile: install ## Add a Prefect profile train-diffusion to your home, so that the commands work from any folder
 	@$(BIN)/python infra/profile.py

@@ -1,4 +1,4 @@
-"""Make an S3 bucket unless it is there: `python infra/make_bucket.py NAME`, endpoint and credentials the AWS way."""
+"""Make S3 buckets unless they are there: `python infra/make_bucket.py NAME …`, endpoint and credentials the AWS way."""
 
 import sys
 
@@ -6,16 +6,17 @@ import boto3
 from botocore.exceptions import ClientError
 
 
-def main(name: str) -> None:
-    """Make the bucket."""
+def main(names: list[str]) -> None:
+    """Make the buckets."""
     client = boto3.client("s3")
-    try:
-        client.head_bucket(Bucket=name)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
-            raise
-        client.create_bucket(Bucket=name)
+    for name in names:
+        try:
+            client.head_bucket(Bucket=name)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
+                raise
+            client.create_bucket(Bucket=name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -25,9 +25,7 @@ def test_changed_files_are_refused_before_their_code_runs(ingested: Ingested, tm
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = connect(uri)
     experiment = open_experiment(client, tmp_path / "artifacts")
-    run = TrackedRun.open(
-        client, experiment, "r", LINEAGE, tiny_recipe(), ingested.manifest, str(tmp_path / "store")
-    )
+    run = TrackedRun.open(client, experiment, "r", LINEAGE, tiny_recipe(), ingested.manifest, str(tmp_path / "store"))
     version = make_version(run, ingested, type(ingested.store)(tmp_path / "store"), "files")
     loaded = load_version(f"{MODEL}/{version}", uri)
     assert loaded.predict([], params={"n": 1, "steps": 1}).shape == (1, 16, 16, 3)
