@@ -10,15 +10,16 @@ help: ## What there is
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
-# No resolution: the lock is complete. torch's wheel of PyPI needs CUDA's libraries beside it, its build for CPUs does not.
+# No resolution: the locks are complete. Where no GPU is and pip's indexes have it, torch comes in its build without CUDA.
 WHEELS := install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: --no-deps
-.venv/installed: pyproject.toml requirements.lock requirements-cuda.lock
+.venv/installed: pyproject.toml requirements.lock requirements-torch.lock requirements-torch-cpu.lock
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	@echo "Installing the packages into .venv: one to three minutes"
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip $(WHEELS) -r requirements.lock
+	@(! command -v nvidia-smi && $(BIN)/python -m pip $(WHEELS) -r requirements-torch-cpu.lock) >/dev/null 2>&1 || \
+	  $(BIN)/python -m pip $(WHEELS) -r requirements-torch.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(BIN)/python -m pip check --quiet >/dev/null 2>&1 || $(BIN)/python -m pip $(WHEELS) -r requirements-cuda.lock
 	@touch $@
 
 # And what tests and linters need.
@@ -30,7 +31,7 @@ lock: .venv/installed-dev ## Write the lock files from constraints.txt and pypro
 	$(BIN)/python infra/make_lock.py
 
 audit: .venv/installed-dev ## Ask a database of vulnerabilities about every package (needs a network)
-	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-dev.lock -r requirements-cuda.lock
+	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-dev.lock -r requirements-torch.lock
 
 demo: install ## Train, score and register a small model on this machine, in about six minutes
 	@$(BIN)/python -m flows.demo

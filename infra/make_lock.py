@@ -1,8 +1,8 @@
 """Write the lock files from constraints.txt: `make lock`. Each line is a package at its pinned version, with the sha256 of its wheels.
 
-requirements.lock is what a user installs, requirements-dev.lock what tests and linters need beside it, and
-requirements-cuda.lock what torch's Linux wheels on PyPI need for GPUs. uv resolves them for all platforms from Python 3.11 on.
-Source distributions stay out: installing one runs its code.
+requirements.lock is what a user installs, requirements-torch.lock torch as PyPI has it, with the CUDA libraries that its Linux
+wheels need, requirements-torch-cpu.lock its build without them, and requirements-dev.lock what tests and linters need besides.
+uv resolves them for all platforms from Python 3.11 on. Source distributions stay out: installing one runs its code.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYTHON = "3.11"
-CUDA = ("nvidia-", "cuda-", "triton")
-NOT_CUDA = ("nvidia-ml-py",)
+WITH_TORCH = ("torch", "triton", "nvidia-", "cuda-")
+NOT_WITH_TORCH = ("nvidia-ml-py",)
 BUILD = "setuptools"
 """The build back end, with which the project itself is installed."""
-OTHER_BUILDS = {"torch": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"]}
-"""Wheels that PyPI does not have: torch's build without CUDA for Python 3.11 on x86-64 Linux, which the tests run with."""
+CPU_BUILD = "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
+"""Of torch, without CUDA, for Python 3.11 on x86-64 Linux: what the tests run with. PyPI does not have it."""
 HEADER = "# Made by make lock. pip install --require-hashes --only-binary :all: --no-deps -r {}\n"
 
 
@@ -42,20 +42,23 @@ def line_of(package: dict[str, Any]) -> str:
     if not hashes:
         raise SystemExit(f"{package['name']} {package['version']} has no wheel.")
     marker = f" ; {package['marker']}" if "marker" in package else ""
-    hashes = sorted(hashes + OTHER_BUILDS.get(package["name"], []))
-    return " ".join([f"{package['name']}=={package['version']}{marker}", *(f"--hash=sha256:{one}" for one in hashes)])
+    return " ".join(
+        [f"{package['name']}=={package['version']}{marker}", *(f"--hash=sha256:{one}" for one in sorted(hashes))]
+    )
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the files."""
     users, everybody = resolve("servers"), resolve("servers", "dev")
-    cuda = {name for name in everybody if name.startswith(CUDA) and name not in NOT_CUDA}
-    for lock, names in {
-        "requirements.lock": users.keys() - cuda,
-        "requirements-dev.lock": everybody.keys() - users.keys() - cuda,
-        "requirements-cuda.lock": cuda,
-    }.items():
-        lines = [line_of(everybody[name]) for name in sorted(names)]
+    torch = {name for name in everybody if name.startswith(WITH_TORCH) and name not in NOT_WITH_TORCH}
+    locks = {
+        "requirements.lock": users.keys() - torch,
+        "requirements-dev.lock": everybody.keys() - users.keys() - torch,
+        "requirements-torch.lock": torch,
+    }
+    written = {lock: [line_of(everybody[name]) for name in sorted(names)] for lock, names in locks.items()}
+    written["requirements-torch-cpu.lock"] = [f"torch=={everybody['torch']['version']}+cpu --hash=sha256:{CPU_BUILD}"]
+    for lock, lines in written.items():
         (PROJECT / lock).write_text(HEADER.format(lock) + "\n".join(lines) + "\n")
         print(f"{lock}: {len(lines)} packages")
 
