@@ -1,0 +1,219 @@
+"""Limits hold on what is read, whatever is declared, on every way in: zips, folders, images, downloads, JSON, the store."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import resource
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusion.data import download, eurosat
+from diffusion.data.download import download_eurosat
+from diffusion.data.eurosat import MAX_FILE_BYTES, Mirror, read_archive
+from diffusion.data.sealed import unseal
+from diffusion.data.shards import decode
+from diffusion.data.store import FolderStore
+from diffusion.errors import DataError, StoreError
+from diffusion.training.checkpoint import load_latest
+from diffusion.training.state import State
+from diffusion.trust.reading import parse_json
+from tests.conftest import Ingested
+
+MEMBER = "2750/Forest/Forest_1.jpg"
+MUTATIONS = 150
+
+
+@contextmanager
+def little_memory(megabytes: int) -> Iterator[None]:
+    """Whatever asks for much more memory than there was ends as MemoryError, which is no DataError."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way of Linux")
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_small_zip_that_becomes_gigabytes(tmp_path: Path, compression: int) -> None:
+    bomb, size = tmp_path / "bomb.zip", 120 << 20
+    with zipfile.ZipFile(bomb, "w", compression) as file, file.open(MEMBER, "w") as member:
+        for _ in range(size >> 20):
+            member.write(bytes(1 << 20))
+    data = bomb.read_bytes()
+    bomb.write_bytes(data.replace(struct.pack("<I", size), struct.pack("<I", 1000)))
+    with little_memory(60), pytest.raises(DataError):
+        read_archive(bomb, "x", "y")
+
+
+def test_a_zip_whose_list_of_files_is_the_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = tmp_path / "many.zip"
+    with zipfile.ZipFile(many, "w") as file:
+        for number in range(300):
+            file.writestr(f"2750/Forest/{number}.txt", b"")
+    monkeypatch.setattr(eurosat, "MAX_DIRECTORY_BYTES", 10_000)
+    with pytest.raises(DataError, match="This is not EuroSAT"):
+        read_archive(many, "x", "y")
+
+
+def test_many_small_files_are_counted_in_a_zip_and_in_a_folder(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path)
+    for limit, value in (("MAX_FILES", 50), ("MAX_TOTAL_BYTES", 10_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(eurosat, limit, value)
+            for path in (archive, tmp_path / "2750"):
+                with pytest.raises(DataError, match="holds more than"):
+                    read_archive(path, "x", "y")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge", "socket", "loop"])
+def test_a_folder_with_what_is_no_file(archive: Path, tmp_path: Path, kind: str) -> None:
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path)
+    path = tmp_path / "2750/Forest/Forest_9999.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "socket":
+        import socket
+
+        here = os.getcwd()
+        os.chdir(path.parent)  # the names of sockets are short
+        try:
+            socket.socket(socket.AF_UNIX).bind(path.name)
+        finally:
+            os.chdir(here)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(DataError, match="Forest_9999"):
+        read_archive(tmp_path / "2750", "x", "y")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "WEBP"])
+def test_what_is_named_jpg_and_is_none_is_not_decoded(kind: str) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(data, kind)
+    with pytest.raises(DataError, match="does not decode as JPEG"):
+        decode(data.getvalue(), "x", 64, 64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way of Linux")
+def test_the_size_of_an_image_is_looked_at_before_it_is_decoded() -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(data, "JPEG")
+    # The frame's header says 65,000 x 65,000.
+    content = data.getvalue()
+    at = content.index(b"\xff\xc0") + 5
+    content = content[:at] + struct.pack(">HH", 65_000, 65_000) + content[at + 4 :]
+    with little_memory(200), pytest.raises(DataError, match=r"65000 x 65000|does not decode"):
+        decode(content, "x", 64, 64)
+
+
+def test_a_mutated_zip_is_a_data_error_or_harmless(archive: Path, tmp_path: Path) -> None:
+    """`python -m tests.security.fuzz_zips N` goes on for longer."""
+    from tests.security.fuzz_zips import fuzz
+
+    assert fuzz(archive, tmp_path, MUTATIONS, random.Random(1)) > MUTATIONS / 3
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Sends without an end, packed if it may."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with_suppressed = (ConnectionError, BrokenPipeError)
+        try:
+            while True:
+                self.wfile.write(bytes(1 << 16))
+        except with_suppressed:
+            return
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the test's output is not the place."""
+
+
+def test_a_download_without_end_is_given_up_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "MAX_ARCHIVE_BYTES", 3 << 20)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(DataError, match="more than 3,145,728 bytes came"):
+            download_eurosat(tmp_path, [Mirror(f"http://127.0.0.1:{server.server_port}/x", "x.zip", "0" * 32)])
+        with pytest.raises(DataError, match="has more than 100 bytes"):
+            download.download(f"http://127.0.0.1:{server.server_port}/x", 100)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert list(tmp_path.iterdir()) == []
+
+
+DEEP = b"[" * 200_000 + b"]" * 200_000
+
+
+def test_deeply_nested_json_is_damage_and_not_the_end() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json(DEEP)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        unseal(State, DEEP)
+
+
+def test_a_checkpoint_with_a_hostile_state_is_passed_over(ingested: Ingested, tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.write("checkpoints/run/000000008/state.json", DEEP)
+    store.write("checkpoints/run/not a step/state.json", b"{}")
+    assert load_latest(store, "run") is None
+
+
+def test_objects_of_a_store_are_files() -> None:
+    for name in ("zero", "full"):
+        with pytest.raises(StoreError, match="not a file with content"):
+            FolderStore(Path("/dev")).read(name)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(bytes(MAX_FILE_BYTES + 1))
+    from diffusion.trust.reading import read_file
+
+    assert len(read_file(tmp_path / "big", MAX_FILE_BYTES + 1)) == MAX_FILE_BYTES + 1
+    with pytest.raises(DataError, match="has more than"):
+        read_file(tmp_path / "big", MAX_FILE_BYTES)
+
+
+def test_yaml_that_names_its_own_parts_again_and_again_stays_small() -> None:
+    bomb = "&a [1,1,1,1,1,1,1,1]"
+    for letter in "bcdefghijk":
+        before = chr(ord(letter) - 1)
+        bomb = f"[{bomb}, &{letter} [{', '.join([f'*{before}'] * 8)}]]" if letter != "b" else f"[{bomb}, &b [*a,*a,*a]]"
+    code = f"""
+from diffusion.recipe import load_recipe
+from diffusion.errors import RecipeError
+try:
+    load_recipe("demo", {{"data.images": {bomb!r}}})
+except RecipeError as error:
+    assert len(str(error)) < 2000, len(str(error))
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "refused\n", done.stderr[-1000:]
