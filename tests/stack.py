@@ -45,7 +45,7 @@ class Project:
 def running_project(parent: Path, archive: Path, **environment: str) -> Iterator[Project]:
     """Bring the stack up in a folder of its own, with the archive where the generated one is looked for."""
     folder = parent / "project"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml"):
         source = PROJECT / name
         if source.is_dir():
@@ -53,7 +53,7 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
         else:
             shutil.copy(source, folder / name)
     downloads = folder / "var" / "downloads"
-    downloads.mkdir(parents=True)
+    downloads.mkdir(parents=True, exist_ok=True)
     shutil.copy(archive, downloads / "generated-fields-and-water-1.zip")
     home = folder.parent / "home"
     home.mkdir()

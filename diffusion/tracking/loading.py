@@ -51,11 +51,15 @@ def load_version(name: str, tracking_uri: str) -> Any:
     Raises TrackingError if there is no such version, the server does not answer, or the files are others: none of their code is
     run then. A version that was made before versions carried a digest is loaded with a warning.
     """
+    parts = NAME.fullmatch(name)
+    if parts is None:
+        raise TrackingError(
+            f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
+        )
     import mlflow.artifacts
     import mlflow.pyfunc
 
-    client = connect(tracking_uri)
-    version = _find(client, name)
+    version = _find(connect(tracking_uri), parts)
     folder = Path(tempfile.mkdtemp(prefix="train-diffusion-model-"))
     os.chmod(folder, 0o700)
     try:
@@ -82,17 +86,12 @@ def load_version(name: str, tracking_uri: str) -> Any:
     return model
 
 
-def _find(client: MlflowClient, name: str) -> ModelVersion:
+def _find(client: MlflowClient, parts: re.Match[str]) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
-    parts = NAME.fullmatch(name)
-    if parts is None:
-        raise TrackingError(
-            f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
-        )
     try:
         if parts["alias"]:
             return client.get_model_version_by_alias(parts["model"], parts["alias"])
         return client.get_model_version(parts["model"], parts["version"])
     except MlflowException as error:
-        raise TrackingError(f"MLflow has no model version {shown(name)} ({error.error_code}).") from None
+        raise TrackingError(f"MLflow has no model version {parts[0]} ({error.error_code}).") from None

@@ -17,6 +17,7 @@ from diffusion.recipe import Evaluation
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.state import State, checkpoint_file
+from diffusion.trust.private import close_to_others
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -113,6 +114,7 @@ def publish(
             pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
             lasting = card.replace("Not judged yet.", "The version's description in the registry has it.")
             Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}")
+            close_to_others(model_folder)  # what MLflow has copied is as open as its original
             files = files_digest(model_folder)
             client.log_model_artifacts(logged.model_id, str(model_folder))
         status = "READY"

@@ -44,7 +44,7 @@ def use_private_home(home: Path) -> None:
     for name in FOLDERS:
         folder = home / name
         if folder.exists() and _open_to_others(folder):
-            _close(folder)
+            close_to_others(folder)
 
 
 def _open_to_others(folder: Path) -> bool:
@@ -56,7 +56,7 @@ def _open_to_others(folder: Path) -> bool:
     return bool(status.st_mode & OTHERS)
 
 
-def _close(folder: Path) -> None:
+def close_to_others(folder: Path) -> None:
     """Take away what others may do with a folder and all that is in it; the folder first, which shuts the way to the rest."""
     folder.chmod(folder.stat().st_mode & ~OTHERS)
     for parent, folders, files in os.walk(folder):

@@ -47,11 +47,7 @@ def fuzz(archive: Path, folder: Path, count: int, rng: random.Random) -> int:
 
 
 if __name__ == "__main__":
-    with (
-        tempfile.TemporaryDirectory(delete=False)
-        if sys.version_info >= (3, 12)
-        else tempfile.TemporaryDirectory() as here
-    ):
-        made = generated.write_archive(Path(here, "small.zip"), images_per_class=2)
-        total = int(sys.argv[1])
-        print(f"{fuzz(made, Path(here), total, random.Random(0))} of {total} were refused, no other error escaped")
+    here = Path(tempfile.mkdtemp(prefix="fuzz-zips-"))
+    made = generated.write_archive(here / "small.zip", images_per_class=2)
+    total = int(sys.argv[1])
+    print(f"{fuzz(made, here, total, random.Random(0))} of {total} were refused, no other error escaped ({here})")

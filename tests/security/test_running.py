@@ -1,0 +1,121 @@
+"""While everything runs, servers, worker, flow and ranks: nothing of it is open to other users of the machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.security.conftest import STORE_KEY, Seen
+from tests.security.other_user import as_another_user, as_root
+from tests.stack import Project
+
+pytestmark = pytest.mark.slow
+
+
+def named(seen: dict[int, Seen], word: str) -> list[Seen]:
+    return [one for one in seen.values() if word in one.arguments]
+
+
+def test_the_test_sees_what_it_must(seen: dict[int, Seen]) -> None:
+    for word in ("prefect server", "mlflow", "worker start", "diffusion.training.job", "diffusion.evaluation.job"):
+        assert named(seen, word), sorted(one.arguments[:100] for one in seen.values())
+    ranks = named(seen, "diffusion.training.job")
+    assert {one.environment.get("RANK") for one in ranks} == {"0"}
+
+
+def test_nothing_listens_beyond_loopback(seen: dict[int, Seen]) -> None:
+    listening = {address: one.arguments for one in seen.values() for address in one.listens}
+    assert set(listening) <= {"127.0.0.1", "::1"}, listening
+
+
+def test_no_secret_is_in_an_argument(seen: dict[int, Seen], password: str, stack: Project) -> None:
+    key = (stack.folder / "var/stack/prefect-encryption-key").read_text()
+    for one in seen.values():
+        assert not [secret for secret in (password, key, STORE_KEY) if secret in one.arguments], one.arguments
+
+
+def test_each_process_has_the_secrets_that_it_needs_and_no_others(
+    seen: dict[int, Seen], password: str, stack: Project
+) -> None:
+    key = (stack.folder / "var/stack/prefect-encryption-key").read_text()
+
+    def holding(secret: str) -> list[str]:
+        return [one.arguments for one in seen.values() if any(secret in value for value in one.environment.values())]
+
+    for arguments in holding(password):
+        assert "diffusion." not in arguments, "a rank has the servers' password"
+    for arguments in holding(key):
+        assert "server" in arguments, arguments
+        assert "mlflow" not in arguments.partition("\n")[0], arguments
+    for arguments in holding(STORE_KEY):
+        assert "prefect server" not in arguments, arguments
+        assert "mlflow server" not in arguments, arguments
+
+
+def test_no_file_of_ours_can_be_read_by_others(seen: dict[int, Seen], stack: Project) -> None:
+    home = stack.folder / "var"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    paths = [path for path in home.rglob("*") if not path.is_symlink()]
+    assert len(paths) > 100
+    open_paths = [f"{path} {stat.S_IMODE(path.stat().st_mode):o}" for path in paths if path.stat().st_mode & 0o077]
+    assert open_paths == []
+
+
+@as_root
+def test_another_user_reads_nothing(seen: dict[int, Seen], stack: Project) -> None:
+    home = str(stack.folder / "var")
+    wanted = [str(path) for path in Path(home).rglob("*") if path.is_file()]
+
+    def read() -> list[str]:
+        got = []
+        assert os.listdir(os.path.dirname(home)), "the test's own folders are closed"
+        for path in (home, *wanted):
+            try:
+                os.listdir(path) if os.path.isdir(path) else os.close(os.open(path, os.O_RDONLY))
+                got.append(path)
+            except PermissionError:
+                continue
+        return got
+
+    assert as_another_user(read) == []
+
+
+def test_no_log_holds_a_secret(seen: dict[int, Seen], stack: Project, password: str) -> None:
+    key = (stack.folder / "var/stack/prefect-encryption-key").read_text()
+    logs = [*(stack.folder / "var").rglob("*.log"), stack.folder.parent / "typed.txt"]
+    assert len(logs) > 4
+    for path in logs:
+        text = path.read_text(errors="replace")
+        assert not [secret for secret in (password, key, STORE_KEY) if secret in text], path
+
+
+ROUTES = ("/api/flows/filter", "/api/block_documents/filter", "/api/variables/filter", "/api/admin/version")
+
+
+def test_other_pages_and_other_names_are_refused_by_the_servers(stack: Project, password: str) -> None:
+    prefect = stack.servers["PREFECT_API_URL"].removesuffix("/api")
+    mlflow = stack.servers["MLFLOW_TRACKING_URI"]
+    for server, path in [*((prefect, route) for route in ROUTES), (mlflow, "/ajax-api/2.0/mlflow/experiments/search")]:
+        # MLflow answers pages of this machine, whatever their port; nothing can be set against it (docs/security.md).
+        for origin in ("https://example.org", "null", *(["http://127.0.0.1:1"] if server == prefect else [])):
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = ask(server + path, "OPTIONS", headers)
+            allowed = answer[1].get("access-control-allow-origin")
+            assert allowed in (None, prefect, mlflow), (server, origin, allowed)
+        assert ask(server + path, "POST", {})[0] == 401
+    assert ask(f"{mlflow}/health", "GET", {"Host": "rebound.example.org"})[0] in (200, 403)
+    assert ask(f"{mlflow}/version", "GET", {"Host": "rebound.example.org"})[0] in (401, 403)
+
+
+def ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
+    request = urllib.request.Request(url, method=method, headers=headers, data=b"{}" if method == "POST" else None)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, {key.lower(): value for key, value in response.headers.items()}
+    except urllib.error.HTTPError as error:
+        return error.code, {key.lower(): value for key, value in error.headers.items()}
