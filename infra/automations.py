@@ -6,7 +6,7 @@ the next night's, and whoever is notified of crashes hears of it.
 Notifications: a flow run that failed or crashed, and a promotion, are told to the notification blocks of Prefect that
 TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,smtp-mail/ops.
 
-Deployments that earlier versions had are deleted.
+Deployments that earlier versions had are deleted, and the server learns of this package's types of blocks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
+
+from flows.credentials import S3Credentials
+from flows.mail import SmtpMail
 
 ZOMBIES = "train-diffusion: mark silent runs as crashed"
 PROMOTED = "train-diffusion.promoted"  # the event of flows/tasks/promote.py
@@ -114,6 +117,8 @@ async def remove_retired() -> None:
 
 async def main() -> None:
     """Make the automations that are not there. Those that are stay: with them the server would forget whom it listens for."""
+    for block_type in (S3Credentials, SmtpMail):
+        await block_type.register_type_and_schema()
     await remove_retired()
     wanted = [zombies()]
     for block in filter(None, os.environ.get("TRAIN_DIFFUSION_NOTIFY", "").split(",")):

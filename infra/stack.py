@@ -221,8 +221,6 @@ def register_deployments(env: dict[str, str]) -> None:
     for command in (
         [*prefect, "work-pool", "create", "train-diffusion", "--type", "process", "--overwrite"],
         [*prefect, "deploy", "--all"],
-        [*prefect, "block", "register", "-m", "flows.credentials"],
-        [*prefect, "block", "register", "-m", "flows.mail"],
         [sys.executable, "infra/automations.py"],
     ):
         done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)

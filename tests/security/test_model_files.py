@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 import diffusion
 from diffusion.errors import TrackingError
@@ -29,6 +30,18 @@ def test_changed_files_are_refused_before_their_code_runs(
             monkeypatch.setenv(name, value)
     loaded = diffusion.load(f"{MODEL}@champion")
     assert loaded.predict([], params={"n": 1, "steps": 1}).shape == (1, 16, 16, 3)
+
+    # A request has a budget in all, not only in each of its numbers, and ends though nobody waits for it any more.
+    with pytest.raises(MlflowException, match="50,000 are the most"):
+        loaded.predict([], params={"n": 1024, "steps": 1000, "guidance": 3.0})
+    limits = type(loaded.unwrap_python_model()).predict.__globals__
+    with monkeypatch.context() as patch:
+        patch.setitem(limits, "MAX_SECONDS", 0.0)
+        with pytest.raises(MlflowException, match="was given up"):
+            loaded.predict([], params={"n": 8, "steps": 3})
+    assert loaded.predict([], params={"n": 1, "steps": 1}).shape == (1, 16, 16, 3), (
+        "a request that was given up blocks others"
+    )
 
     (folder,) = {path.parent for path in (stack.folder / "var/mlflow/artifacts").rglob("MLmodel")}
     marker = tmp_path / "it ran"

@@ -1,0 +1,435 @@
+"""Passwords and keys: made whole or not at all, never in the open, changed by one command, sent to nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import smtplib
+import socket
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from prefect.blocks.abstract import NotificationError
+from pydantic import ValidationError
+
+from diffusion.errors import UserError
+from diffusion.trust.private import NotPrivate, read_private, use_private_home, write_private
+from flows.keyring import KEY, PASSWORD, encryption_key, known_password
+from flows.mail import SmtpMail
+from tests.security.conftest import OLD_KEY
+from tests.stack import Project
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    folder = tmp_path / "stack"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+@pytest.mark.parametrize("content", ["", "\n", "short", "elevenchars", "twelve\x00chars", "zwölf Zeichen"])
+def test_a_password_file_without_a_password_means_no_start(keys: Path, content: str) -> None:
+    write_private(keys / PASSWORD, content)
+    with pytest.raises(UserError, match="make password"):
+        known_password(keys)
+    assert (keys / PASSWORD).read_text() == content
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
+def test_a_password_that_others_can_read_is_refused(keys: Path, mode: int) -> None:
+    write_private(keys / PASSWORD, "long enough for a password")
+    (keys / PASSWORD).chmod(mode)
+    with pytest.raises(NotPrivate, match="chmod 600"):
+        known_password(keys)
+
+
+def test_a_link_or_a_folder_of_others_is_no_password_file(keys: Path, tmp_path: Path) -> None:
+    write_private(tmp_path / "elsewhere", "long enough for a password")
+    (keys / PASSWORD).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):  # noqa: PT011
+        known_password(keys)
+    (keys / PASSWORD).unlink()
+    write_private(keys / PASSWORD, "long enough for a password")
+    keys.chmod(0o777)
+    with pytest.raises(NotPrivate, match="Others may write"):
+        known_password(keys)
+
+
+def test_a_secret_is_private_from_its_first_byte_and_whole_or_not_there(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0)
+    try:
+        made = known_password(keys)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((keys / PASSWORD).stat().st_mode) == 0o600
+    assert known_password(keys) == made
+    assert len(made) >= 20
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_private(keys / PASSWORD, "another one, that does not fit")
+    assert read_private(keys / PASSWORD) == made
+    assert [path.name for path in keys.iterdir()] == [PASSWORD]
+
+
+def test_the_key_is_taken_out_of_the_database_that_it_opens(keys: Path, tmp_path: Path) -> None:
+    database = tmp_path / "prefect.db"
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE configuration (key VARCHAR, value JSON)")
+        row = ["ENCRYPTION_KEY", json.dumps({"fernet_key": OLD_KEY})]
+        connection.execute("INSERT INTO configuration VALUES (?, ?)", row)
+    connection.close()
+    url = f"sqlite+aiosqlite:///{database}"
+    assert encryption_key(keys, url) == OLD_KEY, "blocks of before could not be read"
+    assert encryption_key(keys, url) == OLD_KEY
+    assert OLD_KEY.encode() not in database.read_bytes()
+    assert (keys / KEY).read_text() == OLD_KEY
+    other = keys.parent / "other"
+    other.mkdir(mode=0o700)
+    assert encryption_key(other, f"sqlite+aiosqlite:///{tmp_path}/new.db") != OLD_KEY
+
+
+def test_an_open_home_is_closed_and_one_of_others_is_refused(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        home = tmp_path / "var"
+        (home / "runs/r/deep").mkdir(parents=True)
+        (home / "runs/r/deep/journal").write_text("x")
+        (home / "runs/r/link").symlink_to(tmp_path)
+        (home / "prefect").mkdir()
+        (home / "prefect/prefect.db").write_text("x")
+        use_private_home(home)
+        assert all(not path.stat().st_mode & 0o077 for path in [home, *home.rglob("*")] if not path.is_symlink())
+        assert tmp_path.stat().st_mode & 0o700 == 0o700
+        (home / "made later").write_text("x")
+        assert stat.S_IMODE((home / "made later").stat().st_mode) == 0o600
+
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        (shared / "holiday.jpg").write_text("x")
+        (shared / "holiday.jpg").chmod(0o644)
+        shared.chmod(0o755)
+        use_private_home(shared)
+        assert stat.S_IMODE((shared / "holiday.jpg").stat().st_mode) == 0o644, "what is not ours was changed"
+        shared.chmod(0o777)
+        with pytest.raises(NotPrivate, match=r"holiday\.jpg"):
+            use_private_home(shared)
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of another user")
+def test_the_home_of_another_user_is_refused(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        (tmp_path / "theirs").mkdir()
+        os.chown(tmp_path / "theirs", 65534, 65534)
+        with pytest.raises(NotPrivate, match="belongs to another user"):
+            use_private_home(tmp_path / "theirs")
+    finally:
+        os.umask(umask)
+
+
+# The mail server is one of ours, and what it is given is looked at.
+
+
+def certificate(folder: Path, name: str) -> Path:
+    """A self-signed certificate with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / f"{name}.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+class MailServer(threading.Thread):
+    """Speaks SMTP with STARTTLS, or TLS from the start, takes any password, and keeps what it was told."""
+
+    def __init__(self, pem: Path, from_the_start: bool) -> None:
+        super().__init__(daemon=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(pem)
+        self.from_the_start, self.told = from_the_start, b""
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+
+    def run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+                self.talk(connection)
+            except (OSError, ValueError):
+                if self.socket.fileno() < 0:
+                    return
+
+    def talk(self, connection: socket.socket) -> None:
+        if self.from_the_start:
+            connection = self.context.wrap_socket(connection, server_side=True)
+        connection.sendall(b"220 here\r\n")
+        data = False
+        while line := _line(connection):
+            self.told += line
+            command = line[:4].upper().strip()
+            if data:
+                data = line != b".\r\n"
+                if not data:
+                    connection.sendall(b"250 taken\r\n")
+            elif command == b"EHLO":
+                connection.sendall(b"250-here\r\n250-STARTTLS\r\n250 AUTH PLAIN\r\n")
+            elif command == b"STAR":
+                connection.sendall(b"220 go on\r\n")
+                connection = self.context.wrap_socket(connection, server_side=True)
+            elif command == b"DATA":
+                data = True
+                connection.sendall(b"354 go on\r\n")
+            else:
+                connection.sendall({b"AUTH": b"235 fine\r\n", b"QUIT": b"221 bye\r\n"}.get(command, b"250 fine\r\n"))
+            if command == b"QUIT":
+                return
+
+
+def _line(connection: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return line
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    return certificate(tmp_path, "localhost")
+
+
+def block(port: int, encryption: str, **fields: object) -> SmtpMail:
+    values: dict[str, object] = {"user": "nightly", "password": "the mail password"} | fields
+    return SmtpMail.model_validate(
+        {
+            "host": "localhost",
+            "port": port,
+            "encryption": encryption,
+            "sender": "a@example.org",
+            "recipients": ["b@example.org"],
+        }
+        | values
+    )
+
+
+@pytest.mark.parametrize("encryption", ["starttls", "tls"])
+def test_a_mail_server_that_nobody_vouches_for_gets_no_password(pem: Path, tmp_path: Path, encryption: str) -> None:
+    server = MailServer(pem, encryption == "tls")
+    server.start()
+    with pytest.raises(NotificationError, match="certificate verify failed"):
+        asyncio.run(block(server.port, encryption).notify("body", "subject"))
+    other = certificate(tmp_path, "elsewhere.example.org")  # vouched for, and another server
+    foreign = MailServer(other, encryption == "tls")
+    foreign.start()
+    with pytest.raises(NotificationError, match="certificate"):
+        asyncio.run(block(foreign.port, encryption, ca_certificate=other.read_text()).notify("body", "subject"))
+    assert b"AUTH" not in server.told + foreign.told
+    asyncio.run(
+        block(server.port, encryption, ca_certificate=pem.read_text()).notify("body", "a\r\nBcc: c@example.org")
+    )
+    assert b"AUTH" in server.told
+    assert b"Bcc: c@example.org" in server.told
+    assert b"\nBcc:" not in server.told, "a subject has become a header"
+    server.socket.close()
+
+
+def test_no_password_goes_over_an_open_link_and_no_library_error_escapes() -> None:
+    with pytest.raises(ValidationError, match="unencrypted"):
+        block(25, "none")
+    with pytest.raises(NotificationError):
+        asyncio.run(block(1, "starttls", recipients=["b@example.org\r\nBcc: c@example.org"]).notify("x", "y"))
+    with pytest.raises(NotificationError):
+        asyncio.run(block(1, "tls", ca_certificate="no certificate").notify("x", "y"))
+    assert issubclass(smtplib.SMTPException, OSError)
+
+
+# A client and its servers.
+
+
+def status_of(url: str, user: str, password: str) -> int:
+    request = urllib.request.Request(url)
+    request.add_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[int, list[str]]]:
+    """Somebody who listens on a port of this machine, and what they are told in headers."""
+    told: list[str] = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def listen() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            connection.settimeout(2)
+            told.append(connection.recv(65536).decode(errors="replace"))
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+            connection.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield server.getsockname()[1], told
+    server.close()
+
+
+def prefect(folder: Path, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {
+        "HOME": str(home),
+        "PATH": f"{bin_folder}:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "DO_NOT_TRACK": "1",
+        **env,
+    }
+    command = ["prefect", "deployment", "run", "nothing-like-it"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+PROFILE = """active = "mine"
+
+[profiles.mine]
+PREFECT_API_URL = "http://127.0.0.1:9/api"
+PREFECT_API_AUTH_STRING = "admin:the profile's password"
+PREFECT_PLUGINS_ENABLED = "true"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["open to others", "without a password"])
+def test_a_file_of_the_current_folder_does_not_get_the_profile_s_password(
+    tmp_path: Path, stranger: tuple[int, list[str]], file: str
+) -> None:
+    home, folder = tmp_path / "home", tmp_path / "checkout"
+    (home / ".prefect").mkdir(parents=True)
+    (home / ".prefect" / "profiles.toml").write_text(PROFILE)
+    (folder / "var" / "stack").mkdir(parents=True, mode=0o755)
+    servers = folder / "var/stack/servers.json"
+    write_private(
+        servers,
+        json.dumps({"PREFECT_API_URL": f"http://127.0.0.1:{stranger[0]}/api", "PATH": "/x", "LD_PRELOAD": "/x.so"}),
+    )
+    if file == "open to others":
+        servers.chmod(0o664)
+    done = prefect(folder, home, PREFECT_PROFILES_PATH=str(home / ".prefect" / "profiles.toml"))
+    assert done.returncode == 1
+    assert not [told for told in stranger[1] if "authorization" in told.lower()], stranger[1]
+    if file == "open to others":
+        assert stranger[1] == []
+        assert "is not used" in done.stderr
+    else:
+        assert stranger[1] != [], done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(stack: Project) -> None:
+    env = stack.env | {"TRAIN_DIFFUSION_HOME": str(stack.folder / "var")}
+    command = [sys.executable, "-m", "flows.demo", "--source", "generated", "--set", "data.images=100000"]
+    log = stack.folder / "demo.log"
+    with log.open("wb") as output:
+        demo = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=output, stderr=output)
+    tree: list[psutil.Process] = []
+    try:
+        ports: set[int] = set()
+        deadline = time.monotonic() + 120
+        while not ports:
+            assert demo.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+            tree = psutil.Process(demo.pid).children(recursive=True)
+            for process in tree:
+                ports |= {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        password = stack.servers["MLFLOW_TRACKING_PASSWORD"]
+        for port in ports:
+            api = f"http://127.0.0.1:{port}/api"
+            while (status := status_of(f"{api}/admin/version", "", "")) not in (401, 403):
+                assert status != 200, "an answer without a password"
+            assert status_of(f"{api}/admin/version", "admin", password) == 401
+            assert status_of(f"{api}/block_documents/", "demo", "") == 401
+    finally:
+        tree = psutil.Process(demo.pid).children(recursive=True)
+        demo.kill()
+        demo.wait()
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert status_of(f"{stack.servers['PREFECT_API_URL']}/admin/version", "admin", password) == 200
+
+
+@pytest.mark.slow
+def test_a_new_password_is_followed_everywhere_and_the_old_one_is_refused(stack: Project) -> None:
+    made = stack.shell(sys.executable, "infra/profile.py")
+    assert made.returncode == 0, made.stderr
+    profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
+    old, before = stack.servers["MLFLOW_TRACKING_PASSWORD"], stack.servers
+    assert f"admin:{old}" in profiles.read_text()
+    changed = stack.stack("password")
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    new = stack.servers["MLFLOW_TRACKING_PASSWORD"]
+    assert new != old
+    assert new not in changed.stdout + changed.stderr
+    assert {key: value for key, value in stack.servers.items() if old not in before[key]} == {
+        key: value for key, value in before.items() if old not in value
+    }, "on the same ports"
+    for url in (f"{stack.servers['PREFECT_API_URL']}/admin/version", f"{stack.servers['MLFLOW_TRACKING_URI']}/version"):
+        assert (status_of(url, "admin", old), status_of(url, "admin", new)) == (401, 200), url
+    text = profiles.read_text()
+    assert f"admin:{new}" in text
+    assert old not in text
+    assert stat.S_IMODE(profiles.stat().st_mode) == 0o600
+    found = stack.shell("prefect", "deployment", "ls", folder=Path(stack.env["HOME"]))
+    assert "train-diffusion" in found.stdout, found.stderr
+
+    # The profile's address goes with the servers: who listens there next is told nothing.
+    assert stack.stack("down").returncode == 0
+    text = profiles.read_text()
+    assert new not in text
+    assert "PREFECT_API_URL" not in text
