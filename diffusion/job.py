@@ -32,7 +32,10 @@ from diffusion.trust.redaction import fit_to_leave, redact_logs
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SPEC, ERROR, LOCK, RENDEZVOUS = "job.json", "error.json", "lock", "rendezvous"
+SPEC, ERROR, LOCK = "job.json", "error.json", "lock"
+RENDEZVOUS = "rendezvous"
+"""Beginning of the name of the file where the ranks of one start meet; the variable RENDEZVOUS of a rank has the whole name.
+Ranks of an earlier start may not have ended yet."""
 LOCK_SECONDS = 25.0
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a child of a threaded process must not take locks
@@ -155,7 +158,7 @@ def _join(folder: Path, rank: int, ranks: int) -> None:
 
     if ranks > 1:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store = dist.FileStore(str(folder / RENDEZVOUS), ranks)
+        store = dist.FileStore(str(folder / os.environ["RENDEZVOUS"]), ranks)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 

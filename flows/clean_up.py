@@ -136,15 +136,21 @@ def version_remains(client: MlflowClient, name: str, number: str, root: str, loc
         root: where the experiment's artifacts lie.
         local: the folder on this machine that artifacts may lie in.
     """
-    version = client.get_model_version(name, number)
-    model = client.get_logged_model(version.source.removeprefix("models:/"))  # the registry keeps no `model_id`
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client.get_model_version(name, number)
+        model = client.get_logged_model(version.source.removeprefix("models:/"))  # the registry keeps no `model_id`
+    except MlflowException as error:  # somebody has deleted a part of it
+        say(f"Version {number} of {shown(name)} is left: MLflow does not find all of it ({error.error_code}).")
+        return None
     location = str(model.artifact_location)
     path = urlsplit(location).path
     inside = location.startswith(f"{root.rstrip('/')}/") and ".." not in path.split("/")
     if urlsplit(location).scheme in ("", "file"):
         inside = inside and Path(unquote(path)).resolve().is_relative_to(local.resolve())
     if not inside:
-        say(f"Version {number} of {name} is left: its files lie at {shown(location)}, where none of ours do.")
+        say(f"Version {number} of {shown(name)} is left: its files lie at {shown(location)}, where none of ours do.")
         return None
     return VersionRemains(name, number, model.model_id, location)
 

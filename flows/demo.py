@@ -45,7 +45,7 @@ def main() -> int:
     os.environ.pop("PREFECT_API_URL", None)
     # A proxy for the world outside is none for the server in this process.
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
-    os.environ.setdefault("PREFECT_HOME", str(environment.home / "prefect"))
+    os.environ["PREFECT_HOME"] = str(environment.home / "prefect")
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
     try:
         use_private_home(environment.home)
@@ -99,16 +99,14 @@ def _server_secrets(home: Path) -> dict[str, str]:
     stack.mkdir(exist_ok=True)
     password = f"demo:{secrets.token_urlsafe(18)}"
     found = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect' / 'prefect.db'}",
         "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_API_AUTH_STRING": password,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "http://127.0.0.1",  # no page is open to it: it has none of its own
     }
     # A server of an earlier version that still runs would not find the key that is taken out of its database.
     if (stack / KEY).exists() or not (stack / "prefect-server.pid").exists():
-        database = os.environ.get(
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{os.environ['PREFECT_HOME']}/prefect.db"
-        )
-        found["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(stack, database)
+        found["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(stack, home / "prefect" / "prefect.db")
     return found
 
 

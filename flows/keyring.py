@@ -5,13 +5,16 @@ Prefect would keep the key that encrypts its blocks in the database beside them:
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import secrets
+import sqlite3
 from pathlib import Path
 
+from cryptography.fernet import Fernet
+
 from diffusion.errors import UserError
-from diffusion.trust.private import read_private, write_private
+from diffusion.trust.private import create_private, read_private, write_private
 
 SHORTEST = 12
 """Characters of a password; MLflow takes none that is shorter."""
@@ -42,44 +45,40 @@ def known_password(stack: Path) -> str:
     return password
 
 
-def encryption_key(stack: Path, database: str) -> str:
-    """The key that encrypts Prefect's blocks, made at the first start; one that lies in the database is taken out of it.
+def encryption_key(stack: Path, own: Path) -> str:
+    """The key that encrypts Prefect's blocks in this project's own database, made at the first start.
+
+    A key that lies in the database itself is taken out of it. Raises UserError if the file holds no key.
 
     Args:
-        database: the database's URL, as Prefect takes it.
+        own: the SQLite file.
     """
     path = stack / KEY
+    if not path.exists():
+        found = _key_in_database(own)
+        # The file is written first: if this is killed in between, the key is in both places, and not in neither.
+        create_private(path, found or Fernet.generate_key().decode())
+        if found:
+            _key_in_database(own, delete=True)
+    key = read_private(path).strip()  # or that of somebody who was first
     try:
-        return read_private(path).strip()
-    except FileNotFoundError:
-        pass
-    from cryptography.fernet import Fernet
-
-    # The file is written first: if this is killed in between, the key is in both places, and not in neither.
-    found = asyncio.run(_key_in_database(database))
-    key = found or Fernet.generate_key().decode()
-    write_private(path, key)
-    if found:
-        asyncio.run(_key_in_database(database, delete=True))
+        Fernet(key)
+    except ValueError:
+        raise UserError(
+            f"{path} holds no key. Restore it from a backup: without it Prefect's blocks can't be read."
+        ) from None
     return key
 
 
-async def _key_in_database(url: str, delete: bool = False) -> str | None:
-    from sqlalchemy import inspect, text
-    from sqlalchemy.ext.asyncio import create_async_engine
-
-    engine = create_async_engine(url)
-    try:
-        async with engine.begin() as connection:
-            if "configuration" not in await connection.run_sync(lambda sync: inspect(sync).get_table_names()):
-                return None
-            if delete:
-                if engine.dialect.name == "sqlite":
-                    await connection.execute(text("PRAGMA secure_delete = ON"))
-                await connection.execute(text("DELETE FROM configuration WHERE key = 'ENCRYPTION_KEY'"))
-                return None
-            value = await connection.scalar(text("SELECT value FROM configuration WHERE key = 'ENCRYPTION_KEY'"))
-    finally:
-        await engine.dispose()
-    fields = json.loads(value) if isinstance(value, str) else value
-    return str(fields["fernet_key"]) if fields else None
+def _key_in_database(path: Path, delete: bool = False) -> str | None:
+    if not path.exists():
+        return None
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as database, database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'configuration'").fetchone():
+            return None
+        if delete:
+            database.execute("PRAGMA secure_delete = ON")
+            database.execute("DELETE FROM configuration WHERE key = 'ENCRYPTION_KEY'")
+            return None
+        row = database.execute("SELECT value FROM configuration WHERE key = 'ENCRYPTION_KEY'").fetchone()
+    return str(json.loads(row[0])["fernet_key"]) if row else None

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,17 @@ def run_job(
     SIGTERM, on which the training leaves a checkpoint, then SIGKILL.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (ERROR, RENDEZVOUS, ProgressFile.NAME):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / ERROR, folder / ProgressFile.NAME, *folder.glob(f"{RENDEZVOUS}-*")):
+        path.unlink(missing_ok=True)
     (folder / SPEC).write_text(spec.model_dump_json(indent=1))
     threads = threads or max(1, usable_cores() // processes)
+    meeting = f"{RENDEZVOUS}-{uuid.uuid4().hex}"
     ranks: list[subprocess.Popen[bytes]] = []
     with (folder / LOG).open("w") as log, (folder / LOG).open() as output:
         try:
             for rank in range(processes):
-                ranks.append(_start(module, folder, log.fileno(), rank_environment(rank, processes, threads)))
+                env = rank_environment(rank, processes, threads) | {"RENDEZVOUS": meeting}
+                ranks.append(_start(module, folder, log.fileno(), env))
             while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
                 _forward(output, on_line)
                 _report(folder, on_progress)
@@ -69,6 +72,7 @@ def run_job(
             # The first of these that ended is the reason; what the others end with follows from it.
             code = next((rank.returncode for rank in ranks if rank.returncode), 0)
             _end(ranks)
+            (folder / meeting).unlink(missing_ok=True)
         _forward(output, on_line)
         _report(folder, on_progress)
     if code != 0:

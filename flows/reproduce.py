@@ -30,6 +30,7 @@ from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
+from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import redact_logs
 from flows.credentials import use_block
 from flows.launcher import run_job
@@ -96,13 +97,23 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Original:
     load = lambda file: Path(  # noqa: E731
         mlflow.artifacts.download_artifacts(f"{uri}/{file}", tracking_uri=client.tracking_uri)
     ).read_bytes()
-    text = load("recipe.json")
-    # Of the file as it stands: today's recipes may have values that those of then had not.
-    digest = hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
-    if digest != version.tags["recipe.digest"]:
-        raise TrackingError(f"The recipe that lies in {name} is not the one that it was tagged with: it was changed.")
-    weights = hashlib.sha256(load("weights.safetensors")).hexdigest()
-    return Original(name, dict(version.tags), Recipe.model_validate_json(text), weights)
+    try:
+        text = load("recipe.json")
+        # Of the file as it stands: today's recipes may have values that those of then had not.
+        digest = hashlib.sha256(json.dumps(parse_json(text), sort_keys=True).encode()).hexdigest()
+        if digest != version.tags["recipe.digest"]:
+            raise TrackingError(
+                f"The recipe that lies in {name} is not the one that it was tagged with: it was changed."
+            )
+        weights = hashlib.sha256(load("weights.safetensors")).hexdigest()
+        original = Original(name, dict(version.tags), Recipe.model_validate_json(text), weights)
+        wanted = ("git.commit", "dataset.name", "dataset.digest", "checkpoint.digest", "checkpoint.step")
+        int({tag: version.tags[tag] for tag in wanted}["checkpoint.step"])
+    except (KeyError, ValueError, OSError) as error:
+        raise TrackingError(
+            f"{name} can't be reproduced: its tags or files are not those of a version of ours ({error})."
+        ) from error
+    return original
 
 
 def reproduce(original: Original, environment: Settings, processes: int | None) -> bool:

@@ -37,12 +37,12 @@ def main() -> None:
         raise SystemExit(__doc__)
     if verb != "make" and not exists():
         return
-    servers: dict[str, str] = {}
-    if verb != "withdraw":
-        try:
-            servers = json.loads(read_private(SERVERS))
-        except FileNotFoundError:
-            raise SystemExit("The servers are not up: run make up first, the profile takes their addresses.") from None
+    try:
+        servers: dict[str, str] = json.loads(read_private(SERVERS))
+    except FileNotFoundError:
+        if verb == "withdraw":
+            return
+        raise SystemExit("The servers are not up: run make up first, the profile takes their addresses.") from None
     # Before Prefect is imported: here its settings come from the user's home, and not from this folder's pyproject.toml.
     home = user_home()
     os.umask(0o077)
@@ -56,7 +56,12 @@ def main() -> None:
     from prefect.settings.profiles import _cast_settings
 
     profiles = load_profiles()
-    values = {name: servers.get(name) for name in OF_THE_SERVERS} | {"PREFECT_PLUGINS_ENABLED": "true"}
+    if verb != "make":  # another installation's servers may have the profile
+        known = profiles[NAME].to_environment_variables().get("PREFECT_API_URL")
+        if known not in (None, servers.get("PREFECT_API_URL")):
+            return
+    values = {name: None if verb == "withdraw" else servers.get(name) for name in OF_THE_SERVERS}
+    values["PREFECT_PLUGINS_ENABLED"] = "true"
     profiles.update_profile(NAME, _cast_settings(values))
     if verb == "make":
         profiles.set_active(NAME)

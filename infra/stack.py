@@ -59,6 +59,8 @@ class Addresses:
 
 STORE_KEYS, PREFECT_OWN, MLFLOW_OWN = "AWS_", "PREFECT_", "MLFLOW_"
 
+KEPT = ("AWS_", "EUROSAT_", "TRAIN_DIFFUSION_", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
+"""Settings that a new start takes over from what runs."""
 OPEN_TO_ALL = """
 WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
 hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Web pages of other sites are refused
@@ -151,11 +153,8 @@ def check_port(port: int, name: str, variable: str) -> None:
 
 def start_prefect(port: int, addresses: Addresses) -> None:
     """The Prefect server."""
-    database = prefect_database()
     env = {
         **base_environment(STORE_KEYS, MLFLOW_OWN),
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
-        "PREFECT_SERVER_ENCRYPTION_KEY": encryption_key(STACK, database),
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": addresses.prefect,  # and of no other page
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
@@ -164,15 +163,13 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
+    own = HOME / "prefect" / "prefect.db"
+    if "PREFECT_SERVER_DATABASE_CONNECTION_URL" not in env:  # another database may be shared, and has its own key
+        env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{own}"
+        env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, own)
     if addresses.password:
         env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
     start("prefect-server", [str(BIN / "prefect"), "server", "start"], env)
-
-
-def prefect_database() -> str:
-    """The URL of Prefect's database."""
-    default = f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}"
-    return os.environ.get("PREFECT_SERVER_DATABASE_CONNECTION_URL", default)
 
 
 def start_mlflow(port: int, addresses: Addresses) -> None:
@@ -231,7 +228,13 @@ def register_deployments(env: dict[str, str]) -> None:
 
 def up() -> None:
     """Start all that is not running."""
-    use_private_home(HOME)
+    if (STACK / PASSWORD).exists():
+        known_password(STACK)  # before anything is closed: one that others could read is none
+    if closed := use_private_home(HOME):
+        print(
+            f"{', '.join(map(str, closed))}: open to others until now, and closed. If they could enter, they may know the secrets "
+            "of Prefect's blocks and read what was trained: change those secrets."
+        )
     STACK.mkdir(parents=True, exist_ok=True)
     (HOME / "prefect").mkdir(parents=True, exist_ok=True)
     if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
@@ -270,13 +273,15 @@ def down() -> None:
     """Stop what `up` started."""
     for name in ("worker", "mlflow-server", "prefect-server"):
         stop(name)
+    profile("withdraw")  # which looks whose address it has
     SERVERS.unlink(missing_ok=True)
-    profile("withdraw")
 
 
 def profile(verb: str) -> None:
     """Have the user's Prefect profile, if there is one, follow what the servers do."""
-    subprocess.run([sys.executable, str(PROJECT / "infra" / "profile.py"), verb], check=True)
+    done = subprocess.run([sys.executable, str(PROJECT / "infra" / "profile.py"), verb], capture_output=True, text=True)
+    if done.returncode != 0:
+        print(f"The Prefect profile was left as it was: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def password() -> None:
@@ -292,6 +297,10 @@ def password() -> None:
         running = json.loads(SERVERS.read_text())
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
+    for process in filter(None, map(find, ("prefect-server", "mlflow-server", "worker"))):  # and with the same settings
+        for variable, value in process.environ().items():
+            if variable.startswith(KEPT):
+                os.environ.setdefault(variable, value)
     made = new_password(STACK)
     if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
         up()

@@ -13,7 +13,6 @@ import urllib3
 
 from diffusion.data.eurosat import MIRRORS, Mirror
 from diffusion.errors import DataError
-from diffusion.trust.reading import read_at_most
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,14 @@ def download(url: str, limit: int) -> bytes:
             url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=CONNECT_AND_READ_SECONDS
         ) as response:
             response.raise_for_status()
-            return read_at_most(response.raw, limit, url)
+            content = bytearray()
+            for chunk in _chunks(response):
+                content += chunk
+                if len(content) > limit:
+                    raise DataError(
+                        f"{url} has more than {limit:,} bytes. It is not what it should be, and was not read."
+                    )
+            return bytes(content)
     except DOWNLOAD_ERRORS as error:
         raise DataError(f"{url} can't be downloaded: {_reason(error)}") from error
 
@@ -93,7 +99,6 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
     here = part.stat().st_size if part.exists() else 0
     # Not packed on the way: a few bytes could become very many.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {})
-    deadline = time.monotonic() + MAX_SECONDS
     with requests.get(url, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
         if response.status_code == 416:  # nothing is left to send: the md5 decides whether the file is right
             return
@@ -111,10 +116,6 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
                     raise DataError(
                         f"more than {MAX_ARCHIVE_BYTES:,} bytes came, which EuroSAT has not; they were deleted"
                     )
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"only {here:,} bytes came within {MAX_SECONDS / 60:.0f} minutes; start again to go on"
-                    )
                 file.write(chunk)
                 if progress:
                     progress(here, total)
@@ -123,8 +124,12 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
-    """The body as it comes, packed or not. Raises requests' errors alone."""
+    """The body as it comes, packed or not. Raises DataError if it takes too long, and else requests' errors alone."""
+    deadline = time.monotonic() + MAX_SECONDS
     try:
-        yield from response.raw.stream(CHUNK_BYTES, decode_content=False)
+        while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):
+            yield chunk
+            if time.monotonic() > deadline:
+                raise DataError(f"it did not come within {MAX_SECONDS / 60:.0f} minutes; start again to go on")
     except urllib3.exceptions.HTTPError as error:
         raise requests.ConnectionError(error) from error

@@ -20,6 +20,7 @@ from diffusion.evaluation.comparison import Comparison, Difference, compare, loa
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.scores import DEVIATIONS, Scores
+from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
 
 if TYPE_CHECKING:
@@ -226,9 +227,13 @@ def _against(
         raise DataError(
             f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}."
         )
+    try:
+        before_run = TypeAdapter(RunName).validate_python(champion.tags.get("run"))
+    except ValidationError:
+        raise DataError(f"The tag 'run' of version {champion.version}, the champion, names no run.") from None
     tags = challenger.tags
     reference = reference_name(tags["dataset.digest"], by.extractor, by.extractor_sha256, int(tags["image_size"]))
-    first, second = load_evidence(store, tags["run"], new), load_evidence(store, champion.tags.get("run", ""), old)
+    first, second = load_evidence(store, tags["run"], new), load_evidence(store, before_run, old)
     return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margins)
 
 

@@ -59,7 +59,9 @@ def find_superseded(
 
     superseded = []
     models = _all(client.search_registered_models)
-    known = {model.name: _all(client.search_model_versions, f"name = '{model.name}'") for model in models}
+    known: dict[str, list[Any]] = {model.name: [] for model in models}
+    for version in _all(client.search_model_versions):  # of all models: a name may be anything, and spoil a query
+        known.setdefault(version.name, []).append(version)
     # What somebody has copied into a model of their own lives from the version's files.
     copied = {version.source for versions in known.values() for version in versions}
     for model in models:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusion.errors import UserError
@@ -24,18 +25,20 @@ class NotPrivate(UserError):
     """A file or folder that must be the user's own can be read or changed by others."""
 
 
-def use_private_home(home: Path) -> None:
+def use_private_home(home: Path) -> list[Path]:
     """Make the home of the installation, and all that this process and its children make from now on, private.
 
-    One that earlier versions left open is mended. Raises NotPrivate if it belongs to somebody else, or if others may write
-    into a folder that is not ours alone to close.
+    What earlier versions left open is closed; returns these folders. Downloads are no secret, and may be another user's. Raises
+    NotPrivate if the home belongs to somebody else, or if others may write into one that is not ours alone to close.
     """
     os.umask(OTHERS)
     home.mkdir(parents=True, exist_ok=True)
+    closed = []
     if _open_to_others(home):
         strangers = sorted({entry.name for entry in home.iterdir()} - {*FOLDERS, ".gitkeep"})
         if not strangers:
             home.chmod(stat.S_IRWXU)
+            closed.append(home)
         elif home.stat().st_mode & OTHERS_WRITE:
             raise NotPrivate(
                 f"Others may write into {home}, which also holds {', '.join(strangers[:3])}. "
@@ -43,8 +46,10 @@ def use_private_home(home: Path) -> None:
             )
     for name in FOLDERS:
         folder = home / name
-        if folder.exists() and _open_to_others(folder):
+        if name != "downloads" and folder.exists() and _open_to_others(folder):
             close_to_others(folder)
+            closed.append(folder)
+    return closed
 
 
 def _open_to_others(folder: Path) -> bool:
@@ -70,6 +75,16 @@ def close_to_others(folder: Path) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read: whole, or not at all."""
+    _put(path, text, Path.replace)
+
+
+def create_private(path: Path, text: str) -> None:
+    """The same, unless a file of that name is there already."""
+    with contextlib.suppress(FileExistsError):
+        _put(path, text, lambda part, target: os.link(part, target))
+
+
+def _put(path: Path, text: str, publish: Callable[[Path, Path], object]) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
     try:
@@ -77,7 +92,7 @@ def write_private(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        publish(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -11,8 +11,8 @@ SHORTEST_SECRET = 6
 """Characters: what is shorter stands in too many innocent words."""
 
 _SECRET_VARIABLE = re.compile(r"PASSWORD|SECRET|TOKEN|AUTH_STRING|ENCRYPTION_KEY|API_KEY")
-# user@ or user:password@, in which a password may hold a slash that nobody has quoted.
-_USER_IN_ADDRESS = re.compile(r"(?<=://)(?:[^/\s@'\"]+:[^\s@'\"]*|[^/\s@'\"]+)@")
+_USER_IN_ADDRESS = re.compile(r"(?<=://)[^/?#\s\"]{1,1000}@")
+"""user@ or user:password@, up to the last @ before the path."""
 _SECRET_IN_QUERY = re.compile(
     r"([?&][^=&\s]*(?:token|signature|secret|password|credential|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
 )
@@ -32,6 +32,8 @@ def _secrets() -> list[str]:
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name):
             found |= {value, value.partition(":")[2]}  # user:password
+        if "://" in value and "@" in value:  # an address, in which nobody may have quoted what its password holds
+            found.add(value.partition("://")[2].rpartition("@")[0].partition(":")[2])
     return sorted((value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
@@ -60,7 +62,12 @@ def redact_logs() -> None:
 
     def factory(*arguments: object, **options: object) -> logging.LogRecord:
         record = make(*arguments, **options)
-        record.msg, record.args = fit_to_leave(record.getMessage()), ()
+        try:
+            message = record.getMessage()
+        except Exception:  # a slip in somebody's call: logging itself says so and goes on
+            message = f"{record.msg} {record.args}"
+        record.msg, record.args = fit_to_leave(message), ()
+        record.stack_info = fit_to_leave(record.stack_info) if record.stack_info else None
         if record.exc_info:
             record.exc_text = fit_to_leave(formatter.formatException(record.exc_info))
         return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,15 +145,39 @@ class Endless(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        with_suppressed = (ConnectionError, BrokenPipeError)
-        try:
+        with contextlib.suppress(ConnectionError):
             while True:
                 self.wfile.write(bytes(1 << 16))
-        except with_suppressed:
-            return
 
     def log_message(self, *_: object) -> None:
         """Nothing: the test's output is not the place."""
+
+
+class Trickling(Endless):
+    """Sends a byte now and then, for ever."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+
+
+def test_a_download_that_trickles_is_given_up_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "MAX_SECONDS", 0.5)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Trickling)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(DataError, match="did not come within"):
+            download_eurosat(tmp_path, [Mirror(f"http://127.0.0.1:{server.server_port}/x", "x.zip", "0" * 32)])
+        with pytest.raises(DataError, match="did not come within"):
+            download.download(f"http://127.0.0.1:{server.server_port}/x", 1000)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (tmp_path / "x.zip.part").stat().st_size > 0
 
 
 def test_a_download_without_end_is_given_up_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(setting: str, tmp_pa
         f"GET https://user:{MARKER}@host/x failed",
         f"postgresql+psycopg2://prefect:{MARKER}@db/prefect",
         f"s3://{MARKER}@bucket",
-        f"https://user:a/{MARKER}@host/x",
+        f"http://user:p@{MARKER}@host/x",
+        f"postgresql://u:it's-{MARKER}@db/x",
         f"https://host/x?X-Amz-Signature={MARKER}&a=b",
         f"https://host/x?token={MARKER}",
         f"the password is {MARKER}!",
@@ -81,6 +82,7 @@ def test_what_is_no_secret_stays() -> None:
     for text in (
         "models:/eurosat-ddpm@champion",
         "https://host:80/path?page=2",
+        "http://127.0.0.1:5000/models/eurosat@champion",
         "a@b.org took the mail",
         "s3://bucket/x",
     ):
@@ -111,6 +113,23 @@ def test_ranks_and_logs_say_no_secret_and_no_escape(monkeypatch: pytest.MonkeyPa
         assert "***" in said
         assert "\x1b" not in said
     assert "Traceback" in stream.getvalue()
+
+
+def test_a_slip_in_somebody_s_log_call_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    before = logging.getLogRecordFactory()
+    try:
+        redact_logs()
+        logging.getLogger("tests.output").warning("%d", "no number")
+    finally:
+        logging.setLogRecordFactory(before)
+    assert "no number" in caplog.text
+
+
+def test_an_address_in_the_environment_gives_its_password_away_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_BACKEND", f"postgresql://mlflow:a/{MARKER}#1@db/mlflow")
+    assert MARKER not in redacted(
+        f"could not connect: postgresql://mlflow:a/{MARKER}#1@db/mlflow; password a/{MARKER}#1"
+    )
 
 
 @given(st.text())

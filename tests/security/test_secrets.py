@@ -104,14 +104,16 @@ def test_the_key_is_taken_out_of_the_database_that_it_opens(keys: Path, tmp_path
         row = ["ENCRYPTION_KEY", json.dumps({"fernet_key": OLD_KEY})]
         connection.execute("INSERT INTO configuration VALUES (?, ?)", row)
     connection.close()
-    url = f"sqlite+aiosqlite:///{database}"
-    assert encryption_key(keys, url) == OLD_KEY, "blocks of before could not be read"
-    assert encryption_key(keys, url) == OLD_KEY
+    assert encryption_key(keys, database) == OLD_KEY, "blocks of before could not be read"
+    assert encryption_key(keys, database) == OLD_KEY
     assert OLD_KEY.encode() not in database.read_bytes()
     assert (keys / KEY).read_text() == OLD_KEY
+    write_private(keys / KEY, "")
+    with pytest.raises(UserError, match="holds no key"):
+        encryption_key(keys, database)
     other = keys.parent / "other"
     other.mkdir(mode=0o700)
-    assert encryption_key(other, f"sqlite+aiosqlite:///{tmp_path}/new.db") != OLD_KEY
+    assert encryption_key(other, tmp_path / "new.db") != OLD_KEY
 
 
 def test_an_open_home_is_closed_and_one_of_others_is_refused(tmp_path: Path) -> None:
@@ -120,12 +122,14 @@ def test_an_open_home_is_closed_and_one_of_others_is_refused(tmp_path: Path) -> 
         home = tmp_path / "var"
         (home / "runs/r/deep").mkdir(parents=True)
         (home / "runs/r/deep/journal").write_text("x")
-        (home / "runs/r/link").symlink_to(tmp_path)
+        (tmp_path / "elsewhere").mkdir()
+        (home / "runs/r/link").symlink_to(tmp_path / "elsewhere")
         (home / "prefect").mkdir()
         (home / "prefect/prefect.db").write_text("x")
-        use_private_home(home)
+        assert use_private_home(home) == [home, home / "prefect", home / "runs"]
+        assert use_private_home(home) == []
         assert all(not path.stat().st_mode & 0o077 for path in [home, *home.rglob("*")] if not path.is_symlink())
-        assert tmp_path.stat().st_mode & 0o700 == 0o700
+        assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o755, "a link was followed"
         (home / "made later").write_text("x")
         assert stat.S_IMODE((home / "made later").stat().st_mode) == 0o600
 
