@@ -25,7 +25,7 @@ class Part(BaseModel):
 
 IMAGES = 10**10
 """Upper end of all counts of images: a hundred thousand epochs and more of any set of patches."""
-MOST_MILESTONES = 1000
+MOST_MILESTONES = 10_000
 MOST_CHANNELS = 8192
 """Of a layer."""
 LONGEST_OVERRIDE = 10_000

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,15 +49,17 @@ def make_old_database(home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
+def stack(archive: Path) -> Iterator[Project]:
     """The servers of `make up`, in a folder that others could read before, with a store's key in the environment."""
-    parent = tmp_path_factory.mktemp("secure")
-    for folder in (parent, *list(parent.parents)[:3]):
-        if folder != Path("/tmp"):
-            folder.chmod(0o755)  # pytest's own folders are closed: here only what the project does is to count
-    make_old_database(parent / "project" / "var")
-    with running_project(parent, archive, AWS_SECRET_ACCESS_KEY=STORE_KEY) as project:
-        yield project
+    # pytest's own folders are closed: here only what the project does is to count.
+    parent = Path(tempfile.mkdtemp(prefix="train-diffusion-open-"))
+    parent.chmod(0o755)
+    try:
+        make_old_database(parent / "project" / "var")
+        with running_project(parent, archive, AWS_SECRET_ACCESS_KEY=STORE_KEY) as project:
+            yield project
+    finally:
+        shutil.rmtree(parent)
 
 
 @pytest.fixture(scope="session")

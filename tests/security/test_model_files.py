@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_changed_files_are_refused_before_their_code_runs(
     # A request has a budget in all, not only in each of its numbers, and ends though nobody waits for it any more.
     with pytest.raises(MlflowException, match="50,000 are the most"):
         loaded.predict([], params={"n": 1024, "steps": 1000, "guidance": 3.0})
-    limits = type(loaded.unwrap_python_model()).predict.__globals__
+    limits = inspect.unwrap(type(loaded.unwrap_python_model()).predict).__globals__
     with monkeypatch.context() as patch:
         patch.setitem(limits, "MAX_SECONDS", 0.0)
         with pytest.raises(MlflowException, match="was given up"):
