@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion.data.sealed import unseal
 from diffusion.errors import RecipeError, RunBusy, TrainingDiverged
 from diffusion.evaluation.scores import Scores
 from diffusion.job import SPEC, EvaluationJob, ReferenceJob, lock_folder
