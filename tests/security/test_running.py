@@ -6,6 +6,7 @@ import os
 import stat
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,10 @@ def test_other_pages_and_other_names_are_refused_by_the_servers(stack: Project, 
     # A page whose name was made to point here sends no password: the browser keeps that for the servers' own names.
     for server, path in ((mlflow, "/version"), (prefect, "/api/admin/version")):
         assert ask(server + path, "GET", {"Host": "rebound.example.org"})[0] == 401
+    known = {"Authorization": f"Basic {b64encode(f'admin:{password}'.encode()).decode()}"}
+    experiments = f"{mlflow}/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+    assert ask(experiments, "GET", known)[0] == 200
+    assert ask(experiments, "GET", known | {"Host": "rebound.example.org"})[0] == 403
 
 
 def ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
