@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock audit demo test faults soak lint up down status password secrets profile reproduce extractor
+.PHONY: help install lock audit demo check test faults soak lint up down status settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# Processes that tests run on, side by side. They wait for servers as often as they compute.
+WORKERS := 2
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
@@ -36,11 +39,14 @@ audit: .venv/installed-dev ## Ask a database of vulnerabilities about every pack
 demo: install ## Train, score and register a small model on this machine, in about six minutes
 	@$(BIN)/python -m flows.demo
 
+check: lint ## Style, types and unit tests: whether a change holds, within a minute or two
+	$(BIN)/python -m pytest -q -n $(WORKERS) tests/unit
+
 test: .venv/installed-dev ## All tests but those that kill; none needs a network
-	$(BIN)/python -m pytest --ignore=tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/faults
 
 faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
-	$(BIN)/python -m pytest -s tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) tests/faults
 
 soak: .venv/installed-dev ## Kill trainings N times at random moments; make soak N=200 SEED=1
 	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py
@@ -58,6 +64,9 @@ down: install ## Stop what make up started
 
 status: install ## What of it is running
 	@$(BIN)/python infra/stack.py status
+
+settings: install ## Every setting of the environment: value, origin, meaning
+	@$(BIN)/python -m diffusion.settings
 
 password: install ## A new password for the servers of make up; all that runs here follows it
 	@$(BIN)/python infra/stack.py password

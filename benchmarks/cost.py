@@ -26,7 +26,8 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.order import Order
 from diffusion.data.store import FolderStore, Store, open_store
 from diffusion.job import TrainingJob
-from diffusion.recipe import Recipe, load_recipe
+from diffusion.recipe import Recipe
+from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment

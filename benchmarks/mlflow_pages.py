@@ -17,7 +17,7 @@ import requests
 from mlflow.entities import Metric, Param
 
 from benchmarks.browser import View, median, print_table, server, time_views
-from diffusion.recipe import load_recipe
+from diffusion.recipe_files import load_recipe
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import RUN_KEY, headline_values, open_experiment
 from mlflow import MlflowClient

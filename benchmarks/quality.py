@@ -28,7 +28,8 @@ from diffusion.denoiser import build_network
 from diffusion.evaluation.names import SHIPPED_SHA256, reference_name
 from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
-from diffusion.recipe import Evaluation, Recipe, load_recipe
+from diffusion.recipe import Evaluation, Recipe
+from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.training.state import steps_with_checkpoint
 from flows.launcher import run_job
@@ -219,9 +220,9 @@ def main() -> None:
                     bench.grid(arm, best)
                 )
     (arguments.output / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (arguments.output / "quality.md").write_text(table(rows, arguments.budget))
+    (arguments.output / "quality-table.md").write_text(table(rows, arguments.budget))
     figure(rows, arguments.output / "quality.png")
-    print((arguments.output / "quality.md").read_text())
+    print((arguments.output / "quality-table.md").read_text())
 
 
 def table(rows: list[dict[str, Any]], budget: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from diffusion.process.names import SamplerName, Spacing
 from diffusion.process.prediction import to_x0
 from diffusion.process.reverse import Estimate
 from diffusion.process.samplers import SAMPLERS, ddim
-from diffusion.process.schedule import Schedule, noise_variance
+from diffusion.process.schedule import Schedule, noise_to_signal, noise_variance
 from diffusion.randomness import stream
 from diffusion.recipe import Process, Recipe
 
@@ -204,12 +205,14 @@ class Denoiser:
         name = sampler or evaluation.sampler
         levels = sampling_levels(self.schedule, steps or evaluation.sampler_steps, spacing or evaluation.spacing)
         scale = evaluation.guidance if guidance is None else guidance
+        low, high = evaluation.guidance_interval or (0.0, math.inf)
         if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):
             raise ValueError("epsilon prediction can't start at pure noise")
         label = None if labels is None else torch.from_numpy(labels).to(self.device)
 
         def predict(x_t: Tensor, log_snr: Tensor) -> Estimate:
-            estimate = self.predict(x_t, log_snr, label, scale)
+            guided = low < noise_to_signal(log_snr) <= high
+            estimate = self.predict(x_t, log_snr, label, scale if guided else 1.0)
             if watch is not None:
                 watch(x_t, estimate.x0)
             return estimate

@@ -11,6 +11,10 @@ class UserError(Exception):
         super().__init__(fit_to_leave(message))
 
 
+class SettingsError(UserError):
+    """A variable of the environment is misspelt, or has a value that it can't have."""
+
+
 class DataError(UserError):
     """The source archive, a shard or a manifest is missing, damaged, or not what it claims to be."""
 

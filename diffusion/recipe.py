@@ -5,22 +5,40 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from diffusion.errors import RecipeError, nearest
+from diffusion.errors import RecipeError
 from diffusion.process.names import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
 from diffusion.trust.identifiers import RunName, Sha256
-from diffusion.trust.redaction import shown
 
 
 class Part(BaseModel):
-    """A part of the recipe: frozen, and without room for a misspelt key."""
+    """A part of the recipe: frozen, and without room for a misspelt key. Each field's docstring is in its JSON schema."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after recipes had been kept: written only where they are not the default, so that the digests of
+    those recipes, and of checkpoints that hold them, stay what they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in self.LATER}
+        return {
+            name: value
+            for name, value in serialize(self).items()
+            if name not in defaults or getattr(self, name) != defaults[name]
+        }
 
 
 IMAGES = 10**10
@@ -28,8 +46,6 @@ IMAGES = 10**10
 MOST_MILESTONES = 10_000
 MOST_CHANNELS = 8192
 """Of a layer."""
-LONGEST_OVERRIDE = 10_000
-"""Characters of a value that is typed as text."""
 
 
 class Data(Part):
@@ -150,6 +166,8 @@ class MovingAverage(Part):
 class Evaluation(Part):
     """How a checkpoint is scored."""
 
+    LATER = ("guidance_interval",)
+
     every_images: int = Field(gt=0, le=IMAGES)
     """A milestone, with an evaluation, each time this many images have been seen (and at the end)."""
     samples: int = Field(default=10_000, ge=2, le=10**6)
@@ -168,6 +186,9 @@ class Evaluation(Part):
     """Fresh noise in the steps of `ddim`: 0 none, 1 as much as the ancestral chain."""
     guidance: float = Field(default=1.0, ge=0, le=1000)
     """1 takes the class as it is; above, samples are pushed towards it, at twice the network evaluations."""
+    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1e9)], Annotated[float, Field(gt=0, le=1e9)]] | None = None
+    """Guide only where the noise's standard deviation, beside data of variance one, is above the first and up to the second
+    (Kynkäänniemi et al. 2024, arXiv:2404.07724); null: everywhere. sigma = exp(-log_snr / 2)."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights are scored."""
     extractors: tuple[Literal["eurosat", "inception"], ...] = ("eurosat",)
@@ -249,6 +270,9 @@ class Recipe(Part):
             )
         if len(set(map(round, self.ema.half_lives))) < len(self.ema.half_lives):
             raise ValueError("ema.half_lives names one twice, in whole images")
+        interval = self.evaluation.guidance_interval
+        if interval is not None and interval[0] >= interval[1]:
+            raise ValueError("evaluation.guidance_interval must rise")
         if self.process.log_snr_min >= self.process.log_snr_max:
             raise ValueError("process.log_snr_min must lie below process.log_snr_max")
         if self.process.zero_terminal_snr and self.process.prediction == "epsilon":
@@ -339,71 +363,6 @@ STATE_DEPENDS_ON = (
 
 def _value(recipe: Recipe, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), recipe)
-
-
-def preset_names() -> list[str]:
-    """The presets that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in files("diffusion").joinpath("presets").iterdir()
-        if entry.name.endswith(".yaml")
-    )
-
-
-def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int | None = None) -> Recipe:
-    """The recipe of a preset, with single values replaced: `{"network.width": 96, "data.images": 1_000_000}`.
-
-    Raises RecipeError for an unknown preset or key, with the nearest valid name, and for a value that does not fit.
-    """
-    if preset not in preset_names():
-        raise RecipeError(f"There is no preset '{shown(preset)}': {nearest(preset, preset_names())}")
-    values = yaml.safe_load(files("diffusion").joinpath("presets", f"{preset}.yaml").read_text())
-    values["name"] = preset
-    for key, value in (overrides or {}).items():
-        _override(values, key, value)
-    if seed is not None:
-        values["seed"] = seed
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
-        )
-        raise RecipeError(f"The recipe '{preset}' with these overrides can't be used: {problems}.") from error
-
-
-def _override(values: dict[str, Any], key: str, value: Any) -> None:
-    keys = recipe_keys()
-    if key not in keys:
-        raise RecipeError(f"There is no recipe value '{shown(str(key))}': {nearest(str(key), keys)}")
-    *parts, last = key.split(".")
-    for part in parts:
-        values = values.setdefault(part, {})
-    values[last] = _as_in_yaml(key, value) if isinstance(value, str) else value
-
-
-def _as_in_yaml(key: str, text: str) -> Any:
-    """A value typed as text (a command line, a form) means what it would mean in a YAML file."""
-    if len(text) <= LONGEST_OVERRIDE:
-        try:
-            return yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    else:
-        reason = f"{len(text):,} characters"
-    raise RecipeError(f"The value of {key}, '{shown(text, 40)}', can't be read: {reason}.")
-
-
-def recipe_keys() -> list[str]:
-    """Every key that an override may name, dotted."""
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        part = field.annotation
-        if isinstance(part, type) and issubclass(part, Part):
-            keys += [f"{name}.{inner}" for inner in part.model_fields]
-        elif name not in ("name", "start"):
-            keys.append(name)
-    return keys
 
 
 def flatten(recipe: Recipe) -> dict[str, str]:

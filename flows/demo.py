@@ -40,7 +40,11 @@ def main() -> int:
     from diffusion.trust.private import use_private_home
     from diffusion.trust.redaction import redact_logs
 
-    environment = settings()
+    try:
+        environment = settings()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     os.environ.update(EMBEDDED)
     os.environ.pop("PREFECT_API_URL", None)
     # A proxy for the world outside is none for the server in this process.

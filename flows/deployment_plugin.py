@@ -1,7 +1,7 @@
 """The Prefect plugin: finds the servers of `make up`, and lets `prefect deployment run train-diffusion` do without a slash.
 
 Prefect calls `setup_environment` while it is imported, before its command line reads `sys.argv`. Nothing here imports
-more than the standard library: every `prefect` command in this environment pays for it.
+more than the standard library and what Prefect has imported itself: every `prefect` command in this environment pays for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 from prefect.plugins import HookContext, SetupResult, register_hook
 
-from diffusion.errors import UserError
+from diffusion.errors import SettingsError, UserError
+from diffusion.settings import settings
 from diffusion.trust.private import OTHERS_WRITE, read_private
 
-HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", "var"))
-SERVERS = HOME / "stack" / "servers.json"
-"""Written by `make up`: addresses and credentials as environment variables."""
+SERVERS = "stack/servers.json"
+"""In the home, written by `make up`: addresses and credentials as environment variables."""
 KEYS = (
     "PREFECT_API_URL",
     "PREFECT_API_AUTH_STRING",
@@ -37,11 +37,17 @@ SECONDS = 5
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """What is absent from the environment and known here; and, if a deployment is named bare, its full name in sys.argv."""
-    env = _servers()
-    if "PREFECT_HOME" not in os.environ and _is_own(HOME):
-        # pyproject.toml has it relative to this folder; processes that start elsewhere need it absolute.
-        env["PREFECT_HOME"] = str((HOME / "prefect").absolute())
     position = bare_name_position(sys.argv)
+    try:
+        home = settings().home
+    except SettingsError as error:
+        if position is not None:
+            _give_up(str(error))
+        return None  # what runs here says it itself
+    env = _servers(home / SERVERS)
+    if "PREFECT_HOME" not in os.environ and _is_own(home):
+        # pyproject.toml has it relative to this folder; processes that start elsewhere need it absolute.
+        env["PREFECT_HOME"] = str(home / "prefect")
     if position is not None:
         api = os.environ.get("PREFECT_API_URL") or env.get("PREFECT_API_URL") or ctx.api_url
         given = os.environ.get("PREFECT_API_AUTH_STRING") or env.get("PREFECT_API_AUTH_STRING")
@@ -58,15 +64,15 @@ def _is_own(folder: Path) -> bool:
     return status.st_uid == os.geteuid() and not status.st_mode & OTHERS_WRITE
 
 
-def _servers() -> dict[str, str]:
+def _servers(path: Path) -> dict[str, str]:
     """What `make up` says, but for servers that the environment names otherwise: theirs must not get these credentials."""
     try:
-        said = json.loads(read_private(SERVERS))
+        said = json.loads(read_private(path))
         servers = {key: str(said[key]) for key in KEYS if key in said}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, UserError) as error:
-        print(f"{SERVERS} is not used ({error}): run make up again.", file=sys.stderr)
+        print(f"{path} is not used ({error}): run make up again.", file=sys.stderr)
         return {}
     if "PREFECT_API_URL" in servers:
         # Servers without a password must not be sent the profile's, which belongs to another address.

@@ -66,8 +66,8 @@ def main() -> int:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
-    os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
     try:
+        os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
         use_private_home(settings().home)
         redact_logs()
         use_block(settings().s3_block)

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion.data.find import EUROSAT
 from diffusion.errors import RecipeError
-from diffusion.recipe import Recipe, load_recipe
+from diffusion.recipe import Recipe
+from diffusion.recipe_files import load_recipe
 from flows.launcher import usable_cores
 
 PROCESSES_A_CORE = 4

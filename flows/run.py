@@ -109,7 +109,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     close_abandoned(client, experiment_id, flow_run_id)
     commit = git_commit()
     # The flow run's name is made anew by a retry; its id is not.
-    key, lock = f"{request.preset}-seed{recipe.seed}-{flow_run_id}", None
+    key, lock = f"{recipe.name}-seed{recipe.seed}-{flow_run_id}", None
     unfinished = unfinished_run(client, experiment_id, recipe, dataset, commit)
     if unfinished is not None:
         try:

@@ -9,7 +9,7 @@ from prefect import flow, runtime
 from prefect.states import State
 from pydantic import Field
 
-from diffusion.recipe import preset_names
+from diffusion.recipe_files import preset_names, recipe_name
 from diffusion.settings import settings
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
@@ -28,13 +28,20 @@ from flows.tasks.register import register
 from flows.tasks.report import Report, report
 from flows.tasks.train import train
 
+PRESETS: dict[str, Any] = {
+    "anyOf": [
+        {"title": "Preset", "type": "string", "enum": preset_names()},
+        {"title": "Path", "type": "string", "pattern": r"\.ya?ml$"},
+    ]
+}
+
 
 def _name() -> str:
     parameters = runtime.flow_run.parameters
     seed = seed_or_date(parameters["seed"])
     night = "nightly-" if "auto-scheduled" in runtime.flow_run.tags else ""
     start = "-from-champion" if parameters["start_from"] == "champion" else ""
-    return f"{night}{parameters['preset']}-seed{seed}{start}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return f"{night}{recipe_name(parameters['preset'])}-seed{seed}{start}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def seed_or_date(seed: int | None) -> int:
@@ -44,7 +51,7 @@ def seed_or_date(seed: int | None) -> int:
 
 @flow(name="train-diffusion", flow_run_name=_name)
 def train_diffusion(
-    preset: Annotated[str, Field(json_schema_extra={"enum": preset_names()})] = "eurosat",
+    preset: Annotated[str, Field(json_schema_extra=PRESETS)] = "eurosat",
     overrides: dict[str, Any] | None = None,
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = 0,
     source: str = "eurosat",
@@ -57,7 +64,7 @@ def train_diffusion(
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
     Args:
-        preset: The recipe to start from.
+        preset: The recipe to start from, or the path of a file like it on the worker's machine: path/to/mine.yaml.
         overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000}.
         seed: Key of all randomness; empty: the date of the scheduled night, as 20261124.
         source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a EuroSAT archive, or "generated".

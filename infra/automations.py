@@ -1,4 +1,5 @@
-"""The automations of the Prefect server: python infra/automations.py, with the server's address and credentials in the environment.
+"""What the Prefect server must know before `prefect deploy --all`: python infra/automations.py, with its address and credentials in
+the environment. The work pool of prefect.yaml, the automations, this package's types of blocks.
 
 Zombie runs: a flow run that beat and then fell silent is marked as crashed. So a run whose machine is gone does not block
 the next night's, and whoever is notified of crashes hears of it.
@@ -6,27 +7,30 @@ the next night's, and whoever is notified of crashes hears of it.
 Notifications: a flow run that failed or crashed, and a promotion, are told to the notification blocks of Prefect that
 TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,smtp-mail/ops.
 
-Deployments that earlier versions had are deleted, and the server learns of this package's types of blocks.
+Deployments that earlier versions had are deleted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from datetime import timedelta
 from uuid import UUID
 
 from prefect import get_client
 from prefect.automations import Automation
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
+from prefect.workers.process import ProcessWorker
 
+from diffusion.settings import settings
 from flows.credentials import S3Credentials
 from flows.mail import SmtpMail
 
+WORK_POOL = "train-diffusion"
 ZOMBIES = "train-diffusion: mark silent runs as crashed"
 PROMOTED = "train-diffusion.promoted"  # the event of flows/tasks/promote.py
 OF_THE_FLOWS: dict[str, str | list[str]] = {
@@ -115,14 +119,24 @@ async def remove_retired() -> None:
             print(f"deleted the deployment {name}, which prefect.yaml has no more")
 
 
+async def make_work_pool() -> None:
+    """The pool that the deployments name, of processes on the worker's machine."""
+    pool = WorkPoolCreate(
+        name=WORK_POOL, type="process", base_job_template=ProcessWorker.get_default_base_job_template()
+    )
+    async with get_client() as client:
+        await client.create_work_pool(pool, overwrite=True)
+
+
 async def main() -> None:
     """Make the automations that are not there. Those that are stay: with them the server would forget whom it listens for."""
+    await make_work_pool()
     for block_type in (S3Credentials, SmtpMail):
         await block_type.register_type_and_schema()
     await remove_retired()
     wanted = [zombies()]
-    for block in filter(None, os.environ.get("TRAIN_DIFFUSION_NOTIFY", "").split(",")):
-        wanted += notifications(block.strip(), await find_block(block.strip()))
+    for block in settings().notify:
+        wanted += notifications(block, await find_block(block))
     for automation in wanted:
         try:
             known = await Automation.aread(name=automation.name)

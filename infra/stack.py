@@ -25,12 +25,17 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from diffusion.errors import UserError
+from diffusion.errors import SettingsError, UserError
+from diffusion.settings import settings
 from diffusion.trust.private import use_private_home, write_private
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
-HOME = Path(os.environ.get("TRAIN_DIFFUSION_HOME", PROJECT / "var")).absolute()
+os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
+try:
+    HOME = settings().home
+except SettingsError as error:
+    raise SystemExit(f"error: {error}") from None
 STACK = HOME / "stack"
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 MLFLOW_USERS = STACK / "mlflow-auth.db"
@@ -213,12 +218,10 @@ def follow_password(password: str) -> None:
 
 
 def register_deployments(env: dict[str, str]) -> None:
-    """The work pool, the deployments of prefect.yaml, the automations."""
-    prefect = [str(BIN / "prefect"), "--no-prompt"]
+    """The work pool and the automations, then the deployments of prefect.yaml."""
     for command in (
-        [*prefect, "work-pool", "create", "train-diffusion", "--type", "process", "--overwrite"],
-        [*prefect, "deploy", "--all"],
         [sys.executable, "infra/automations.py"],
+        [str(BIN / "prefect"), "--no-prompt", "deploy", "--all"],
     ):
         done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
         if done.returncode != 0:
@@ -239,10 +242,10 @@ def up() -> None:
     (HOME / "prefect").mkdir(parents=True, exist_ok=True)
     if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
         down()
-    prefect_port, mlflow_port = int(os.environ.get("PREFECT_PORT", "4200")), int(os.environ.get("MLFLOW_PORT", "5000"))
+    prefect_port, mlflow_port = settings().prefect_port, settings().mlflow_port
     check_port(prefect_port, "Prefect", "PREFECT_PORT")
     check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
-    password = None if os.environ.get("AUTH") == "off" else known_password(STACK)
+    password = None if settings().auth == "off" else known_password(STACK)
     addresses = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}", password)
 
     print("starting the Prefect server and the MLflow server …", flush=True)

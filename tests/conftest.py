@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+
+# Before anything imports numpy or torch: two threads on two busy cores make small sums ten times slower than one.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,9 +29,14 @@ from diffusion.data.eurosat import Source, read_archive
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import FolderStore
-from diffusion.recipe import Recipe, load_recipe
+from diffusion.recipe import Recipe
+from diffusion.recipe_files import load_recipe
 
+pytest_plugins = ["tests.running"]
 BIN = Path(sys.executable).parent
+UMASK = 0o022
+"""What most machines have. Flows and jobs that run in the tests' own process change it for the rest of that process."""
+os.umask(UMASK)
 
 # No test is about time: a busy machine must not fail one.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -55,6 +65,29 @@ TINY: dict[str, Any] = {
 def tiny_recipe(**overrides: Any) -> Recipe:
     """A recipe that trains in seconds; overrides with `__` for the dot."""
     return load_recipe("demo", TINY | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+SERVERS = ("stack", "prefect_server", "s3", "mlflow_server")
+"""What takes long to start and is shared by all tests of a worker."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (pytest -n 2): tests that share a server go to one worker, those of a slow file together.
+
+    Those that change or end a server that others use come last.
+    """
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        shared = [name for name in SERVERS if name in names]
+        if shared or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+    items.sort(key=lambda item: last.args[0] if (last := item.get_closest_marker("last")) else 0)
+
+
+@pytest.fixture(autouse=True)
+def _usual_umask() -> Iterator[None]:
+    yield
+    os.umask(UMASK)
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +124,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRAIN_DIFFUSION_HOME", str(tmp_path / "var"))
     return tmp_path / "var"
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database as its first use makes it, which takes six seconds."""
+    from diffusion.tracking.connection import connect
+
+    path = tmp_path_factory.mktemp("mlflow-empty") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def home_with_mlflow(home: Path, empty_mlflow: Path) -> Path:
+    """A home in which MLflow has been used before."""
+    (home / "mlflow").mkdir(parents=True)
+    shutil.copy(empty_mlflow, home / "mlflow" / "mlflow.db")
+    return home
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from diffusion.data.store import FolderStore
 from diffusion.job import JobSpec, TrainingJob
@@ -12,6 +13,7 @@ from diffusion.recipe import Recipe
 from diffusion.training.state import folder
 from flows.launcher import run_job
 from tests.conftest import Ingested
+from tests.ranks import fork_rank
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -48,7 +50,8 @@ class Trainer:
 
 
 def start(where: Path, spec: JobSpec, module: str, processes: int) -> None:
-    run_job(module, spec, where, processes, lambda progress: None, lambda line: None, threads=1)
+    with mock.patch("flows.launcher._start", fork_rank):
+        run_job(module, spec, where, processes, lambda progress: None, lambda line: None, threads=1)
 
 
 def digest(store: FolderStore, run: str, step: int) -> str:

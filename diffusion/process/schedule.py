@@ -20,6 +20,11 @@ def noise_variance(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(-log_snr)
 
 
+def noise_to_signal(log_snr: Tensor) -> float:
+    """sigma = exp(-log_snr / 2) of one noise level: the noise's standard deviation beside data of variance one, unscaled."""
+    return math.exp(-0.5 * float(log_snr))
+
+
 def log_snr_of_log_alpha_bar(log_alpha_bar: Tensor) -> Tensor:
     """log(alpha_bar / (1 - alpha_bar)) from log(alpha_bar), without cancellation at either end."""
     return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))

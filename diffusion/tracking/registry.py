@@ -33,9 +33,11 @@ INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "se
 
 def protocol(evaluation: Evaluation) -> str:
     """How a version's figures were made: all that must be alike before two are compared."""
+    interval = evaluation.guidance_interval
+    where = f" at noise of {interval[0]:g} to {interval[1]:g}" if interval else ""
     return (
         f"{PROTOCOL}; {evaluation.samples} samples by {evaluation.sampler} in {evaluation.sampler_steps} steps ({evaluation.spacing}, "
-        f"eta {evaluation.eta:g}, guidance {evaluation.guidance:g}); bits/dim of {evaluation.likelihood_images} images at "
+        f"eta {evaluation.eta:g}, guidance {evaluation.guidance:g}{where}); bits/dim of {evaluation.likelihood_images} images at "
         f"{evaluation.likelihood_timesteps} timesteps"
     )
 

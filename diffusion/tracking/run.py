@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
-from diffusion.recipe import Recipe, Start, flatten, load_recipe
+from diffusion.recipe import Recipe, Start, flatten
+from diffusion.recipe_files import load_recipe, preset_names
 from diffusion.tracking.figures import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.legend import legend
 from diffusion.tracking.promotion import Decision
@@ -234,8 +235,19 @@ def headline_values(recipe: Recipe) -> dict[str, str]:
 
     The whole recipe is the artifact `recipe.json`.
     """
-    own, preset = flatten(recipe), flatten(load_recipe(recipe.name))
+    own, preset = flatten(recipe), flatten(_without_choices(recipe))
     return {key: value for key, value in own.items() if key in HEADLINE_VALUES or value != preset.get(key)}
+
+
+def _without_choices(recipe: Recipe) -> Recipe:
+    """What it departed from: the preset, or for a recipe of the user's own file the defaults."""
+    if recipe.name in preset_names():
+        return load_recipe(recipe.name)
+    required = {
+        part: {name: getattr(value, name) for name, field in type(value).model_fields.items() if field.is_required()}
+        for part, value in (("data", recipe.data), ("network", recipe.network), ("evaluation", recipe.evaluation))
+    }
+    return Recipe.model_validate({"name": recipe.name, **required})
 
 
 def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:

@@ -10,6 +10,7 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.running import Training
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
@@ -30,15 +31,15 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def password(project: Project) -> str:
-    return project.servers["MLFLOW_TRACKING_PASSWORD"]
+def password(stack: Project) -> str:
+    return stack.servers["MLFLOW_TRACKING_PASSWORD"]
 
 
 @pytest.fixture
-def mlflow_page(browser: Browser, project: Project, trained: str) -> Iterator[Page]:
+def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(
         viewport={"width": 1440, "height": 1100},
-        http_credentials={"username": "admin", "password": password(project)},
+        http_credentials={"username": "admin", "password": password(stack)},
     )
     context.set_default_timeout(PATIENCE)
     yield context.new_page()
@@ -46,40 +47,40 @@ def mlflow_page(browser: Browser, project: Project, trained: str) -> Iterator[Pa
 
 
 @pytest.fixture
-def prefect_page(browser: Browser, project: Project, trained: str) -> Iterator[Page]:
+def prefect_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1440, "height": 1400})
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
-    page.goto(prefect_address(project))
+    page.goto(prefect_address(stack))
     # What the login form keeps.
-    page.evaluate("secret => localStorage.setItem('prefect-password', btoa('admin:' + secret))", password(project))
+    page.evaluate("secret => localStorage.setItem('prefect-password', btoa('admin:' + secret))", password(stack))
     yield page
     context.close()
 
 
-def mlflow_address(project: Project) -> str:
-    return f"{project.servers['MLFLOW_TRACKING_URI']}/#"
+def mlflow_address(stack: Project) -> str:
+    return f"{stack.servers['MLFLOW_TRACKING_URI']}/#"
 
 
-def prefect_address(project: Project) -> str:
-    return project.servers["PREFECT_API_URL"].removesuffix("/api")
+def prefect_address(stack: Project) -> str:
+    return stack.servers["PREFECT_API_URL"].removesuffix("/api")
 
 
-def ask(project: Project, url: str, body: dict[str, Any]) -> Any:
-    answer = requests.post(url, json=body, auth=("admin", password(project)), timeout=30)
+def ask(stack: Project, url: str, body: dict[str, Any]) -> Any:
+    answer = requests.post(url, json=body, auth=("admin", password(stack)), timeout=30)
     answer.raise_for_status()
     return answer.json()
 
 
 @pytest.fixture
-def run(project: Project, trained: str) -> dict[str, Any]:
+def run(stack: Project, training: Training) -> dict[str, Any]:
     """The MLflow run."""
-    url = f"{project.servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/runs/search"
-    return dict(ask(project, url, {"experiment_ids": ["1"]})["runs"][0]["info"])
+    url = f"{stack.servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/runs/search"
+    return dict(ask(stack, url, {"experiment_ids": ["1"]})["runs"][0]["info"])
 
 
-def test_the_run_page_of_mlflow(mlflow_page: Page, project: Project, run: dict[str, Any]) -> None:
-    experiment = f"{mlflow_address(project)}/experiments/{run['experiment_id']}"
+def test_the_run_page_of_mlflow(mlflow_page: Page, stack: Project, run: dict[str, Any]) -> None:
+    experiment = f"{mlflow_address(stack)}/experiments/{run['experiment_id']}"
     mlflow_page.goto(f"{experiment}/runs")
     mlflow_page.get_by_role("link", name=run["run_name"]).first.wait_for()
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}")
@@ -106,27 +107,27 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, project: Project, run: dict[s
     inside.get_by_role("heading", name="Promotion").wait_for()
 
 
-def test_the_model_page_of_mlflow(mlflow_page: Page, project: Project) -> None:
-    mlflow_page.goto(f"{mlflow_address(project)}/models/{MODEL}")
+def test_the_model_page_of_mlflow(mlflow_page: Page, stack: Project) -> None:
+    mlflow_page.goto(f"{mlflow_address(stack)}/models/{MODEL}")
     mlflow_page.get_by_text("@ champion").first.wait_for()
     mlflow_page.get_by_text("demo, seed 0: fid_eurosat").first.wait_for()
-    mlflow_page.goto(f"{mlflow_address(project)}/models/{MODEL}/versions/1")
+    mlflow_page.goto(f"{mlflow_address(stack)}/models/{MODEL}/versions/1")
     for text in ("Reproduce", "Limits", "Lineage", "It is the first version"):
         mlflow_page.get_by_text(text).first.wait_for()
 
 
-def test_the_flow_run_page_of_prefect(prefect_page: Page, project: Project) -> None:
-    api = project.servers["PREFECT_API_URL"]
+def test_the_flow_run_page_of_prefect(prefect_page: Page, stack: Project) -> None:
+    api = stack.servers["PREFECT_API_URL"]
     completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    flow_run = ask(project, f"{api}/flow_runs/filter", completed)[0]
-    prefect_page.goto(f"{prefect_address(project)}/runs/flow-run/{flow_run['id']}")
+    flow_run = ask(stack, f"{api}/flow_runs/filter", completed)[0]
+    prefect_page.goto(f"{prefect_address(stack)}/runs/flow-run/{flow_run['id']}")
     prefect_page.get_by_text(flow_run["name"]).first.wait_for()
     prefect_page.get_by_text("Completed").first.wait_for()
     prefect_page.locator("#task-runs").click()
     for name in ("train to step 16", "evaluate step 16", "promote version 1", "report"):
         prefect_page.get_by_text(name).first.wait_for()
-    artifact = ask(project, f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["report"]}}})[0]
-    prefect_page.goto(f"{prefect_address(project)}/artifacts/artifact/{artifact['id']}")
+    artifact = ask(stack, f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["report"]}}})[0]
+    prefect_page.goto(f"{prefect_address(stack)}/artifacts/artifact/{artifact['id']}")
     prefect_page.get_by_role("link", name="Gallery").wait_for()
     prefect_page.get_by_text("bits_per_dim is below that of no model").wait_for()
     prefect_page.wait_for_function("[...document.images].some(one => one.naturalWidth > 300)")
@@ -135,9 +136,9 @@ def test_the_flow_run_page_of_prefect(prefect_page: Page, project: Project) -> N
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 390])
 def test_the_gallery_on_any_width_light_and_dark(
-    browser: Browser, project: Project, run: dict[str, Any], width: int, scheme: Any
+    browser: Browser, stack: Project, run: dict[str, Any], width: int, scheme: Any
 ) -> None:
-    (file,) = (project.folder / "var/mlflow/artifacts").glob(f"*/{run['run_id']}/artifacts/gallery.html")
+    (file,) = (stack.folder / "var/mlflow/artifacts").glob(f"*/{run['run_id']}/artifacts/gallery.html")
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     asked: list[str] = []

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from flows.deployment_plugin import bare_name_position
+from tests.running import Training, stack_processes
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
@@ -27,28 +28,22 @@ def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str
     return found[0]
 
 
-def stack_processes(project: Project) -> list[psutil.Process]:
-    names = ("prefect-server", "mlflow-server", "worker")
-    roots = [psutil.Process(int((project.folder / f"var/stack/{name}.pid").read_text().split()[0])) for name in names]
-    return [process for root in roots for process in (root, *root.children(recursive=True))]
-
-
-def test_the_literal_command_trains_a_model(project: Project, trained: str, received: list[dict[str, str]]) -> None:
-    assert "train-diffusion/train-diffusion" in trained
-    assert "Completed" in trained
-    servers = project.servers
+def test_the_literal_command_trains_a_model(stack: Project, training: Training, received: list[dict[str, str]]) -> None:
+    assert "train-diffusion/train-diffusion" in training.printed
+    assert "Completed" in training.printed
+    servers = stack.servers
     code = (
         "from mlflow import MlflowClient; c = MlflowClient(); r = c.search_runs([c.get_experiment_by_name('train-diffusion')"
         ".experiment_id])[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
         "print(c.get_model_version_by_alias('generated-fields-and-water-ddpm', 'champion').version)"
     )
-    found = project.shell(sys.executable, "-c", code, env={"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
+    found = stack.shell(sys.executable, "-c", code, env={"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
     assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr
     assert "It is the first version" in wait_for_message(received, "A new model is live")["body"]
 
 
-def test_a_failure_is_told(project: Project, received: list[dict[str, str]], mails: tuple[int, list[str]]) -> None:
-    done = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip", "--watch")
+def test_a_failure_is_told(stack: Project, received: list[dict[str, str]], mails: tuple[int, list[str]]) -> None:
+    done = stack.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip", "--watch")
     assert done.returncode == 1, done.stdout
     message = wait_for_message(received, "Failed")
     assert "No archive at /no/such.zip" in message["body"]
@@ -60,13 +55,13 @@ def test_a_failure_is_told(project: Project, received: list[dict[str, str]], mai
     assert "To: owner@example.org" in mails[1][-1]
 
 
-def test_nothing_is_written_to_the_home_folder(project: Project) -> None:
-    project.shell("prefect", "deployment", "ls")
-    left = {path.name for path in Path(project.env["HOME"]).rglob("*")}
+def test_nothing_is_written_to_the_home_folder(stack: Project) -> None:
+    stack.shell("prefect", "deployment", "ls")
+    left = {path.name for path in Path(stack.env["HOME"]).rglob("*")}
     assert not {name for name in left if "prefect" in name or "mlflow" in name}, left
 
 
-def test_the_deployments_are_there_scheduled_and_refuse_to_overlap(project: Project) -> None:
+def test_the_deployments_are_there_scheduled_and_refuse_to_overlap(stack: Project) -> None:
     code = """
 import asyncio, json
 from prefect import get_client
@@ -79,8 +74,8 @@ async def main():
             print(json.dumps([d.name, schedule, limit, keys]))
 asyncio.run(main())
 """
-    servers = project.servers
-    done = project.shell(sys.executable, "-c", code, env=servers)
+    servers = stack.servers
+    done = stack.shell(sys.executable, "-c", code, env=servers)
     found = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
     keys = [
         "preset",
@@ -104,7 +99,7 @@ asyncio.run(main())
     }, done.stderr
 
 
-def test_a_deployment_that_an_earlier_version_scheduled_is_deleted(project: Project) -> None:
+def test_a_deployment_that_an_earlier_version_scheduled_is_deleted(stack: Project) -> None:
     code = """
 import asyncio, sys
 from prefect import get_client
@@ -116,76 +111,79 @@ async def main():
         print(sorted({d.name for d in await client.read_deployments()}))
 asyncio.run(main())
 """
-    env = project.servers
-    before = project.shell(sys.executable, "-c", code, "make it", env=env)
+    env = stack.servers
+    before = stack.shell(sys.executable, "-c", code, "make it", env=env)
     assert "nightly" in before.stdout, before.stderr
-    done = project.shell(sys.executable, "infra/automations.py", env=env)
+    done = stack.shell(sys.executable, "infra/automations.py", env=env)
     assert "deleted the deployment train-diffusion/nightly" in done.stdout, done.stderr
-    assert project.shell(sys.executable, "-c", code, env=env).stdout == "['clean-up', 'train-diffusion']\n"
+    assert stack.shell(sys.executable, "-c", code, env=env).stdout == "['clean-up', 'train-diffusion']\n"
 
 
-def test_other_names_are_resolved_left_alone_or_refused_with_help(project: Project) -> None:
-    inspected = project.shell("prefect", "deployment", "inspect", "clean-up/clean-up")
+def test_other_names_are_resolved_left_alone_or_refused_with_help(stack: Project) -> None:
+    inspected = stack.shell("prefect", "deployment", "inspect", "clean-up/clean-up")
     assert inspected.returncode == 0, inspected.stderr
-    refused = project.shell("prefect", "deployment", "run", "nothing-like-it")
+    refused = stack.shell("prefect", "deployment", "run", "nothing-like-it")
     assert refused.returncode == 1
     assert "clean-up/clean-up, train-diffusion/train-diffusion" in refused.stderr
-    wrong = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
+    wrong = stack.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
     assert wrong.returncode == 1
     assert "not one of" in wrong.stdout + wrong.stderr
-    module = project.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
+    module = stack.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
     assert "no deployment" in module.stderr
-    elsewhere = project.shell(
+    elsewhere = stack.shell(
         "prefect", "deployment", "run", "train-diffusion", env={"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     )
     assert elsewhere.returncode == 1
     assert "does not answer" in elsewhere.stderr
 
 
-def test_the_servers_want_credentials_and_listen_on_loopback_only(project: Project) -> None:
-    servers = project.servers
+def test_the_servers_want_credentials_and_listen_on_loopback_only(stack: Project) -> None:
+    servers = stack.servers
     password = servers["MLFLOW_TRACKING_PASSWORD"]
-    assert password not in project.printed, "in a pipe it would stay"
-    assert str(project.folder / "var/stack/password") in project.printed
-    assert oct((project.folder / "var/stack/servers.json").stat().st_mode & 0o777) == "0o600"
+    assert password not in stack.printed, "in a pipe it would stay"
+    assert str(stack.folder / "var/stack/password") in stack.printed
+    assert oct((stack.folder / "var/stack/servers.json").stat().st_mode & 0o777) == "0o600"
     for url in (servers["PREFECT_API_URL"] + "/admin/version", servers["MLFLOW_TRACKING_URI"] + "/version"):
-        denied = project.shell(
+        denied = stack.shell(
             sys.executable,
             "-c",
             f"import requests; print(requests.get({url!r}).status_code, "
             f"requests.get({url!r}, auth=('admin', {password!r})).status_code)",
         )
         assert denied.stdout.split() == ["401", "200"], denied.stdout + denied.stderr
-    listening = {c.laddr.ip for p in stack_processes(project) for c in p.net_connections("tcp") if c.status == "LISTEN"}
-    assert listening == {"127.0.0.1"}
-    for log in (project.folder / "var/stack").glob("*.log"):
+    for log in (stack.folder / "var/stack").glob("*.log"):
         assert password not in log.read_text()
 
 
-def test_a_profile_makes_the_command_work_from_any_folder(project: Project, tmp_path: Path) -> None:
-    before = project.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
+def test_a_profile_makes_the_command_work_from_any_folder(stack: Project, tmp_path: Path) -> None:
+    before = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
     assert "no deployment" not in before.stderr
-    made = project.shell(sys.executable, "infra/profile.py")
+    made = stack.shell(sys.executable, "infra/profile.py")
     assert made.returncode == 0, made.stderr
-    after = project.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
+    after = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
     assert "train-diffusion/train-diffusion" in after.stderr, after.stdout + after.stderr
-    profiles = Path(project.env["HOME"]) / ".prefect" / "profiles.toml"
+    profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
     assert oct(profiles.stat().st_mode & 0o777) == "0o600"
 
 
-def test_down_stops_all_of_it_and_only_it(project: Project) -> None:
-    processes = stack_processes(project)
+@pytest.mark.last(2)
+def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
+    roots = stack_processes(stack)
+    processes = [process for root in roots for process in (root, *root.children(recursive=True))]
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        assert project.stack("down").returncode == 0
+        assert stack.stack("down").returncode == 0
         _, alive = psutil.wait_procs(processes, timeout=10)
         assert alive == []
         assert bystander.poll() is None
     finally:
         bystander.kill()
-    assert "not running" in project.stack("status").stdout
-    gone = project.shell("prefect", "deployment", "run", "train-diffusion", folder=project.folder.parent)
+    assert "not running" in stack.stack("status").stdout
+    gone = stack.shell("prefect", "deployment", "run", "train-diffusion", folder=stack.folder.parent)
     assert gone.returncode != 0
+    # A profile's address goes with the servers: who listens there next is told nothing.
+    profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
+    assert "PREFECT_API" not in profiles.read_text()
 
 
 @pytest.mark.parametrize(

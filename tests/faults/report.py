@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -25,17 +22,17 @@ class Kill:
     """Weights and journal to the bit, and each metric once."""
 
 
-def write_report(kills: list[Kill], seed: int) -> None:
-    """Print the table, and write every kill to the file that SOAK_REPORT names."""
+def table(kills: list[Kill]) -> str:
+    """What was killed, as often as it was, with the longest of the times."""
     groups: dict[str, list[Kill]] = defaultdict(list)
     for kill in kills:
         groups[kill.victim].append(kill)
-    print(
-        f"\nseed {seed}, {len(kills)} kills\n| killed | times | tree gone after (s, most) | going on after (s, most) | identical |"
-    )
-    print("| --- | --- | --- | --- | --- |")
+    lines = [
+        "| killed | times | tree gone after (s, most) | going on after (s, most) | identical |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for victim, own in sorted(groups.items()):
         gone, recovered = max(k.gone_seconds for k in own), max(k.recovered_seconds for k in own)
-        print(f"| {victim} | {len(own)} | {gone} | {recovered} | {'yes' if all(k.identical for k in own) else 'NO'} |")
-    if path := os.environ.get("SOAK_REPORT"):
-        Path(path).write_text(json.dumps({"seed": seed, "kills": [asdict(kill) for kill in kills]}, indent=1) + "\n")
+        identical = "yes" if all(k.identical for k in own) else "NO"
+        lines.append(f"| {victim} | {len(own)} | {gone} | {recovered} | {identical} |")
+    return "\n".join(lines)

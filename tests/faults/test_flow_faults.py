@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -22,20 +21,21 @@ from diffusion.data.eurosat import Source
 from diffusion.data.ingest import ingest
 from diffusion.data.store import FolderStore
 from diffusion.job import TrainingJob
-from diffusion.recipe import Recipe, load_recipe
+from diffusion.recipe_files import load_recipe
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
 from tests.conftest import TINY
-from tests.faults.report import Kill, write_report
+from tests.faults.conftest import SEED
+from tests.faults.report import Kill
 from tests.processes import wait_until_ended
 from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("SOAK_SEED", "20261124"))
 STEPS = 250
 OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS // 2}
-GONE_SECONDS = 15.0
+GONE_SECONDS = 90.0
+"""Patience, not a promise: how long it took is in the table."""
 COMMIT = "c" * 40
 
 QUERIES = """
@@ -92,35 +92,27 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def expected(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[str, bytes]]:
-    """Weights and journal of an undisturbed training with some seed."""
-
-    def train(seed: int) -> tuple[str, bytes]:
-        tmp_path = tmp_path_factory.mktemp("undisturbed")
-        store = FolderStore(tmp_path / "store")
-        manifest = ingest(source, store)  # cut into shards as the flow does it: the order depends on them
-        job = TrainingJob(
-            run="undisturbed",
-            store=store.uri,
-            dataset=manifest.digest,
-            shard_copies=tmp_path,
-            recipe=recipe(seed),
-            until=STEPS,
-            checkpoint_every=1000,
-        )
-        run_job("diffusion.training.job", job, tmp_path / "job", 1, lambda p: None, lambda line: None, threads=1)
-        return weights(store, "undisturbed"), (tmp_path / "job" / JOURNAL).read_bytes()
-
-    return train
+def expected(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """Weights and journal of an undisturbed training."""
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    store = FolderStore(tmp_path / "store")
+    manifest = ingest(source, store)  # cut into shards as the flow does it: the order depends on them
+    job = TrainingJob(
+        run="undisturbed",
+        store=store.uri,
+        dataset=manifest.digest,
+        shard_copies=tmp_path,
+        recipe=load_recipe("demo", OVERRIDES),
+        until=STEPS,
+        checkpoint_every=1000,
+    )
+    run_job("diffusion.training.job", job, tmp_path / "job", 1, lambda p: None, lambda line: None, threads=1)
+    return weights(store, "undisturbed"), (tmp_path / "job" / JOURNAL).read_bytes()
 
 
 def moment(victim: str) -> int:
     """A step to strike at, drawn from the recorded seed."""
     return random.Random(f"{SEED} {victim}").randrange(10, 180)
-
-
-def recipe(seed: int) -> Recipe:
-    return load_recipe("demo", OVERRIDES, seed)
 
 
 def weights(store: FolderStore, run: str) -> str:
@@ -133,9 +125,9 @@ def weights(store: FolderStore, run: str) -> str:
 class FlowRun:
     """One run of the deployment."""
 
-    def __init__(self, project: Project, seed: int) -> None:
+    def __init__(self, project: Project) -> None:
         self.project = project
-        parameters = {"preset": "demo", "source": "generated", "overrides": OVERRIDES, "seed": seed}
+        parameters = {"preset": "demo", "source": "generated", "overrides": OVERRIDES}
         command = ["prefect", "deployment", "run", "train-diffusion", "--params", json.dumps(parameters)]
         done = project.shell(*command)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -240,10 +232,10 @@ def assert_the_same(project: Project, key: str, told: dict[str, Any], expected: 
 
 
 def test_a_rank_and_servers_that_die_cost_neither_a_step_nor_a_point(
-    project: Project, expected: Callable[[int], tuple[str, bytes]]
+    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]
 ) -> None:
-    run = FlowRun(project, seed=1)
-    key = f"demo-seed1-{run.id}"
+    run = FlowRun(project)
+    key = f"demo-seed0-{run.id}"
     strikes = sorted((moment(victim), victim) for victim in ("rank", "mlflow-server", "prefect-server"))
     for step, victim in strikes:
         run.wait_for_step(step, key)
@@ -253,15 +245,15 @@ def test_a_rank_and_servers_that_die_cost_neither_a_step_nor_a_point(
             kill_and_restart(project, victim, away=random.Random(step).uniform(1, 6))
     told = run.wait_for_end()
     assert told["state"][0] == "COMPLETED", told["state"]
-    assert_the_same(project, key, told, expected(1))
-    write_report([Kill(key, victim, "training", step, 0.0, 0.0, True) for step, victim in strikes], SEED)
+    assert_the_same(project, key, told, expected)
+    tell([Kill(key, victim, "training", step, 0.0, 0.0, True) for step, victim in strikes])
 
 
 def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
-    project: Project, expected: Callable[[int], tuple[str, bytes]]
+    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]
 ) -> None:
-    run = FlowRun(project, seed=5)
-    key = f"demo-seed5-{run.id}"
+    run = FlowRun(project)
+    key = f"demo-seed0-{run.id}"
     run.wait_for_step(moment("cancelled"), key)
     tree = [flow_process(project), *flow_process(project).children(recursive=True)]
     asked = time.monotonic()
@@ -270,19 +262,18 @@ def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
     run.wait_for(lambda: wait_until_ended(tree, time.monotonic()) == [], 30)
     gone = time.monotonic() - asked
     run.wait_for(lambda: run.told()["state"][0] == "CANCELLED", 30)
-    assert gone < GONE_SECONDS, gone
     (tracked,) = [one for one in run.told()["runs"] if one["key"] == key]
     assert tracked["status"] == "KILLED"
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert f"{step:09d}" in {path.name for path in (project.folder / "var/store/checkpoints" / key).iterdir()}
     started = time.monotonic()
-    again = FlowRun(project, seed=5)
+    again = FlowRun(project)
     again.wait_for_step(step + 1, key)
     recovered = time.monotonic() - started
     told = again.wait_for_end()
     assert told["state"][0] == "COMPLETED", told["state"]
-    assert_the_same(project, key, told, expected(5))
-    write_report([Kill(key, "flow, cancelled", "training", step, round(gone, 1), round(recovered, 1), True)], SEED)
+    assert_the_same(project, key, told, expected)
+    tell([Kill(key, "flow, cancelled", "training", step, round(gone, 1), round(recovered, 1), True)])
 
 
 def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
@@ -307,11 +298,10 @@ def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
 
 @pytest.mark.parametrize("victim", ["flow", "worker", "flow and worker"])
 def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
-    project: Project, expected: Callable[[int], tuple[str, bytes]], victim: str
+    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None], victim: str
 ) -> None:
-    seed = {"flow": 2, "worker": 3, "flow and worker": 4}[victim]
-    run = FlowRun(project, seed)
-    key = f"demo-seed{seed}-{run.id}"
+    run = FlowRun(project)
+    key = f"demo-seed0-{run.id}"
     run.wait_for_step(moment(victim), key)
     tree = [flow_process(project), *flow_process(project).children(recursive=True)]
     killed = time.monotonic()
@@ -332,10 +322,10 @@ def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
         restart()
 
     started = time.monotonic()
-    again = FlowRun(project, seed)
+    again = FlowRun(project)
     again.wait_for_step(step + 1, key)
     recovered = time.monotonic() - started
     told = again.wait_for_end()
     assert told["state"][0] == "COMPLETED", told["state"]
-    assert_the_same(project, key, told, expected(seed))
-    write_report([Kill(key, victim, "training", step, round(gone, 1), round(recovered, 1), True)], SEED)
+    assert_the_same(project, key, told, expected)
+    tell([Kill(key, victim, "training", step, round(gone, 1), round(recovered, 1), True)])

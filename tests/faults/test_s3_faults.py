@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +24,8 @@ from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
 from tests.conftest import Ingested, S3Server, start_s3, tiny_recipe
-from tests.faults.report import Kill, write_report
+from tests.faults.conftest import SEED
+from tests.faults.report import Kill
 from tests.faults.s3_proxy import Faults, proxy
 
 pytestmark = pytest.mark.slow
@@ -173,11 +173,15 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
 
 
 def test_the_server_itself_is_killed_at_random_moments(
-    monkeypatch: pytest.MonkeyPatch, source: Source, ingested: Ingested, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    source: Source,
+    ingested: Ingested,
+    tmp_path: Path,
+    tell: Callable[[list[Kill]], None],
 ) -> None:
     """Three times it is killed and stays away for a while; a job that this ends is begun again, as the flow does."""
-    steps, every, seed = 400, 20, int(os.environ.get("SOAK_SEED", "20261124"))
-    moments = random.Random(seed)
+    steps, every = 400, 20
+    moments = random.Random(SEED)
     kills = sorted(moments.sample(range(20, 360), 3))
     away = [moments.uniform(1, 6) for _ in kills]
     quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every)
@@ -211,7 +215,7 @@ def test_the_server_itself_is_killed_at_random_moments(
         server.kill()
     assert found.sha256 == expected.sha256
     assert len(done) == len(kills)
-    write_report(done, seed)
+    tell(done)
 
 
 def kill_server_at(server: S3Server, journal: Path, kills: list[int], away: list[float], done: list[Kill]) -> None:

@@ -20,16 +20,20 @@ from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import champion_version
 from diffusion.training.state import load_state
+from flows import launcher
 from tests.conftest import TINY
+from tests.ranks import fork_rank
 
 pytestmark = pytest.mark.slow
 
 MODEL = f"{generated.NAME}-ddpm"
+START_RANK = launcher._start
 
 
 @pytest.fixture
-def run_flow(prefect_server: None, home: Path, archive: Path) -> Any:
-    """Runs the flow on the tiny recipe, on the small generated archive."""
+def run_flow(prefect_server: None, home_with_mlflow: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the flow on the tiny recipe, on the small generated archive; its ranks are forked."""
+    monkeypatch.setattr("flows.launcher._start", fork_rank)
     place = settings().downloads / f"{generated.NAME}-{generated.VERSION}.zip"
     place.parent.mkdir(parents=True)
     place.symlink_to(archive)
@@ -60,8 +64,13 @@ def states_by_task() -> dict[str, list[str]]:
     return found
 
 
-def test_the_flow_trains_scores_registers_and_competes(run_flow: Any, home: Path) -> None:
-    first = run_flow()
+def test_the_flow_trains_scores_registers_and_competes(
+    run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as product:  # for once with ranks and a database of its own
+        product.setattr("flows.launcher._start", START_RANK)
+        (home / "mlflow" / "mlflow.db").unlink()
+        first = run_flow()
     assert "champion" in first.rows["model version"]
     assert first.rows["dataset"].startswith("generated-fields-and-water")
     client = connect(settings().tracking_uri)

@@ -22,8 +22,9 @@ STARTS = {"r3": "r1", "r5": "r2"}  # the champion went on from r1, the run under
 
 
 @pytest.fixture
-def six_nights(home: Path) -> MlflowClient:
+def six_nights(home_with_mlflow: Path) -> MlflowClient:
     """Six runs of which each made a version; version 1 was champion, 4 is, and the last run is under way."""
+    home = home_with_mlflow
     client, experiment_id = open_tracking(settings())
     store = open_store(settings().store_uri)
     client.create_registered_model(MODEL)

@@ -233,7 +233,7 @@ def test_yaml_that_names_its_own_parts_again_and_again_stays_small() -> None:
         before = chr(ord(letter) - 1)
         bomb = f"[{bomb}, &{letter} [{', '.join([f'*{before}'] * 8)}]]" if letter != "b" else f"[{bomb}, &b [*a,*a,*a]]"
     code = f"""
-from diffusion.recipe import load_recipe
+from diffusion.recipe_files import load_recipe
 from diffusion.errors import RecipeError
 try:
     load_recipe("demo", {{"data.images": {bomb!r}}})

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 import diffusion
 from diffusion.errors import TrackingError
-from tests.security.conftest import Seen
+from tests.running import Training
 from tests.stack import Project
 
 MODEL = "generated-fields-and-water-ddpm"
@@ -24,7 +24,7 @@ CHANGES = {
 
 @pytest.mark.slow
 def test_changed_files_are_refused_before_their_code_runs(
-    seen: dict[int, Seen], stack: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: Training, stack: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in stack.servers.items():
         if name.startswith("MLFLOW_"):

@@ -14,7 +14,8 @@ from diffusion.errors import DataError, RecipeError, StoreError
 from diffusion.evaluation.reference import Reference, load_reference, write_reference
 from diffusion.evaluation.statistics import Moments
 from diffusion.job import TrainingJob
-from diffusion.recipe import Start, load_recipe
+from diffusion.recipe import Start
+from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
@@ -90,8 +91,9 @@ def test_a_run_is_not_named_so(name: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hostile(home: Path) -> tuple[MlflowClient, str, Path]:
+def hostile(home_with_mlflow: Path) -> tuple[MlflowClient, str, Path]:
     """An experiment in which somebody has written into the tags of runs, and a folder that they are after."""
+    home = home_with_mlflow
     client, experiment = open_tracking(settings())
     victim = home.parent / "victim"
     (victim / "deep").mkdir(parents=True)

@@ -43,7 +43,8 @@ def demo(home: Path, **env: str) -> str:
     """All that a demo says and leaves, which is expected to be refused."""
     command = [sys.executable, "-m", "flows.demo", "--source", "generated"]
     command += ["--set", "evaluation.extractors=[inception]"] if "TRAIN_DIFFUSION_INCEPTION" in env else []
-    environment = os.environ | {"TRAIN_DIFFUSION_HOME": str(home), "AWS_DEFAULT_REGION": "us-east-1"} | env
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home.parent), "TRAIN_DIFFUSION_HOME": str(home)}
+    environment |= {"AWS_DEFAULT_REGION": "us-east-1"} | env
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout
     assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr

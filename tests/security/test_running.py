@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.conftest import STORE_KEY, Seen
+from tests.running import STORE_KEY, Seen, Training
 from tests.security.other_user import as_another_user, as_root
 from tests.stack import Project
 
@@ -22,31 +22,35 @@ def named(seen: dict[int, Seen], word: str) -> list[Seen]:
     return [one for one in seen.values() if word in one.arguments]
 
 
-def test_the_test_sees_what_it_must(seen: dict[int, Seen]) -> None:
+def test_the_test_sees_what_it_must(training: Training) -> None:
     for word in ("prefect server", "mlflow", "worker start", "diffusion.training.job", "diffusion.evaluation.job"):
-        assert named(seen, word), sorted(one.arguments[:100] for one in seen.values())
-    ranks = named(seen, "diffusion.training.job")
-    assert {one.environment.get("RANK") for one in ranks} == {"0"}
+        assert named(training.seen, word), sorted(one.arguments[:100] for one in training.seen.values())
+    ranks = named(training.seen, "diffusion.training.job")
+    assert {one.environment.get("RANK") for one in ranks} == {"0", "1"}
 
 
-def test_nothing_listens_beyond_loopback(seen: dict[int, Seen]) -> None:
-    listening = {address: one.arguments for one in seen.values() for address in one.listens}
+def test_nothing_listens_beyond_loopback(training: Training) -> None:
+    listening = {address: one.arguments for one in training.seen.values() for address in one.listens}
     assert set(listening) <= {"127.0.0.1", "::1"}, listening
 
 
-def test_no_secret_is_in_an_argument(seen: dict[int, Seen], password: str, stack: Project) -> None:
+def test_no_secret_is_in_an_argument(training: Training, password: str, stack: Project) -> None:
     key = (stack.folder / "var/stack/prefect-encryption-key").read_text()
-    for one in seen.values():
+    for one in training.seen.values():
         assert not [secret for secret in (password, key, STORE_KEY) if secret in one.arguments], one.arguments
 
 
 def test_each_process_has_the_secrets_that_it_needs_and_no_others(
-    seen: dict[int, Seen], password: str, stack: Project
+    training: Training, password: str, stack: Project
 ) -> None:
     key = (stack.folder / "var/stack/prefect-encryption-key").read_text()
 
     def holding(secret: str) -> list[str]:
-        return [one.arguments for one in seen.values() if any(secret in value for value in one.environment.values())]
+        return [
+            one.arguments
+            for one in training.seen.values()
+            if any(secret in value for value in one.environment.values())
+        ]
 
     for arguments in holding(password):
         assert "diffusion." not in arguments, "a rank has the servers' password"
@@ -58,7 +62,7 @@ def test_each_process_has_the_secrets_that_it_needs_and_no_others(
         assert "mlflow server" not in arguments, arguments
 
 
-def test_no_file_of_ours_can_be_read_by_others(seen: dict[int, Seen], stack: Project) -> None:
+def test_no_file_of_ours_can_be_read_by_others(training: Training, stack: Project) -> None:
     home = stack.folder / "var"
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     paths = [
@@ -70,7 +74,7 @@ def test_no_file_of_ours_can_be_read_by_others(seen: dict[int, Seen], stack: Pro
 
 
 @as_root
-def test_another_user_reads_nothing(seen: dict[int, Seen], stack: Project) -> None:
+def test_another_user_reads_nothing(training: Training, stack: Project) -> None:
     home = str(stack.folder / "var")
     wanted = [str(path) for path in Path(home).rglob("*") if path.is_file()]
 
@@ -88,12 +92,11 @@ def test_another_user_reads_nothing(seen: dict[int, Seen], stack: Project) -> No
     assert as_another_user(read) == []
 
 
-def test_no_log_holds_a_secret(seen: dict[int, Seen], stack: Project, password: str) -> None:
+def test_no_log_holds_a_secret(training: Training, stack: Project, password: str) -> None:
     key = (stack.folder / "var/stack/prefect-encryption-key").read_text()
-    logs = [*(stack.folder / "var").rglob("*.log"), stack.folder.parent / "typed.txt"]
-    assert len(logs) > 4
-    for path in logs:
-        text = path.read_text(errors="replace")
+    logs = {str(path): path.read_text(errors="replace") for path in (stack.folder / "var").rglob("*.log")}
+    assert len(logs) > 3
+    for path, text in (logs | {"what was typed": training.printed, "make up": stack.printed}).items():
         assert not [secret for secret in (password, key, STORE_KEY) if secret in text], path
 
 

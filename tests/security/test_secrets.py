@@ -34,7 +34,7 @@ from diffusion.errors import UserError
 from diffusion.trust.private import NotPrivate, read_private, use_private_home, write_private
 from flows.keyring import KEY, PASSWORD, encryption_key, known_password
 from flows.mail import SmtpMail
-from tests.security.conftest import OLD_KEY
+from tests.running import OLD_KEY
 from tests.stack import Project
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -409,6 +409,7 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
 
 
 @pytest.mark.slow
+@pytest.mark.last(1)
 def test_a_new_password_is_followed_everywhere_and_the_old_one_is_refused(stack: Project) -> None:
     made = stack.shell(sys.executable, "infra/profile.py")
     assert made.returncode == 0, made.stderr
@@ -431,9 +432,3 @@ def test_a_new_password_is_followed_everywhere_and_the_old_one_is_refused(stack:
     assert stat.S_IMODE(profiles.stat().st_mode) == 0o600
     found = stack.shell("prefect", "deployment", "ls", folder=Path(stack.env["HOME"]))
     assert "train-diffusion" in found.stdout, found.stderr
-
-    # The profile's address goes with the servers: who listens there next is told nothing.
-    assert stack.stack("down").returncode == 0
-    text = profiles.read_text()
-    assert new not in text
-    assert "PREFECT_API_URL" not in text

@@ -59,3 +59,26 @@ def test_guidance_goes_on_from_the_unconditioned_prediction_and_keeps_the_condit
         assert guided.mix is not None
         assert torch.equal(guided.mix, plain.mix)
         assert plain.mix.std() > 0
+
+
+def test_guidance_is_paid_for_and_felt_only_in_its_interval() -> None:
+    """With it at no level the images are the unguided ones; at all, those without an interval; between, the passes are fewer."""
+
+    def draw(guidance: float = 2.0, interval: tuple[float, float] | None = None) -> tuple[bytes, int]:
+        chosen = {"evaluation__guidance": guidance, "evaluation__guidance_interval": interval}
+        model, passes = denoiser(evaluation__sampler_steps=6, **chosen), 0
+
+        def count(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+
+        model.network.register_forward_hook(count)
+        return model.sample(range(2), np.array([1, 2]), 0).tobytes(), passes
+
+    unguided, everywhere = draw(guidance=1.0), draw()
+    assert (unguided[1], everywhere[1]) == (6, 12)
+    assert draw(interval=(1e7, 1e8)) == (unguided[0], 6)
+    assert draw(interval=(0.0, 1e8)) == everywhere
+    middle = draw(interval=(0.3, 3))
+    assert 6 < middle[1] < 12
+    assert middle[0] not in (unguided[0], everywhere[0])

@@ -1,7 +1,5 @@
 """The networks, their conditioning, and the moving average."""
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from diffusion.model.ema import EMA
 from diffusion.model.placement import place
 from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet
-from diffusion.recipe import load_recipe
+from diffusion.recipe_files import load_recipe
 
 
 def small_unet(classes: int = 10, patch: int = 1, outputs: int = 3) -> UNet:
@@ -158,13 +156,13 @@ def test_channels_last_and_bf16_keep_the_result() -> None:
     assert relative_error(placed(x.contiguous(memory_format=torch.channels_last), v, label), expected) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @torch.no_grad()
-def test_compiled_it_keeps_the_result() -> None:
+def test_it_can_be_captured_whole_for_the_compiler() -> None:
+    """The product compiles on GPUs alone, where the test below checks the result; what could not be compiled is seen here."""
     network, x, v, label = demo_network()
     expected = network(x, v, label)
-    assert relative_error(torch.compile(network)(x, v, label), expected) < 1e-5
+    captured = torch.compile(network, backend="eager", fullgraph=True)
+    assert relative_error(captured(x, v, label), expected) < 1e-6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

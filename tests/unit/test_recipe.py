@@ -1,9 +1,13 @@
 """Recipes: presets, overrides with help for the misspelt, digests, milestones, and what can't be trained."""
 
+from pathlib import Path
+
 import pytest
 
 from diffusion.errors import RecipeError
-from diffusion.recipe import Start, flatten, load_recipe, preset_names, recipe_keys
+from diffusion.recipe import Recipe, Start, flatten
+from diffusion.recipe_files import load_recipe, preset_names, recipe_keys
+from diffusion.tracking.run import headline_values
 from diffusion.training.trainer import lanes_of_process, learning_rate
 from flows.request import usable_processes
 from tests.conftest import tiny_recipe
@@ -49,6 +53,71 @@ def test_a_recipe_that_can_t_be_trained_says_why(overrides: dict[str, object], s
         load_recipe("demo", overrides)
 
 
+MINE = "data: {images: 4096, batch_size: 32}\nnetwork: {width: 32}\nevaluation: {every_images: 2048}\n"
+
+
+def test_a_recipe_may_be_a_file_of_one_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINE)
+    recipe = load_recipe(str(path), {"network.width": 40}, seed=3)
+    assert (recipe.name, recipe.data.images, recipe.network.width, recipe.seed) == ("mine", 4096, 40, 3)
+    shown = headline_values(recipe)
+    assert shown["network.width"] == "40", "it differs from the default"
+    assert "process.steps" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("none.yaml", None, "There is no recipe at .*none.yaml"),
+        ("demo.yaml", MINE, "the name of a preset"),
+        ("m\u00fcll.yaml", MINE, "Letters, digits"),
+        ("mine.yaml", MINE + "evaluations: {samples: 3}\n", "did you mean 'evaluation.samples'"),
+        ("mine.yaml", MINE.replace("width", "widht"), r"did you mean 'network\.width'"),
+        ("mine.yaml", MINE + "start: {run: a, step: 1, digest: b}\n", "unknown key 'start.run'"),
+        ("mine.yaml", "a: b: c", "is no YAML: .*line 1"),
+        ("mine.yaml", "\0", "is no YAML"),
+        ("mine.yaml", "- 1\n- 2\n", "has no keys"),
+        ("mine.yaml", "", "has no keys"),
+        ("mine.yaml", MINE.replace("4096", "many"), r"data\.images: .*valid integer"),
+        ("mine.yaml", MINE.replace("{images: 4096, batch_size: 32}", "5"), "data: "),
+        ("mine.yaml", "x" * (1 << 21), "has more than"),
+    ],
+)
+def test_a_recipe_s_file_that_can_t_be_used_is_answered_with_a_sentence(
+    tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=said) as error:
+        load_recipe(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_what_came_later_leaves_the_digests_of_before() -> None:
+    """The demo's recipe as its first users have it, from before there was a guidance interval."""
+    before = load_recipe("demo", {"evaluation.sampler_steps": 20})
+    assert before.digest == "b9a50ff594498d04b5b06b86745d7dab7abddb550094f5f42b5f2aac7724c85c"
+    assert "guidance_interval" not in before.model_dump_json()
+    after = load_recipe("demo", {"evaluation.guidance_interval": [0.3, 3]})
+    assert type(after).model_validate_json(after.model_dump_json()) == after
+    assert after.digest != before.digest
+
+
+def test_every_value_says_what_it_means() -> None:
+    """For forms and references: the JSON schema has each field's docstring."""
+    schema = Recipe.model_json_schema()
+    parts = {name: part["properties"] for name, part in schema["$defs"].items()}
+    parts["Recipe"] = {name: field for name, field in schema["properties"].items() if "$ref" not in field}
+    silent = [
+        f"{part}.{name}"
+        for part, fields in parts.items()
+        for name, field in fields.items()
+        if "description" not in field
+    ]
+    assert [name for name in silent if name != "Recipe.start"] == []
+
+
 def test_an_override_typed_as_text_means_what_it_means_in_yaml() -> None:
     typed = load_recipe("demo", {"network.multipliers": "[1, 2]", "ema.ramp": "null", "data.horizontal_flip": "false"})
     assert typed == load_recipe(
@@ -57,7 +126,7 @@ def test_an_override_typed_as_text_means_what_it_means_in_yaml() -> None:
 
 
 def test_every_key_can_be_overridden_and_is_a_parameter() -> None:
-    recipe = load_recipe("demo")
+    recipe = load_recipe("demo", {"evaluation.guidance_interval": [0.3, 3]})
     flat = flatten(recipe)
     assert set(recipe_keys()) | {"name", "start"} == set(flat)
     assert load_recipe("demo", {key: value for key, value in flat.items() if key not in ("name", "start")}) == recipe

@@ -1,0 +1,147 @@
+"""Recipes from presets and from files: YAML that `Recipe` checks, with single values replaced."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from diffusion.errors import DataError, RecipeError, nearest
+from diffusion.recipe import Part, Recipe
+from diffusion.trust.reading import read_file
+from diffusion.trust.redaction import shown
+
+LONGEST_OVERRIDE = 10_000
+"""Characters of a value that is typed as text."""
+LARGEST_FILE = 1 << 20
+"""Bytes of a recipe's file."""
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+"""Of a recipe, without its ending: the name becomes part of the runs' names."""
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in files("diffusion").joinpath("presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def recipe_name(preset: str) -> str:
+    """The name of the recipe that `preset` means: the preset's own, or the file's without folder and ending."""
+    return Path(preset).stem if is_file_name(preset) else preset
+
+
+def is_file_name(preset: str) -> bool:
+    """Whether it means a file of the user's."""
+    return preset.endswith((".yaml", ".yml"))
+
+
+def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int | None = None) -> Recipe:
+    """The recipe of a preset, or of a YAML file of the same kind, with single values replaced.
+
+    `load_recipe("demo", {"network.width": 96})`, `load_recipe("path/to/mine.yaml")`. Raises RecipeError for a preset, file
+    or key that is not there, with the nearest valid name, for a file that is no such YAML, and for a value that does not fit.
+    """
+    if is_file_name(preset):
+        values = _read(Path(preset).expanduser())
+    elif preset in preset_names():
+        values = yaml.safe_load(files("diffusion").joinpath("presets", f"{preset}.yaml").read_text())
+    else:
+        raise RecipeError(
+            f"There is no preset '{shown(preset)}': {nearest(preset, preset_names())} A recipe of your own is named by its "
+            "path, which ends with .yaml."
+        )
+    values["name"] = recipe_name(preset)
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    if seed is not None:
+        values["seed"] = seed
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
+        )
+        with_overrides = " with these overrides" if overrides else ""
+        raise RecipeError(f"The recipe '{shown(preset)}'{with_overrides} can't be used: {problems}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a recipe's file holds: its keys are known, its values not yet looked at."""
+    where = shown(str(path))
+    if not FILE_NAME.fullmatch(path.stem):
+        raise RecipeError(
+            f"The recipe {where} can't be used: its name becomes part of the runs' names. Letters, digits, - and _, 40 at most."
+        )
+    if path.stem in preset_names():
+        raise RecipeError(
+            f"The recipe {where} has the name of a preset, and its runs would be taken for the preset's. Rename it."
+        )
+    if not path.exists():
+        raise RecipeError(f"There is no recipe at {where}, looked for from {Path.cwd()}.")
+    try:
+        values = yaml.safe_load(read_file(path, LARGEST_FILE))
+    except DataError as error:
+        raise RecipeError(str(error)) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"The recipe {where} is no YAML: {_reason(error)}.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"The recipe {where} has no keys: it must look like diffusion/presets/demo.yaml.")
+    keys = recipe_keys()
+    for name, value in values.items():
+        for key in [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [str(name)]:
+            if key not in keys and not (name in Recipe.model_fields and _is_part(name) and key == name):
+                raise RecipeError(f"The recipe {where} has an unknown key '{shown(key)}': {nearest(key, keys)}")
+    return values
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    keys = recipe_keys()
+    if key not in keys:
+        raise RecipeError(f"There is no recipe value '{shown(str(key))}': {nearest(str(key), keys)}")
+    *parts, last = key.split(".")
+    for part in parts:
+        values = values.setdefault(part, {})
+    values[last] = _as_in_yaml(key, value) if isinstance(value, str) else value
+
+
+def _as_in_yaml(key: str, text: str) -> Any:
+    """A value typed as text (a command line, a form) means what it would mean in a YAML file."""
+    if len(text) <= LONGEST_OVERRIDE:
+        try:
+            return yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
+            reason = _reason(error)
+    else:
+        reason = f"{len(text):,} characters"
+    raise RecipeError(f"The value of {key}, '{shown(text, 40)}', can't be read: {reason}.")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def recipe_keys() -> list[str]:
+    """Every key that an override may name, dotted."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        if _is_part(name):
+            assert isinstance(field.annotation, type)
+            assert issubclass(field.annotation, Part)
+            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+        elif name not in ("name", "start"):
+            keys.append(name)
+    return keys
+
+
+def _is_part(name: str) -> bool:
+    part = Recipe.model_fields[name].annotation
+    return isinstance(part, type) and issubclass(part, Part)

@@ -1,0 +1,180 @@
+"""One stack for all tests of what users type, see and must not see: its folder was left open by an earlier version, and a
+model is trained on it by the README's command while all its processes are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+
+import psutil
+import pytest
+
+from tests.conftest import TINY
+from tests.stack import Project, running_project
+
+STORE_KEY = "store-key-of-the-tests"
+OLD_KEY = "cfTRZvYHTh8PB0nzlQMgBkPYVVRPMkYzCPS8nTPMLHw="
+
+
+@pytest.fixture(scope="session")
+def stack(archive: Path) -> Iterator[Project]:
+    """The servers of `make up`, in a folder that others could read before, with a store's key in the environment."""
+    # pytest's own folders are closed: here only what the project does is to count.
+    parent = Path(tempfile.mkdtemp(prefix="train-diffusion-open-"))
+    parent.chmod(0o755)
+    try:
+        make_old_database(parent / "project" / "var")
+        with running_project(parent, archive, AWS_SECRET_ACCESS_KEY=STORE_KEY) as project:
+            yield project
+    finally:
+        shutil.rmtree(parent)
+
+
+def make_old_database(home: Path) -> None:
+    """Prefect's database as earlier versions left it, with its key inside, and readable by all."""
+    folder = home / "prefect"
+    folder.mkdir(parents=True, mode=0o755)
+    with sqlite3.connect(folder / "old.db") as database:
+        database.execute("CREATE TABLE configuration (key VARCHAR, value JSON)")
+        database.execute(
+            "INSERT INTO configuration VALUES ('ENCRYPTION_KEY', ?)", [json.dumps({"fernet_key": OLD_KEY})]
+        )
+    database.close()
+    (folder / "old.db").chmod(0o644)
+    home.chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def password(stack: Project) -> str:
+    """What the servers ask for."""
+    return stack.servers["MLFLOW_TRACKING_PASSWORD"]
+
+
+WEBHOOK = """
+import os
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from flows.mail import SmtpMail
+data = {"subject": "{{subject}}", "body": "{{body}}"}
+CustomWebhookNotificationBlock(name="tests", url=os.environ["RECEIVER"], json_data=data).save("tests")
+mail = {"sender": "nightly@example.org", "recipients": ["owner@example.org"], "encryption": "none"}
+SmtpMail(host="127.0.0.1", port=int(os.environ["MAIL_PORT"]), **mail).save("tests")
+"""
+
+
+@pytest.fixture(scope="session")
+def mails() -> Iterator[tuple[int, list[str]]]:
+    """A mail server here: its port, and the mails that it is given."""
+    taken: list[str] = []
+
+    class MailServer(StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(b"220 here\r\n")
+            for line in self.rfile:
+                command = line[:4].upper().strip()
+                if command == b"DATA":
+                    self.wfile.write(b"354 go on\r\n")
+                    lines = iter(self.rfile.readline, b".\r\n")
+                    taken.append(b"".join(lines).decode())
+                self.wfile.write(b"221 bye\r\n" if command == b"QUIT" else b"250 fine\r\n")
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), MailServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1], taken
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def received(stack: Project, mails: tuple[int, list[str]]) -> Iterator[list[dict[str, str]]]:
+    """What a receiver of notifications here is told."""
+    told: list[dict[str, str]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = stack.servers | {"RECEIVER": f"http://127.0.0.1:{server.server_port}/"}
+    env |= {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/tests,smtp-mail/tests", "MAIL_PORT": str(mails[0])}
+    made = stack.shell(sys.executable, "-c", WEBHOOK, env=env)
+    assert made.returncode == 0, made.stderr
+    refused = stack.shell(
+        sys.executable, "infra/automations.py", env=env | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"}
+    )
+    assert "names the block 'custom-webhook/nobody', which Prefect does not have" in refused.stderr
+    installed = stack.shell(sys.executable, "infra/automations.py", env=env)
+    assert installed.returncode == 0, installed.stderr
+    yield told
+    server.shutdown()
+
+
+@dataclass
+class Seen:
+    """What was to be seen of a process while everything ran."""
+
+    name: str
+    arguments: str
+    environment: dict[str, str]
+    listens: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Training:
+    """A training by the literal command of the README."""
+
+    printed: str
+    seen: dict[int, Seen]
+    """All processes of the stack, of the command, and of the ranks, over the time of the training."""
+
+
+@pytest.fixture(scope="session")
+def training(stack: Project, received: list[dict[str, str]]) -> Training:
+    """Whoever wants to hear of it, listens."""
+    command = ["prefect", "deployment", "run", "train-diffusion", "-p", "preset=demo", "-p", "source=generated"]
+    command += ["--param", f"overrides={json.dumps(TINY)}", "-p", "processes=2", "--tag", "by-hand", "--watch"]
+    typed = subprocess.Popen(command, cwd=stack.folder, env=stack.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    found: dict[int, Seen] = {}
+    while typed.poll() is None:
+        for root in (*stack_processes(stack), psutil.Process(typed.pid)):
+            for process in (root, *root.children(recursive=True)):
+                look_at(process, found)
+        time.sleep(0.4)
+    assert typed.stdout is not None
+    printed = typed.stdout.read().decode()
+    assert typed.returncode == 0, printed[-3000:]
+    return Training(printed, found)
+
+
+def stack_processes(stack: Project) -> list[psutil.Process]:
+    """What `make up` started."""
+    pids = [int(path.read_text().split()[0]) for path in (stack.folder / "var/stack").glob("*.pid")]
+    return [psutil.Process(pid) for pid in pids]
+
+
+def look_at(process: psutil.Process, found: dict[int, Seen]) -> None:
+    try:
+        arguments, environment = " ".join(process.cmdline()), process.environ()
+        listens = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        name = process.name()
+    except psutil.Error:
+        return
+    if not arguments:
+        return
+    one = found.setdefault(process.pid, Seen(name, arguments, environment))
+    one.listens |= listens
+    # A process that has just been forked shows its parent's words: the last that were seen count as well.
+    one.arguments, one.environment = f"{one.arguments}\n{arguments}", environment
