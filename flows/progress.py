@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from types import TracebackType
@@ -104,4 +105,10 @@ def say(line: str) -> None:
 
 def attended() -> bool:
     """Whether the flow was started by hand in this process, not by a worker."""
-    return runtime.deployment.id is None
+    return _deployment(runtime.flow_run.id) is None
+
+
+@functools.lru_cache(maxsize=1)
+def _deployment(flow_run: str | None) -> str | None:
+    """The deployment of this flow run: asked of the server, where there is none each time anew, for a tenth of a second."""
+    return runtime.deployment.id

@@ -229,8 +229,12 @@ def register_deployments(env: dict[str, str]) -> None:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-def up() -> None:
-    """Start all that is not running."""
+def up(register: bool = True) -> None:
+    """Start all that is not running.
+
+    Args:
+        register: whether the server is told of work pool, automations and deployments; else it knows them already.
+    """
     if (STACK / PASSWORD).exists():
         known_password(STACK)  # before anything is closed: one that others could read is none
     if closed := use_private_home(HOME):
@@ -255,8 +259,9 @@ def up() -> None:
     wait_until_ready("mlflow-server", f"{addresses.mlflow}/health")
     # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
     env = {**base_environment("PREFECT_SERVER_", "MLFLOW_BACKEND_", "MLFLOW_AUTH_"), **addresses.client_environment()}
-    print("registering the deployments …", flush=True)
-    register_deployments(env)
+    if register:
+        print("registering the deployments …", flush=True)
+        register_deployments(env)
     start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
     write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
     profile("follow")
@@ -306,7 +311,7 @@ def password() -> None:
                 os.environ.setdefault(variable, value)
     made = new_password(STACK)
     if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
-        up()
+        up(register=False)
     else:
         follow_password(made)
     print(f"The new password is in {STACK / PASSWORD}. Browsers ask for it anew; the old one is refused.")

@@ -167,7 +167,7 @@ class Server:
 
 
 def start_server(
-    command: list[str], url: str, ready: str, folder: Path, env: dict[str, str] | None = None, seconds: float = 90
+    command: list[str], url: str, ready: str, folder: Path, env: dict[str, str] | None = None, seconds: float = 300
 ) -> Server:
     """Start a server and wait until `ready` answers with anything."""
     log = folder / "server.log"

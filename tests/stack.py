@@ -29,7 +29,7 @@ class Project:
         self, *command: str, folder: Path | None = None, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=folder or self.folder, env=self.env | (env or {}), capture_output=True, text=True, timeout=300
+            command, cwd=folder or self.folder, env=self.env | (env or {}), capture_output=True, text=True
         )
 
     @property

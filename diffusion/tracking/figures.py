@@ -11,9 +11,18 @@ from diffusion.evaluation.scores import DEVIATIONS, BoundTerms, Scores
 from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CURVES = 5
+
+
+def _figure(left: float = 0.1, top: float = 0.92) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes at a fixed place: a layout that is found out would draw everything twice."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2))
+    return figure, figure.add_axes((left, 0.13, 0.975 - left, top - 0.13))
 
 
 def loss_by_noise_level(records: list[dict[str, Any]]) -> Figure:
@@ -22,12 +31,10 @@ def loss_by_noise_level(records: list[dict[str, Any]]) -> Figure:
     records: those of the journal.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     rows = [record for record in records if record["kind"] == "metrics"]
     centres = (np.array(LOG_SNR_BIN_EDGES[:-1]) + np.array(LOG_SNR_BIN_EDGES[1:])) / 2
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     parts = [part for part in np.array_split(np.arange(len(rows)), CURVES) if len(part)]
     for number, part in enumerate(parts):
         values = np.array([[np.nan if v is None else v for v in rows[i]["loss_by_log_snr"]] for i in part], dtype=float)
@@ -47,11 +54,8 @@ def gradient_norms(records: list[dict[str, Any]]) -> Figure:
 
     records: those of the journal; each has the mean over its stretch.
     """
-    from matplotlib.figure import Figure
-
     norms = np.array([record["gradient_norm"] for record in records if record["kind"] == "metrics"])
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     if len(norms):
         low, high = norms.min() * 0.95, norms.max() * 1.05
         bins = np.geomspace(max(low, 1e-12), high, 40).tolist()
@@ -66,10 +70,7 @@ def gradient_norms(records: list[dict[str, Any]]) -> Figure:
 
 def fid_over_training(history: list[Scores]) -> Figure:
     """FID by the first extractor over the images seen, with its 95 % interval and the floor: the FID of real images."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     seen, by = [scores.images_seen for scores in history], [scores.by_extractor[0] for scores in history]
     axes.errorbar(seen, [b.fid for b in by], yerr=[DEVIATIONS * b.fid_error for b in by], marker="o", capsize=3)
     axes.axhline(by[-1].fid_floor, color="C2", linestyle="--", label=f"real images: {by[-1].fid_floor:.2f}")
@@ -89,12 +90,9 @@ def as_png(figure: Figure) -> bytes:
 
 def bound_by_noise_level(bound: BoundTerms) -> Figure:
     """Where the bits of the variational bound come from: the prior, the transitions by log_snr, the decoder."""
-    from matplotlib.figure import Figure
-
     edges = np.array(bound.log_snr_edges)
     width = edges[1] - edges[0]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(top=0.8)
     axes.bar(edges[:-1], bound.transitions, width, align="edge", color="C0", edgecolor="white", label="transitions")
     axes.bar(edges[0] - width, bound.prior, width, color="C2", label=f"prior ({bound.prior:.4f})")
     axes.bar(edges[-1] + width, bound.decoder, width, color="C1", label=f"decoder ({bound.decoder:.3f})")
@@ -110,12 +108,9 @@ def bound_by_noise_level(bound: BoundTerms) -> Figure:
 
 def class_distances(scores: Scores) -> Figure:
     """FID of each class's samples, by the first extractor, worst on top."""
-    from matplotlib.figure import Figure
-
     by = scores.by_extractor[0]
     classes = sorted((by.class_fid or {}).items(), key=lambda item: item[1])
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(left=0.25)
     bars = axes.barh([name for name, _ in classes], [fid for _, fid in classes], color="C0")
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set(xlabel=f"fid_{by.extractor} of a class (n = {by.samples // max(1, len(classes)):,} each)")

@@ -18,13 +18,14 @@ NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0
 
 def demo(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the demo with the tiny recipe in a home of its own."""
-    sizes = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    sizes = [
+        word for key, value in (TINY | {"evaluation.every_images": 256}).items() for word in ("--set", f"{key}={value}")
+    ]
     return subprocess.run(
         [sys.executable, "-m", "flows.demo", *sizes, "--processes", "1", *arguments],
         env=os.environ | {"TRAIN_DIFFUSION_HOME": str(home)} | env,
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 

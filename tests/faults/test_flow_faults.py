@@ -141,8 +141,8 @@ class FlowRun:
     def journals(self) -> list[Path]:
         return list((self.project.folder / "var/runs").glob(f"demo-*/{JOURNAL}"))
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 600  # patience: a busy machine fails nothing
         while not what():
             assert time.monotonic() < deadline, log_of(self.project, "worker")
             time.sleep(0.1)
@@ -151,7 +151,7 @@ class FlowRun:
         self.wait_for(lambda: any(last_step(path) >= step for path in self.journals() if key in str(path)))
 
     def wait_for_end(self) -> dict[str, Any]:
-        self.wait_for(lambda: self.told()["state"][0] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), 240)
+        self.wait_for(lambda: self.told()["state"][0] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"))
         return self.told()
 
 
@@ -176,7 +176,7 @@ def flow_process(project: Project) -> psutil.Process:
 
 def kill_rank(project: Project) -> None:
     """Kill rank 0 of the job that runs now; between two jobs there is none for a while."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for child in flow_process(project).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # ended meanwhile
@@ -212,7 +212,7 @@ def kill_and_restart(project: Project, name: str, away: float) -> None:
         "prefect-server": f"{project.servers['PREFECT_API_URL']}/health",
         "mlflow-server": f"{project.servers['MLFLOW_TRACKING_URI']}/health",
     }
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while name in health:
         try:
             requests.get(health[name], timeout=2)
@@ -259,9 +259,9 @@ def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
     asked = time.monotonic()
     done = project.shell("prefect", "flow-run", "cancel", run.id)
     assert done.returncode == 0, done.stderr
-    run.wait_for(lambda: wait_until_ended(tree, time.monotonic()) == [], 30)
+    run.wait_for(lambda: wait_until_ended(tree, time.monotonic()) == [])
     gone = time.monotonic() - asked
-    run.wait_for(lambda: run.told()["state"][0] == "CANCELLED", 30)
+    run.wait_for(lambda: run.told()["state"][0] == "CANCELLED")
     (tracked,) = [one for one in run.told()["runs"] if one["key"] == key]
     assert tracked["status"] == "KILLED"
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
@@ -285,7 +285,7 @@ def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     nights = dict(line.split() for line in done.stdout.splitlines())
     restart()
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     states: list[str] = []
     while not states or {*states} - {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}:
         assert time.monotonic() < deadline, states
@@ -316,7 +316,7 @@ def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert step < STEPS
     # With nobody left who could say so, the automation notices the silence.
-    run.wait_for(lambda: run.told()["state"][0] == "CRASHED", 200 if victim == "flow and worker" else 60)
+    run.wait_for(lambda: run.told()["state"][0] == "CRASHED")
     assert ("No heartbeat" in run.told()["state"][1]) == (victim == "flow and worker")
     if "worker" in victim:
         restart()

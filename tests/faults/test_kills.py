@@ -79,7 +79,7 @@ class Trial:
         return int(found[-1]["step"]) if found else 0
 
     def finish(self, caller: subprocess.Popen[bytes]) -> None:
-        assert caller.wait(120) == 0, (self.folder / "caller.log").read_text()[-3000:]
+        assert caller.wait(600) == 0, (self.folder / "caller.log").read_text()[-3000:]
 
     def weights(self) -> str:
         store = self.ingested.store
@@ -128,7 +128,7 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     caller = trial.begin(**env)
     tree: dict[str, psutil.Process] = {}
     began = time.monotonic()
-    while caller.poll() is None and time.monotonic() < began + 180:
+    while caller.poll() is None and time.monotonic() < began + 600:
         tree |= tree_of(caller) if len(tree) < 1 + PROCESSES else {}
         if victim == "rank 0 in a checkpoint":
             if said.exists():
@@ -148,7 +148,7 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     step, killed = trial.step(), time.monotonic()
     if victim != "rank 0 in a checkpoint":
         tree[victim].kill()
-    caller_fails = caller.wait(60)
+    caller_fails = caller.wait(240)
     left = wait_until_ended(list(tree.values()), killed + GONE_SECONDS)
     gone = time.monotonic() - killed
     assert left == [], f"{victim} was killed; after {gone:.0f} s {left} still run"

@@ -139,7 +139,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     store = open_store("s3://tests/training")
     assert isinstance(store, S3Store)
     ingest(source, store, shard_bytes=60_000)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while find_dataset(store, source.digest) is None:
         assert time.monotonic() < deadline
     job = job_on_s3("faulty", source.digest, tmp_path, steps, every)

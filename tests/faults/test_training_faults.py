@@ -51,7 +51,7 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     else:
         raise AssertionError("the failure was not said")
     resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    job.communicate(timeout=120)
+    job.communicate()
     assert job.returncode == 0
     assert digest(trainer.store, run, 400) == expected
     assert len(steps_with_checkpoint(trainer.store, run)) == 3, "the saves after the failed one"

@@ -26,6 +26,7 @@ from tests.ranks import fork_rank
 
 pytestmark = pytest.mark.slow
 
+ONE_MILESTONE = {"evaluation.every_images": TINY["data.images"]}
 MODEL = f"{generated.NAME}-ddpm"
 START_RANK = launcher._start
 
@@ -103,12 +104,6 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert first.rows["fid_eurosat"] == second.rows["fid_eurosat"]
     assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
 
-    # The shards are gone, the cache entry is not: they are made again.
-    for file in (home / "store" / "datasets").rglob("manifest.json"):
-        file.unlink()
-    run_flow(overrides={"data.images": 128})
-    assert states_by_task()["ingest"] == ["Completed"]
-
 
 def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
     """The Prefect UI's retry starts a new engine for the same flow run: nothing is trained or registered again."""
@@ -119,7 +114,7 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
     from flows.tasks.report import Report
     from flows.train_diffusion import train_diffusion
 
-    first = run_flow()
+    first = run_flow(overrides=ONE_MILESTONE)
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
         client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"), force=True)
@@ -137,7 +132,7 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
 
 def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any, home: Path) -> None:
     # With a constant rate: one that falls to the end of the budget falls to another end when there is more of it.
-    constant = {"optimizer.decay": "constant"}
+    constant = {"optimizer.decay": "constant"} | ONE_MILESTONE
     run_flow(overrides=constant)
     client = connect(settings().tracking_uri)
     client.set_registered_model_alias(MODEL, "champion", "1")
@@ -166,7 +161,7 @@ def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any,
 
 def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "c" * 40)
-    run_flow()
+    run_flow(overrides=ONE_MILESTONE)
 
     def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "flows.reproduce", "--model", MODEL, *arguments]
@@ -202,7 +197,13 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
 
     monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "c" * 40)
     yesterday = datetime.now(UTC) - timedelta(days=1)
-    parameters = {"preset": "demo", "source": "generated", "processes": 1, "overrides": TINY, "seed": None}
+    parameters = {
+        "preset": "demo",
+        "source": "generated",
+        "processes": 1,
+        "overrides": TINY | ONE_MILESTONE,
+        "seed": None,
+    }
     parameters |= {"skip_unchanged": True}
     keys = []
     with get_client(sync_client=True) as client:
@@ -218,11 +219,11 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
     (run,) = tracking.search_runs([tracking.get_experiment_by_name("train-diffusion").experiment_id])
     assert run.data.params["seed"] == f"{yesterday:%Y%m%d}"
     assert keys == ["Completed", "Skipped", "Skipped", "Skipped"]
-    run_flow(skip_unchanged=True, seed=int(f"{yesterday:%Y%m%d}"), overrides={"data.images": 128})
+    run_flow(skip_unchanged=True, seed=int(f"{yesterday:%Y%m%d}"), overrides=ONE_MILESTONE | {"data.images": 128})
     assert len(tracking.search_runs([run.info.experiment_id])) == 2, "another recipe is no reason to skip"
 
 
-def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any) -> None:
+def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any, home: Path) -> None:
     with pytest.raises(Exception, match="became NaN or infinite"):
         run_flow(overrides={"optimizer.learning_rate": 1e30, "optimizer.warmup_images": 0})
     client = connect(settings().tracking_uri)
@@ -230,6 +231,13 @@ def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any) -> None:
     assert run.info.status == "FAILED"
     assert "became NaN" in run.data.tags["failure"]
     assert states_by_task()["train to step 8"] == ["Failed"], "what the user must change first was tried again"
+
+    # The shards are gone, the cache entry is not: they are made again.
+    for file in (home / "store" / "datasets").rglob("manifest.json"):
+        file.unlink()
+    with pytest.raises(Exception, match="became NaN or infinite"):
+        run_flow(overrides={"optimizer.learning_rate": 1e30, "optimizer.warmup_images": 0})
+    assert states_by_task()["ingest"] == ["Completed"]
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_the_sender_follows_in_the_background_and_survives_an_outage(run: Tracke
     unplugged = Unplugged(run.client, run.run_id, run.experiment_id, run.started)
     write_records(tmp_path, range(1, 11), committed=10)
     with MetricsSender(unplugged, tmp_path) as sender:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while Unplugged.failures < 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         sender.flush()
@@ -229,7 +229,7 @@ def test_system_metrics_outlive_an_absence_of_mlflow(run: TrackedRun, monkeypatc
     monkeypatch.setattr(run, "log_metrics", log_metrics)
     began = time.time() - run.started / 1000
     with SystemMetrics(run, sample_seconds=2.0):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(points := history(run, "system/cpu_utilization_percentage")) < 3 and time.monotonic() < deadline:
             time.sleep(0.2)
     assert len(points) >= 3
@@ -487,13 +487,13 @@ def test_a_served_version_answers_with_pngs_and_says_what_is_wrong(
         )
         request = json.loads(Path(example).read_text())
         request["params"] |= {"steps": 2, "label": "Forest"}
-        answer = requests.post(f"{server.url}/invocations", json=request, timeout=120)
+        answer = requests.post(f"{server.url}/invocations", json=request, timeout=600)
         assert answer.status_code == 200, answer.text
         served = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in answer.json()["predictions"]]
         loaded = mlflow.pyfunc.load_model(uri).predict([], params=request["params"] | {"format": "array"})
         assert np.array_equal(np.stack(served), loaded)
         request["params"]["label"] = "Desert"
-        refused = requests.post(f"{server.url}/invocations", json=request, timeout=120)
+        refused = requests.post(f"{server.url}/invocations", json=request, timeout=600)
         assert refused.status_code == 400
         assert "it must be empty or one of AnnualCrop" in refused.text
     finally:

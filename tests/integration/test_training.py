@@ -21,7 +21,7 @@ from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
 from diffusion.training.state import steps_with_checkpoint
 from tests.conftest import Ingested, tiny_recipe
-from tests.jobs import ONE_THREAD, Trainer, start
+from tests.jobs import Trainer, start
 
 pytestmark = pytest.mark.slow
 
@@ -49,40 +49,19 @@ def test_exact_reduction_gives_the_same_bits_on_1_2_and_4_processes_and_across_a
 
 
 def test_fast_reduction_gives_the_same_training_to_rounding(ingested: Ingested, tmp_path: Path, unique: str) -> None:
-    trainer = Trainer(
-        ingested, tmp_path, tiny_recipe(reduction="fast", data__images=3200, evaluation__every_images=3200)
-    )
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast", data__images=960, evaluation__every_images=960))
     losses, weights = {}, {}
     for processes in (1, 4):
         run = f"fast{processes}-{unique}"
-        trainer.train(run, 200, processes)
+        trainer.train(run, 60, processes)
         losses[processes] = [record["loss"] for record in records((tmp_path / run / "journal.jsonl").read_bytes())]
-        loaded = load_checkpoint(trainer.store, run, 200)[1].model
+        loaded = load_checkpoint(trainer.store, run, 60)[1].model
         weights[processes] = torch.cat([loaded[name].flatten() for name in sorted(loaded)])
-    assert len(losses[1]) == 200
+    assert len(losses[1]) == 60
     # Rounding grows with the steps: it starts at a float32's and stays below these bounds.
     assert losses[1][:20] == pytest.approx(losses[4][:20], rel=1e-4)
     assert losses[1] == pytest.approx(losses[4], rel=0.02)
     assert float((weights[1] - weights[4]).norm() / weights[1].norm()) < 0.02
-
-
-def test_killed_between_checkpoints_it_ends_with_the_same_bits(ingested: Ingested, tmp_path: Path, unique: str) -> None:
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=1600))
-    expected = trainer.train(f"whole-{unique}", 60, processes=1)
-    run = f"killed-{unique}"
-    where = trainer.folder(run)
-    where.mkdir()
-    (where / SPEC).write_text(trainer.spec(run, 60, every=5).model_dump_json())
-    command = [sys.executable, "-m", "diffusion.training.job", str(where)]
-    job = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(steps_with_checkpoint(trainer.store, run)) < 2:
-        assert time.monotonic() < deadline, "no checkpoint came"
-        time.sleep(0.02)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    assert max(steps_with_checkpoint(trainer.store, run)) < 60
-    assert trainer.train(run, 60, processes=1) == expected
 
 
 def test_checkpoints_at_milestones_stay_and_of_the_others_the_last_two(
@@ -108,7 +87,7 @@ def test_a_second_writer_of_a_run_is_refused_and_takes_over_when_the_first_has_e
         waiting = subprocess.Popen([sys.executable, "-c", code.format(str(where), 60)])
         time.sleep(1)
         assert waiting.poll() is None
-    assert waiting.wait(30) == 0, "it takes over when the first has ended"
+    assert waiting.wait(240) == 0, "it takes over when the first has ended"
 
 
 def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp_path: Path, unique: str) -> None:
@@ -123,7 +102,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp
         if line.startswith(b"[rank 0] step "):
             break
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=60)
+    job.communicate()
     steps = steps_with_checkpoint(trainer.store, run)
     assert len(steps) == 1
     assert 0 < steps[0] < 10_000

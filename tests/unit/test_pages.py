@@ -1,0 +1,42 @@
+"""README and docs: short enough to be read, and no link that leads nowhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+PAGES = [
+    PROJECT / "README.md",
+    PROJECT / "SECURITY.md",
+    PROJECT / "tests/README.md",
+    *sorted((PROJECT / "docs").glob("*.md")),
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into the page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", page.read_text()):
+        if target and not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            where = (page.parent / target) if target else page
+            assert anchor in anchors(where), f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_every_setting_is_on_the_page_of_operations() -> None:
+    from diffusion.settings import Settings
+
+    page = (PROJECT / "docs/operations.md").read_text()
+    assert [name for f in Settings.model_fields.values() if (name := str(f.validation_alias)) not in page] == []
