@@ -40,13 +40,13 @@ demo: install ## Train, score and register a small model on this machine, in abo
 	@$(BIN)/python -m flows.demo
 
 check: lint ## Style, types and unit tests: whether a change holds, within a minute or two
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/unit
+	$(BIN)/python -m pytest -q -n $(WORKERS) tests/unit
 
 test: .venv/installed-dev ## All tests but those that kill; none needs a network
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --ignore=tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/faults
 
 faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) tests/faults
 
 soak: .venv/installed-dev ## Kill trainings N times at random moments; make soak N=200 SEED=1
 	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py

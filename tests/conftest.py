@@ -67,21 +67,41 @@ def tiny_recipe(**overrides: Any) -> Recipe:
     return load_recipe("demo", TINY | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-SERVERS = ("stack", "prefect_server", "s3", "mlflow_server")
-"""What takes long to start and is shared by all tests of a worker."""
+SHARED = {
+    "stack": ("test_stack.py", "test_pages.py", "test_running.py", "test_model_files.py", "test_secrets.py"),
+    "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py"),
+    "mlflow_server": ("test_tracking.py", "test_kills.py", "test_mlflow_faults.py"),
+    "s3": ("test_s3_store.py", "test_s3_faults.py"),
+}
+"""Fixtures that take long to start, and the files whose tests share them."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (pytest -n 2), files that share a server go to one of them, the slowest first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    groups = {name: server for server, names in SHARED.items() for name in names}
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return groups.get(path.rsplit("/", 1)[-1], path)
+
+    config.option.loadscopereorder = False
+    return Together(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest -n 2): tests that share a server go to one worker, those of a slow file together.
+    """What shares the slowest servers first, units last, and within that what changes or ends a server last."""
 
-    Those that change or end a server that others use come last.
-    """
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        shared = [name for name in SERVERS if name in names]
-        if shared or item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
-    items.sort(key=lambda item: last.args[0] if (last := item.get_closest_marker("last")) else 0)
+    def place(item: pytest.Item) -> tuple[int, int]:
+        names = [names for names in SHARED.values() if item.path.name in names]
+        rank = list(SHARED.values()).index(names[0]) if names else len(SHARED) + ("unit" in item.path.parts)
+        last = item.get_closest_marker("last")
+        return rank, last.args[0] if last else 0
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

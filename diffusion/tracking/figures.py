@@ -113,6 +113,7 @@ def class_distances(scores: Scores) -> Figure:
     figure, axes = _figure(left=0.25)
     bars = axes.barh([name for name, _ in classes], [fid for _, fid in classes], color="C0")
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.margins(x=0.1)
     axes.set(xlabel=f"fid_{by.extractor} of a class (n = {by.samples // max(1, len(classes)):,} each)")
     axes.set_title(f"FID by class at step {scores.step:,}; of all together: {by.fid:.1f} ± {by.fid_error:.1f}")
     axes.grid(axis="x", alpha=0.3)
