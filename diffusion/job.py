@@ -1,8 +1,9 @@
-"""What the training and the evaluation job share: their files, their processes, and how their errors travel.
+"""What all jobs share: their files, their processes, and how their errors travel.
 
-A job is a module that runs as one process or several, its ranks, each with one argument: the folder that holds its
-`job.json`. What it has to say goes there: `error.json` if it fails. The ranks meet in a file of that folder, which is
-private: nobody else can join them, and none of them listens for strangers while they find each other.
+A job is a module with a `JOB`: the type of its spec, and its body. It runs as one process or several, its ranks. As a program a
+rank has one argument: the folder that holds the spec, `job.json`. What it has to say goes there: `error.json` if it fails. The
+ranks meet in a file of that folder, which is private: nobody else can join them, and none of them listens for strangers while
+they find each other. On a cluster (flows/engines) the same bodies run in processes that the cluster starts.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from diffusion import errors
+from diffusion.evaluation.names import ExtractorName
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.settings import InceptionSource
 from diffusion.trust.identifiers import RunName, Sha256
@@ -37,6 +41,8 @@ RENDEZVOUS = "rendezvous"
 """Beginning of the name of the file where the ranks of one start meet; the variable RENDEZVOUS of a rank has the whole name.
 Ranks of an earlier start may not have ended yet."""
 LOCK_SECONDS = 25.0
+STOP_SECONDS = 12
+"""That a rank which was asked to end may take to leave a checkpoint."""
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a child of a threaded process must not take locks
 
@@ -74,8 +80,12 @@ class ReferenceJob(JobSpec):
     """What the job that measures the real images is told."""
 
     image_size: int
-    extractor: str
+    extractor: ExtractorName
     inception: InceptionSource | None = None
+
+
+class ExtractorJob(JobSpec):
+    """What the job that trains a dataset's own extractor is told."""
 
 
 class EvaluationJob(JobSpec):
@@ -95,8 +105,19 @@ class EvaluationJob(JobSpec):
 S = TypeVar("S", bound=JobSpec)
 
 
-def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) -> None:
-    """The `main` of a job: read its spec, join the other processes, run `body(spec, folder, accelerator)`.
+@dataclass(frozen=True)
+class Rank:
+    """What the body of a job is given of the process that it runs in, whoever has started that."""
+
+    accelerator: Accelerator
+    folder: Path
+    """Of the job where all ranks are on one machine, else of this one: what has to last goes to the store."""
+    listen: Callable[[], Callable[[], bool]]
+    """From now on a request to end does not end the process at once: what this returns says whether there was one."""
+
+
+def run_job(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
+    """The `main` of a rank: read the job's spec, join the other ranks, run `body(spec, rank)`.
 
     An error is written to `error.json` as {"kind", "message", "rank"}, and ends the process with code 1.
     """
@@ -105,8 +126,6 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     if os.getppid() != parent:  # it died before the kernel had been asked
         raise SystemExit(1)
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
     os.umask(0o077)
     redact_logs()
@@ -117,28 +136,19 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
         if spec.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for, before its first call
-            torch.use_deterministic_algorithms(True)
-        # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
-        # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
-        same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
+            use_deterministic_algorithms()
         _join(folder, rank, int(os.environ.get("WORLD_SIZE", "1")))
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[same_buckets])
+        accelerator = make_accelerator()
         lock = lock_folder(folder) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()  # nobody looks at what an earlier writer may still be changing
-        body(spec, folder, accelerator)
+        body(spec, Rank(accelerator, folder, listen_to_sigterm))
         if lock is not None:
             lock.close()
         accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except Exception as error:
-        kind = type(error).__name__ if isinstance(error, errors.UserError) else "crash"
-        report = {
-            "kind": kind,
-            "message": str(error) if kind != "crash" else fit_to_leave(traceback.format_exc()),
-            "rank": rank,
-        }
+        report = report_of(error, rank)
         # All ranks may fail at once, most of them only because the first did: the first to write is kept.
         part = folder / f"{ERROR}.{rank}"
         part.write_text(json.dumps(report))
@@ -149,6 +159,45 @@ def run_job(spec_type: type[S], body: Callable[[S, Path, Accelerator], None]) ->
         part.unlink()
         logging.getLogger(__name__).exception("rank %d failed", rank)
         raise SystemExit(1) from error
+
+
+def make_accelerator() -> Accelerator:
+    """The accelerator of a rank that has met the others."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
+    # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
+    same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[same_buckets])
+
+
+def use_deterministic_algorithms() -> None:
+    """On GPUs; before anything is computed."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for, before its first call
+    torch.use_deterministic_algorithms(True)
+
+
+def listen_to_sigterm() -> Callable[[], bool]:
+    """Have SIGTERM set what is returned, and end the process only STOP_SECONDS later."""
+    asked = threading.Event()
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.alarm(STOP_SECONDS)  # which ends the process: a checkpoint that takes longer is not waited for
+
+    signal.signal(signal.SIGTERM, ask)
+    return asked.is_set
+
+
+def report_of(error: Exception, rank: int) -> dict[str, Any]:
+    """What a rank leaves of the error that ended it: {"kind", "message", "rank"}."""
+    kind = type(error).__name__ if isinstance(error, errors.UserError) else "crash"
+    message = str(error) if kind != "crash" else fit_to_leave("".join(traceback.format_exception(error)))
+    return {"kind": kind, "message": message, "rank": rank}
 
 
 def _join(folder: Path, rank: int, ranks: int) -> None:
@@ -215,7 +264,11 @@ def error_of(folder: Path) -> Exception | None:
     path = folder / ERROR
     if not path.exists():
         return None
-    report = json.loads(path.read_text())
+    return error_from(json.loads(path.read_text()))
+
+
+def error_from(report: dict[str, Any]) -> Exception:
+    """The error that a rank has reported, as the exception that it was."""
     kind = getattr(errors, report["kind"], None)
     if isinstance(kind, type) and issubclass(kind, errors.UserError):
         return kind(report["message"])

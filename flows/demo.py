@@ -77,7 +77,13 @@ def main() -> int:
         with stopwatch.part("ingest"):
             source = _source_or_generated(arguments.source)
         print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
-        report = train_diffusion(arguments.preset, overrides, arguments.seed, source, arguments.processes)
+        report = train_diffusion(
+            preset=arguments.preset,
+            overrides=overrides,
+            seed=arguments.seed,
+            source=source,
+            processes=arguments.processes,
+        )
         assert isinstance(report, Report)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -116,7 +122,7 @@ def _server_secrets(home: Path) -> dict[str, str]:
 
 def _source_or_generated(source: str) -> str:
     """The demo alone may go on without EuroSAT, when no archive is given and none can be downloaded; and says so."""
-    from diffusion.data.find import EUROSAT, GENERATED, find_archive
+    from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive
     from diffusion.errors import DataError
     from diffusion.settings import settings
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffusion.evaluation.figures import table, with_error
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
-from diffusion.tracking.figures import (
+from diffusion.tracking.page import Picture, Section, page
+from diffusion.tracking.plots import (
     as_png,
     bound_by_noise_level,
     class_distances,
@@ -14,7 +16,6 @@ from diffusion.tracking.figures import (
     gradient_norms,
     loss_by_noise_level,
 )
-from diffusion.tracking.page import Picture, Section, page
 from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
@@ -30,15 +31,15 @@ def gallery(title: str, run: Run, state: State, scores: Scores, decision: Decisi
     """The page of a finished run, as HTML."""
     history = evaluations(run, state.step)
     shown = [history[k] for k in sorted(set(np.linspace(0, len(history) - 1, GRIDS).round().astype(int).tolist()))]
-    by = scores.by_extractor[0]
     course = records(checkpoint_file(run.store, state, JOURNAL))
     figures = {
         "FID over training": as_png(fid_over_training(history)),
-        "Where the bits of the bound come from": as_png(bound_by_noise_level(scores.bound)),
         "Loss by noise level": as_png(loss_by_noise_level(course)),
         "Gradient norms": as_png(gradient_norms(course)),
     }
-    if by.class_fid:
+    if scores.bound is not None:
+        figures["Where the bits of the bound come from"] = as_png(bound_by_noise_level(scores.bound))
+    if scores.parts("fid_of_class"):
         figures["FID by class"] = as_png(class_distances(scores))
 
     def picture(name: str, caption: str, step: int = state.step) -> Picture:
@@ -46,12 +47,12 @@ def gallery(title: str, run: Run, state: State, scores: Scores, decision: Decisi
 
     grids = [
         picture(
-            "grid", f"Step {one.step:,}, {one.images_seen:,} images seen: FID {one.by_extractor[0].fid:.1f}", one.step
+            "grid", f"Step {one.step:,}, {one.images_seen:,} images seen: FID {one.require('fid').value:.1f}", one.step
         )
         for one in reversed(shown)
     ]
     text = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
-    figures_table = [(name, *map(text, values)) for name, *values in scores.table()]
+    figures_table = [(name, *map(text, values)) for name, *values in table(scores)]
     sections = [
         Section(
             "Samples and real images",
@@ -67,8 +68,8 @@ def gallery(title: str, run: Run, state: State, scores: Scores, decision: Decisi
         ),
         Section(
             "Closest training images",
-            f"The samples that lie nearest to a training image, above it. Memorisation {by.memorisation:.2f} ± "
-            f"{by.memorisation_error:.2f}; new real images have 1.",
+            f"The samples that lie nearest to a training image, above it. Memorisation "
+            f"{with_error(scores.require('memorisation'))}; new real images have 1.",
             (picture("closest", "Samples above their nearest training images"),),
         ),
         Section("Figures", "", tuple(Picture(caption, data) for caption, data in figures.items())),

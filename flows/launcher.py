@@ -8,6 +8,7 @@ interface only.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -20,16 +21,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import ClusterError
 from diffusion.job import ERROR, RENDEZVOUS, SPEC, JobSpec, ProgressFile, end_with_parent, error_of
+from flows.engines.placement import PLACEMENT, Capacity, Placement
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 13.0  # a rank gives up by itself after 12; Prefect kills the flow 30 s after it asked it to end
 LOG = "output.log"
+DRIVER = "flows.engines.cluster"
+CAPACITY_SECONDS = 90.0
 TAIL_LINES = 30
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 NOT_FOR_RANKS = (
-    *("PREFECT_", "MLFLOW_"),  # a rank speaks to the store alone: it needs no password of a server
+    *("PREFECT_", "MLFLOW_", "RAY_"),  # a rank speaks to the store alone: it needs no password of a server
     *("ACCELERATE_", "MASTER_", "PMI_", "OMPI_", "MV2_"),  # what some other launcher says is not meant for it
 )
 """Beginnings of the names of variables that ranks do not get."""
@@ -63,6 +68,8 @@ def run_job(
         try:
             for rank in range(processes):
                 env = rank_environment(rank, processes, threads) | {"RENDEZVOUS": meeting}
+                if module == DRIVER:
+                    env |= of_ray()
                 ranks.append(_start(module, folder, log.fileno(), env))
             while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
                 _forward(output, on_line)
@@ -78,6 +85,40 @@ def run_job(
     if code != 0:
         tail = "\n".join((folder / LOG).read_text().splitlines()[-TAIL_LINES:])
         raise error_of(folder) or RuntimeError(f"{module} ended with code {code}:\n{tail}")
+
+
+def run_on_cluster(
+    placement: Placement,
+    spec: JobSpec,
+    folder: Path,
+    on_progress: Callable[[dict[str, Any]], None],
+    on_line: Callable[[str], None],
+) -> None:
+    """Run a job on the Ray cluster, by a driver that is started, watched and ended like a rank of this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLACEMENT).write_text(placement.model_dump_json())
+    run_job(DRIVER, spec, folder, 1, on_progress, on_line)
+
+
+def cluster_capacity() -> Capacity:
+    """What the Ray cluster has. Raises ClusterError if it can't be used."""
+    if importlib.util.find_spec("ray") is None:
+        raise ClusterError(
+            "TRAIN_DIFFUSION_ENGINE is ray, which is not installed: make ray, or pip install 'train-diffusion[ray]'."
+        )
+    command, env = [sys.executable, "-m", DRIVER, "capacity"], rank_environment(0, 1, 1) | of_ray()
+    try:
+        asked = subprocess.run(command, env=env, capture_output=True, text=True, timeout=CAPACITY_SECONDS)
+    except subprocess.TimeoutExpired:
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        raise ClusterError(
+            f"The Ray cluster at {address} did not answer within {CAPACITY_SECONDS:.0f} s. Is it up (ray status), and do "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN fit?"
+        ) from None
+    last = (asked.stdout.strip().splitlines() or ["it said nothing"])[-1]
+    if asked.returncode:
+        raise ClusterError(last.removeprefix("error: "))
+    return Capacity.model_validate_json(last)
 
 
 def _start(module: str, folder: Path, log: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -102,6 +143,12 @@ def rank_environment(rank: int, processes: int, threads: int) -> dict[str, str]:
     if processes > 1:  # a single one is no group
         own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return inherited | own | {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
+
+
+def of_ray() -> dict[str, str]:
+    """What the driver of a cluster's job is told of Ray."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    return given | {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def usable_cores() -> int:

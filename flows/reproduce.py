@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from diffusion.data import generated
-from diffusion.data.find import EUROSAT, GENERATED, find_archive, read_source
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.manifest import Manifest
+from diffusion.data.sources import generated
+from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
 from diffusion.data.store import Store, open_store
 from diffusion.errors import DataError, TrackingError, UserError
 from diffusion.job import TrainingJob
@@ -178,7 +178,13 @@ def compare(original: Original, state: State) -> bool:
 def _dataset(original: Original, store: Store, environment: Settings) -> Manifest:
     found = find_dataset(store, original.tags["dataset.digest"])
     if found is None:
-        source = GENERATED if original.tags["dataset.name"] == generated.NAME else EUROSAT
+        known = {generated.NAME: GENERATED, "EuroSAT": EUROSAT}
+        source = known.get(original.tags["dataset.name"])
+        if source is None:
+            raise DataError(
+                f"The store {store.uri} no longer holds the dataset {original.tags['dataset.digest']}. Run the flow once with the "
+                "source and options of then: it is ingested first."
+            )
         found = ingest(read_source(source, find_archive(source, environment)), store)
     if found.digest != original.tags["dataset.digest"]:
         raise DataError(f"The images here are another dataset: {found.digest}, not {original.tags['dataset.digest']}.")

@@ -21,7 +21,8 @@ from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
-from flows.launcher import run_job
+from flows.engines.placement import Placement, Workers
+from flows.launcher import run_job, run_on_cluster
 from flows.owner import close_abandoned, this_process
 from flows.progress import Stage, attended, say
 from flows.request import TrainingRequest, threads_per_process
@@ -75,7 +76,15 @@ def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any
 
 
 def run_stage(
-    title: str, key: str, module: str, spec: JobSpec, folder: Path, processes: int, recipe: Recipe, part: str
+    title: str,
+    key: str,
+    module: str,
+    spec: JobSpec,
+    folder: Path,
+    workers: Workers,
+    recipe: Recipe,
+    part: str,
+    threads: int | None = None,
 ) -> None:
     """Run a job as one stage of the flow, with its progress shown and its time counted. Raises the job's error."""
     with Stage(title, key) as stage, stopwatch.part(part):
@@ -86,7 +95,12 @@ def run_stage(
 
         # At a terminal the bar tells enough; the whole output is in the folder either way.
         on_line: Callable[[str], None] = (lambda line: None) if attended() else say
-        run_job(module, spec, folder, processes, on_progress, on_line, threads_per_process(recipe))
+        if settings().engine == "ray":
+            placement = Placement(module=module, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
+            run_on_cluster(placement, spec, folder, on_progress, on_line)
+        else:
+            threads = threads or threads_per_process(recipe)
+            run_job(module, spec, folder, workers.counts[-1], on_progress, on_line, threads)
 
 
 def open_tracking(environment: Settings) -> tuple[MlflowClient, str]:

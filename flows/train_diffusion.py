@@ -1,4 +1,4 @@
-"""The flow `train-diffusion`: from the EuroSAT archive to a scored, registered model. This file is its table of contents."""
+"""The flow `train-diffusion`: from images to a scored, registered model. This file is its table of contents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prefect import flow, runtime
 from prefect.states import State
 from pydantic import Field
 
-from diffusion.recipe_files import preset_names, recipe_name
+from diffusion.recipe_files import fit_to_dataset, preset_names, recipe_name
 from diffusion.settings import settings
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
@@ -17,9 +17,10 @@ from flows.checks import check_before_compute
 from flows.credentials import use_block
 from flows.owner import end_with_worker
 from flows.progress import attended
-from flows.request import StartFrom, TrainingRequest
+from flows.request import RANGE, StartFrom, TrainingRequest
 from flows.run import tracked_run
 from flows.tasks.evaluate import evaluate
+from flows.tasks.extractor import train_extractor
 from flows.tasks.ingest import find_source, ingest_archive
 from flows.tasks.plan import plan, unchanged
 from flows.tasks.promote import promote
@@ -51,7 +52,8 @@ def train_diffusion(
     overrides: dict[str, Any] | None = None,
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = 0,
     source: str = "eurosat",
-    processes: Annotated[int, Field(ge=1)] | None = None,
+    source_options: dict[str, Any] | None = None,
+    processes: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=f"^{RANGE}$")] | None = None,
     start_from: StartFrom = "scratch",
     skip_unchanged: bool = False,
     fid_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
@@ -64,8 +66,11 @@ def train_diffusion(
             path of a file like theirs on the worker's machine: path/to/mine.yaml.
         overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000}.
         seed: Key of all randomness; empty: the date of the scheduled night, as 20261124.
-        source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a EuroSAT archive, or "generated".
-        processes: Processes of each job; empty: one a GPU, or what the CPU's cores allow.
+        source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a folder, zip, tar or Parquet table with images,
+            "webdataset:" and tars, "eurosat-ms", or "generated".
+        source_options: How these images are meant: {"size": 64, "fit": "crop", "bands": [...], "name": "mine"}.
+        processes: Processes of each job: 4; on a cluster also a range, 2-8, of which it takes what there is room for. Empty: one a
+            GPU, or what the CPUs allow.
         start_from: "scratch", or "champion": go on with the live model and its optimiser's state, for data.images more.
         skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed.
         fid_margin: How far below the live model's the FID must be, beyond all doubt (95 %), for the new one to go live.
@@ -76,6 +81,7 @@ def train_diffusion(
         overrides=overrides or {},
         seed=seed_or_date(seed),
         source=source,
+        source_options=source_options or {},
         processes=processes,
         start_from=start_from,
         skip_unchanged=skip_unchanged,
@@ -88,8 +94,10 @@ def train_diffusion(
         end_with_worker()
     use_block(settings().s3_block)
     recipe, workers = check_before_compute(request)
-    archive = find_source(request.source)
+    archive = find_source(request.source, request.options())
     dataset = ingest_archive(archive, settings().store_uri)
+    recipe = fit_to_dataset(recipe, request.overrides, dataset.images)
+    train_extractor(dataset, recipe, workers)
     measure_reference(dataset, recipe, workers)
     recipe, same = plan(request, recipe, dataset)
     if same is not None:

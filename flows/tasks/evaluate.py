@@ -12,6 +12,7 @@ from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob
 from diffusion.training.state import State
+from flows.engines.placement import Workers
 from flows.run import Run, run_stage
 from flows.tasks.retrying import RETRIED
 
@@ -24,7 +25,7 @@ GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def evaluate(run: Run, state: State, processes: int) -> Scores:
+def evaluate(run: Run, state: State, workers: Workers) -> Scores:
     """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""
     step, samples = state.step, run.recipe.evaluation.samples
     scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
@@ -33,7 +34,7 @@ def evaluate(run: Run, state: State, processes: int) -> Scores:
         folder = run.folder / f"evaluation-{step:09d}"
         title = f"Evaluating step {step:,} ({samples:,} samples)"
         run_stage(
-            title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, processes, run.recipe, "evaluation"
+            title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation"
         )
         scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
         assert scores is not None

@@ -1,4 +1,4 @@
-"""EuroSAT archive -> shards and manifest."""
+"""Images of a source -> shards and manifest."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
-from diffusion.data.find import find_archive, read_source
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.manifest import FORMAT_VERSION, Manifest
+from diffusion.data.sources.find import find_archive, read_source
+from diffusion.data.sources.source import SourceOptions
 from diffusion.data.store import check_writable, open_store
 from diffusion.errors import DataError
 from diffusion.settings import settings
@@ -27,6 +28,7 @@ class Archive:
     """Source images that lie on this machine, and the digest of their content."""
 
     source: str
+    options: SourceOptions
     path: str
     digest: str
 
@@ -37,11 +39,11 @@ class Archive:
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def find_source(source: str) -> Archive:
-    """Find the archive, or download it, and prove by its content what it is."""
+def find_source(source: str, options: SourceOptions) -> Archive:
+    """Find the images, or download them, and prove by their content what they are."""
     with Stage("Finding the source images", "download") as stage, stopwatch.part("ingest"):
         path = find_archive(source, settings(), lambda done, total: stage.update(done, total, f"{done / 1e6:.0f} MB"))
-        return Archive(source, str(path), read_source(source, path).digest)
+        return Archive(source, options, str(path), read_source(source, path, options).digest)
 
 
 def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -63,7 +65,7 @@ def _ingest(archive: Archive, store_uri: str) -> str:
     store = open_store(store_uri)
     check_writable(store)
     with Stage("Writing shards", "ingest") as stage, stopwatch.part("ingest"):
-        source = read_source(archive.source, Path(archive.path))
+        source = read_source(archive.source, Path(archive.path), archive.options)
         return ingest(source, store, lambda done, total: stage.update(done, total, f"{done:,} images")).digest
 
 

@@ -8,11 +8,12 @@ from prefect.cache_policies import NO_CACHE
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import open_store
 from diffusion.errors import DataError
-from diffusion.evaluation.names import extractor_sha256, reference_name
+from diffusion.evaluation.names import identify, reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.job import ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
+from flows.engines.placement import Workers
 from flows.progress import say
 from flows.run import job_fields, run_stage
 from flows.tasks.retrying import RETRIED
@@ -24,14 +25,14 @@ from flows.tasks.retrying import RETRIED
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None:
+def measure_reference(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
     """Features and moments of the real images, once per dataset version, extractor and image size."""
     environment = settings()
     store = open_store(environment.store_uri)
     size = recipe.data.image_size
     for extractor in recipe.evaluation.extractors:
-        sha256 = extractor_sha256(extractor, environment.inception)
-        name = reference_name(dataset.digest, extractor, sha256, size)
+        known = identify(extractor, store, dataset, environment.inception)
+        name = reference_name(dataset.digest, known.name, known.sha256, size)
         try:
             load_reference(store, name)
             continue
@@ -45,14 +46,14 @@ def measure_reference(dataset: Manifest, recipe: Recipe, processes: int) -> None
             inception=environment.inception,
         )
         folder = environment.runs / name.removesuffix(".safetensors")
-        title = f"Measuring real images ({extractor})"
+        title = f"Measuring real images ({known.name})"
         run_stage(
             title,
             f"reference-{extractor}",
             "diffusion.evaluation.measure_reference",
             spec,
             folder,
-            processes,
+            workers,
             recipe,
             "reference",
         )

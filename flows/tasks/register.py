@@ -35,8 +35,11 @@ def register(run: Run, state: State, scores: Scores) -> str:
 
 def compute(run: Run, state: State) -> str:
     """What the training took, for the card."""
-    processes = usable_processes(run.recipe, run.request.processes)
-    where = f"{processes} GPU processes" if gpus() else f"{processes} CPU processes ({platform.machine()})"
+    if run.settings.engine == "ray":
+        where = f"a Ray cluster ({run.request.processes or 'as many as it had room for'} processes)"
+    else:
+        processes = usable_processes(run.recipe, run.request.processes)
+        where = f"{processes} GPU processes" if gpus() else f"{processes} CPU processes ({platform.machine()})"
     points = run.tracked.client.get_metric_history(run.tracked.run_id, "speed/images_per_second")
     images = state.images_seen - run.recipe.first_step * run.recipe.data.batch_size
     took = ""

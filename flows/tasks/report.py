@@ -9,6 +9,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
+from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.promotion import Decision, scores_of
@@ -50,12 +51,13 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
         "recipe": f"{run.recipe.name} {run.recipe.digest[:16]}, seed {run.recipe.seed}",
         "steps": f"{state.step:,} of {run.recipe.data.batch_size} images",
         "loss": f"{sum(r['loss'] for r in metrics[-50:]) / len(metrics[-50:]):.4f} (mean of the last records)",
-        "bits/dim": f"{scores.bound.total:.3f} ± {scores.bound.error:.3f} on {scores.bound.images:,} test images",
     }
-    for by in scores.by_extractor:
-        floor = f"real images: {by.fid_floor:.2f} with n = {by.floor_samples:,}"
-        rows[f"fid_{by.extractor}"] = f"{by.fid:.2f} ± {by.fid_error:.2f} (n = {by.samples:,}; {floor})"
-        rows[f"kid_{by.extractor}"] = f"{by.kid:.4f} ± {by.kid_error:.4f} (real images: {by.kid_floor:.4f})"
+    for one, row in in_order(scores):
+        if one.place == "headline":
+            real = "" if row.real is None else f"; real images: {row.real:.{one.digits}f}"
+            rows[full_name(row)] = f"{with_error(row)} ({of_how_many(one, scores)}{real})"
+    if scores.bound is None:
+        rows["bits_per_dim"] = f"none: images of {run.dataset.images.dtype} have no likelihood in bits"
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
     rows[GRID] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
@@ -82,11 +84,13 @@ def _comparison(run: Run, scores: Scores, decision: Decision) -> list[str]:
     query = f"name = '{decision.model}' and version_number = {decision.against}"
     for version in run.tracked.client.search_model_versions(query) if decision.against else ():  # it may be gone since
         before = scores_of(version)
-        champion = {name: _figure(value, error) for name, value, error, _ in before.table()} if before else {}
+        champion = {name: _figure(value, error) for name, value, error, _ in table(before)} if before else {}
     heading = f"version {decision.against}, champion then" if decision.against else "no champion yet"
     lines = [f"| figure | this run | {heading} | real images |", "| --- | --- | --- | --- |"]
-    for name, value, error, real in scores.table():
-        lines.append(f"| {name} | {_figure(value, error)} | {champion.get(name, '')} | {_figure(real, None)} |")
+    for name, value, error, real in table(scores):
+        lines.append(
+            f"| {name.replace('|', '/')} | {_figure(value, error)} | {champion.get(name, '')} | {_figure(real, None)} |"
+        )
     return lines
 
 

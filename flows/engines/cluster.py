@@ -1,0 +1,178 @@
+"""The driver of a job on a Ray cluster: starts its ranks in workers there, and them again when a host or a rank is lost.
+
+    python -m flows.engines.cluster FOLDER      run the job of FOLDER (job.json, placement.json)
+    python -m flows.engines.cluster capacity    say what the cluster has
+
+The flow runs it as a process of its own, like a rank of this machine: what it says, its progress and its error lie in the folder,
+and SIGTERM ends it, on which the training leaves a checkpoint. RAY_ADDRESS names the cluster; this machine is one of its nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from diffusion.data.store import open_store
+from diffusion.errors import ClusterError, StoreError
+from diffusion.job import (
+    ERROR,
+    SPEC,
+    STOP_SECONDS,
+    RankOutput,
+    end_with_parent,
+    error_from,
+    lock_folder,
+    report_of,
+)
+from diffusion.training.journal import committed_step
+from diffusion.trust.redaction import redact_logs
+from flows.engines.attempt import Attempt, capacity, growth, reserve
+from flows.engines.placement import PLACEMENT, Placement
+
+PACKAGES = [str(Path(__file__).resolve().parents[2] / name) for name in ("diffusion", "flows")]
+"""What workers get from here: the code that the flow has, whatever lies on their hosts."""
+ANSWER_SECONDS = 10.0
+POLL_SECONDS = 0.3
+GROW_SECONDS = 5.0
+MOST_LOSSES = 5
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def connected(threads: int | None = None) -> Iterator[None]:
+    """A connection to the cluster. Raises ClusterError with what to do."""
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    variables = {"OMP_NUM_THREADS": str(threads or 1), "PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    try:
+        if ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        ray.init(
+            address=address,
+            runtime_env={"py_modules": PACKAGES, "env_vars": variables} if threads else None,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ClusterError(
+            f"The Ray cluster at {address} can't be used: {reason}. Start one (ray start --head) with this machine as one of its "
+            f"hosts, Ray {ray.__version__} and Python {sys.version_info.major}.{sys.version_info.minor} on all of them, name it in "
+            "RAY_ADDRESS as host:6379, and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as it has them."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(folder: Path, stop: threading.Event) -> bool:
+    """Run the folder's job; returns whether it came to its end, and was not asked to stop. Raises what it failed with."""
+    placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
+    spec = json.loads((folder / SPEC).read_text())
+    store, marker = open_store(spec["store"]), f"runs/{spec['run']}/seen-{uuid.uuid4().hex}"
+    store.write(marker, b"")
+    try:
+        losses, last = 0, (0, "")
+        while (place := reserve(placement, stop)) is not None:
+            attempt = Attempt(folder, placement, store, marker, place)
+            try:
+                grown = follow(attempt, placement, stop)
+            finally:
+                attempt.end()
+            known = [error for error in map(error_from, attempt.reports) if not isinstance(error, RuntimeError)]
+            if known:
+                raise known[0]
+            if stop.is_set():
+                return False
+            if attempt.failure is None and not grown:
+                return True
+            if attempt.failure is not None:
+                losses += 1
+                # A loss names ports or processes. What ends two starts in a row alike, at the same step, is none.
+                before, last = last, (committed_step(folder), attempt.why)
+                if attempt.reports and last == before:
+                    raise error_from(attempt.reports[0])
+                if losses > MOST_LOSSES:
+                    raise RuntimeError(f"The job was begun {losses} times, and lost workers each time: {attempt.why}")
+                print(
+                    f"Lost: {attempt.why} Going on from the newest checkpoint ({losses} of {MOST_LOSSES} times).",
+                    flush=True,
+                )
+        return False
+    finally:
+        try:
+            store.delete(marker)
+        except StoreError as error:  # what the job ended with matters more
+            log.warning("The marker %s was not deleted: %s", marker, error)
+
+
+def follow(attempt: Attempt, placement: Placement, stop: threading.Event) -> bool:
+    """Wait for the end of an attempt; returns whether it was ended because more workers can have a part in it."""
+    grown, looked = False, time.monotonic()
+    while not attempt.wait(POLL_SECONDS):
+        attempt.collect()
+        if stop.is_set() and not attempt.listens:
+            return False
+        if stop.is_set():
+            attempt.ask_to_stop()
+        elif not grown and attempt.listens and placement.elastic and time.monotonic() - looked > GROW_SECONDS:
+            looked = time.monotonic()
+            more = growth(placement, attempt.place.workers)
+            if more:
+                grown = True
+                print(
+                    f"There is more room: going on with {more} processes in place of {attempt.place.workers}.",
+                    flush=True,
+                )
+                attempt.ask_to_stop()
+    attempt.collect()
+    return grown
+
+
+def main() -> int:
+    """As the module says."""
+    end_with_parent()
+    os.umask(0o077)
+    redact_logs()
+    sys.stdout = sys.stderr = RankOutput("", sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    if sys.argv[1] == "capacity":
+        try:
+            with connected():
+                print(capacity().model_dump_json(), flush=True)
+        except ClusterError as error:
+            print(f"error: {error}", flush=True)
+            return 1
+        return 0
+    folder, stop = Path(sys.argv[1]), threading.Event()
+
+    def ask(*_: object) -> None:
+        stop.set()
+        signal.alarm(STOP_SECONDS)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
+        with lock_folder(folder), connected(placement.threads):
+            return 0 if run(folder, stop) else 128 + signal.SIGTERM
+    except Exception as error:
+        (folder / ERROR).write_text(json.dumps(report_of(error, 0)))
+        log.exception("the job failed")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

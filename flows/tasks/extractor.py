@@ -1,0 +1,50 @@
+"""Shards -> a feature network of the dataset's own, where none that is shipped is for such images."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from diffusion.data.manifest import Manifest
+from diffusion.data.store import open_store
+from diffusion.evaluation.names import find_own
+from diffusion.job import ExtractorJob
+from diffusion.recipe import Recipe
+from diffusion.settings import settings
+from flows.engines.placement import Workers
+from flows.progress import say
+from flows.run import job_fields, run_stage
+from flows.tasks.retrying import RETRIED
+
+
+@task(
+    name="train extractor",
+    task_run_name="train extractor",
+    cache_policy=NO_CACHE,
+    **RETRIED,
+)
+def _train(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
+    """Train the dataset's own extractor, once per dataset version."""
+    environment = settings()
+    store = open_store(environment.store_uri)
+    if find_own(store, dataset.digest) is None:
+        run_stage(
+            "Training an extractor of these images",
+            "extractor",
+            "diffusion.evaluation.train_extractor",
+            ExtractorJob(**job_fields("extractor", dataset, environment)),
+            environment.runs / "extractors" / dataset.digest[:16],
+            Workers(counts=(1,), cores=workers.cores),  # alone, whatever the recipe's other jobs run on
+            recipe,
+            "reference",
+            threads=workers.cores,
+        )
+    own = find_own(store, dataset.digest)
+    assert own is not None
+    say(f"The extractor tells {own.task} of test images: {own.accuracy:.1%} right; by guessing: {own.chance:.1%}.")
+
+
+def train_extractor(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
+    """The extractor of the dataset's own, if the recipe names one."""
+    if "own" in recipe.evaluation.extractors:
+        _train(dataset, recipe, workers)

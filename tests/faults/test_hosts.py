@@ -1,0 +1,350 @@
+"""A training on several hosts, which lose ranks, hosts, links and their driver: it ends with the bits of one machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest
+from diffusion.data.sources.source import Source
+from diffusion.data.store import FolderStore, open_store
+from diffusion.evaluation.scores import find_scores
+from diffusion.job import TrainingJob
+from diffusion.training.journal import JOURNAL, records
+from diffusion.training.state import folder as checkpoint_folder
+from diffusion.training.state import load_state, steps_with_checkpoint
+from flows.launcher import run_job
+from tests.conftest import TINY, start_s3, tiny_recipe
+from tests.faults.report import Kill
+from tests.hosts import HERE, Cluster, hosts, wait_until
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
+
+STEPS, EVERY = 60, 5
+STORE = "s3://tests/store"
+RANK = "ray::Worker"
+"""How Ray calls a rank's process."""
+
+
+class Machines:
+    """A head and two hosts with a rank each, and S3 on a fourth address."""
+
+    def __init__(self, cluster: Cluster, dataset: Manifest) -> None:
+        self.cluster, self.dataset = cluster, dataset
+        self.head, self.first, self.second = cluster.hosts
+        self.expected: dict[int, str] = {}
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory, source: Source) -> Iterator[Machines]:
+    folder = tmp_path_factory.mktemp("hosts")
+    with hosts(folder, 3) as made, pytest.MonkeyPatch.context() as patch:
+        s3 = start_s3(tmp_path_factory.mktemp("s3"), HERE)
+        try:
+            for name, value in s3.env.items():
+                patch.setenv(name, value)
+            cluster = Cluster.on(made)
+            cluster.start()
+            yield Machines(cluster, ingest(source, open_store(STORE), shard_bytes=60_000))
+        finally:
+            s3.kill()
+
+
+class Trial:
+    """One training, in a process of its own on the head as the flow would run it."""
+
+    def __init__(
+        self, machines: Machines, folder: Path, name: str, counts: tuple[int, ...] = (2,), steps: int = STEPS
+    ) -> None:
+        self.machines, self.folder, self.name, self.steps = machines, folder / name, name, steps
+        self.folder.mkdir()
+        job = training(machines, name, folder, steps)
+        told = {
+            "job": job.model_dump(mode="json"),
+            "tracking_uri": f"sqlite:///{self.folder}/mlflow.db",
+            "counts": counts,
+        }
+        (self.folder / "caller.json").write_text(json.dumps(told))
+
+    def begin(self) -> subprocess.Popen[bytes]:
+        log = (self.folder / "caller.log").open("ab")
+        command = (sys.executable, "-m", "tests.faults.caller", str(self.folder))
+        return self.machines.head.start(*command, env=self.machines.cluster.env, stdout=log, stderr=log)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "caller.log").read_text()
+
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        return max(steps_with_checkpoint(open_store(STORE), self.name), default=0)
+
+    def reach(self, step: int, caller: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: self.step() >= step or caller.poll() is not None, self.log)
+        assert caller.poll() is None, self.log[-3000:]
+
+    def finish(self, caller: subprocess.Popen[bytes]) -> None:
+        assert caller.wait(400) == 0, self.log[-4000:]
+        assert result(self.name, self.steps) == expected(self.machines, self.folder, self.steps)
+        journal = (self.folder / JOURNAL).read_bytes()
+        assert [record["step"] for record in records(journal)] == list(range(1, self.steps + 1))
+        from diffusion.tracking.connection import connect
+
+        client, run = connect(f"sqlite:///{self.folder}/mlflow.db"), (self.folder / "mlflow_run").read_text()
+        points = [(point.step, point.value) for point in client.get_metric_history(run, "train/loss")]
+        assert points == [(record["step"], record["loss"]) for record in records(journal)], "each point once"
+        self.nothing_is_left()
+
+    def nothing_is_left(self) -> float:
+        """Seconds until no rank and no driver runs on any host; but one that is cut off finds out by itself, in minutes."""
+        began = time.monotonic()
+        alive = [host for host in self.machines.cluster.hosts if host.alive and not host.cut_off]
+        wait_until(
+            lambda: not any(host.processes(line) for host in alive for line in (RANK, "flows.engines.cluster")),
+            "ranks or their driver are left",
+        )
+        return time.monotonic() - began
+
+
+def training(machines: Machines, name: str, folder: Path, steps: int) -> TrainingJob:
+    recipe = tiny_recipe(data__images=16 * steps, evaluation__every_images=16 * steps)
+    return TrainingJob(
+        run=name,
+        store=STORE,
+        dataset=machines.dataset.digest,
+        shard_copies=folder / "copies",
+        recipe=recipe,
+        until=steps,
+        checkpoint_every=EVERY,
+    )
+
+
+def expected(machines: Machines, folder: Path, steps: int) -> str:
+    """The result of one process on this machine."""
+    if steps not in machines.expected:
+        nobody: Any = lambda said: None  # noqa: E731
+        name = f"alone-{steps}"
+        job = training(machines, name, folder, steps)
+        run_job("diffusion.training.job", job, folder / name, 1, nobody, nobody, threads=1)
+        machines.expected[steps] = result(name, steps)
+    return machines.expected[steps]
+
+
+def result(run: str, step: int) -> str:
+    store = open_store(STORE)
+    names = [one for one in store.names(f"{checkpoint_folder(run, step)}/") if not one.endswith("state.json")]
+    assert len(names) == 4
+    return hashlib.sha256(b"".join(store.read(one) for one in names)).hexdigest()
+
+
+Tell = Callable[[list[Kill]], None]
+
+
+def strike(trial: Trial, what: str, tell: Tell, harm: Callable[[], None]) -> None:
+    """Begin, do harm in mid-run, and see the training go on by itself to the same bits."""
+    caller = trial.begin()
+    trial.reach(10, caller)
+    step, began = trial.step(), time.monotonic()
+    harm()
+    trial.reach(step + 2 * EVERY, caller)
+    seconds = round(time.monotonic() - began, 1)
+    trial.finish(caller)
+    tell([Kill("hosts", f"hosts: {what}", "mid-run", step, 0.0, seconds, True)])
+
+
+def test_two_hosts_end_with_the_bits_of_one_machine(machines: Machines, tmp_path: Path) -> None:
+    trial = Trial(machines, tmp_path, "quiet")
+    trial.finish(trial.begin())
+    assert f"[rank 0] on {machines.first.name}" in trial.log or f"[rank 1] on {machines.first.name}" in trial.log
+    assert f"] on {machines.second.name} ({machines.second.address})" in trial.log
+
+
+FLOW = """
+import json, sys
+from prefect.testing.utilities import prefect_test_harness
+from flows.train_diffusion import train_diffusion
+if __name__ == "__main__":
+    with prefect_test_harness(server_startup_timeout=200):
+        report = train_diffusion(source="generated", preset="demo", overrides=json.loads(sys.argv[1]), processes=sys.argv[2])
+        print(report.rows["model version"])
+"""
+
+
+def test_the_flow_trains_on_the_hosts_what_it_trains_here(machines: Machines, tmp_path: Path) -> None:
+    """Training, evaluation and the measuring of real images; afterwards nothing of them is on the other hosts but copies."""
+    (tmp_path / "flow.py").write_text(FLOW)
+    overrides = json.dumps(TINY | {"data.images": 64, "evaluation.every_images": 64})
+    ran, found = {}, []
+    for where in ("here", "hosts"):
+        home = tmp_path / where
+        home.mkdir()
+        env = machines.cluster.env | {
+            "TRAIN_DIFFUSION_HOME": str(home),
+            "TRAIN_DIFFUSION_STORE": f"s3://tests/{where}",
+            "TRAIN_DIFFUSION_ENGINE": "ray" if where == "hosts" else "local",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PYTHONPATH": str(Path.cwd()),
+        }
+        command = (sys.executable, str(tmp_path / "flow.py"), overrides, "2" if where == "hosts" else "1")
+        ran[where] = machines.head.start(*command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for where, flow in ran.items():
+        output = flow.communicate(timeout=500)[0].decode()
+        assert "champion. It is the first version" in output, output[-4000:]
+        store = open_store(f"s3://tests/{where}")
+        (run,) = {name.split("/")[1] for name in store.names("checkpoints/")}
+        scores = find_scores(store, run, 4, TINY["evaluation.samples"])
+        assert scores is not None
+        found.append((load_state(store, run, 4).sha256, scores))
+    assert found[0] == found[1]
+    logs = [path.read_text() for path in (tmp_path / "hosts" / "runs").rglob("output.log")]
+    assert len(logs) == 3, "measuring real images, training, evaluation"
+    for log in logs:
+        assert {host.name for host in (machines.first, machines.second) if f"] on {host.name} (" in log} == {
+            machines.first.name,
+            machines.second.name,
+        }
+
+
+def test_a_rank_is_killed(machines: Machines, tmp_path: Path, tell: Tell) -> None:
+    trial = Trial(machines, tmp_path, "rank-killed")
+
+    def harm() -> None:
+        (rank,) = machines.second.processes(RANK)
+        rank.kill()
+
+    strike(trial, "a rank", tell, harm)
+    assert "Going on from the newest checkpoint (1 of 5 times)" in trial.log
+
+
+def test_a_host_dies(machines: Machines, tmp_path: Path, tell: Tell) -> None:
+    trial = Trial(machines, tmp_path, "host-killed", (1, 2))
+    strike(trial, "a host", tell, machines.second.die)
+    assert "Going on from the newest checkpoint" in trial.log
+    machines.second.boot()
+
+
+def test_a_host_joins(machines: Machines, tmp_path: Path, tell: Tell) -> None:
+    if machines.second.processes("raylet"):  # else the test before has left it without
+        machines.second.die()
+        machines.second.boot()
+        time.sleep(20)  # Ray takes it for lost
+    trial = Trial(machines, tmp_path, "joined", (1, 2, 4), steps=3 * STEPS)
+    caller = trial.begin()
+    trial.reach(5, caller)
+    machines.cluster.join(machines.second)
+    wait_until(lambda: "There is more room" in trial.log or caller.poll() is not None, trial.log)
+    assert "There is more room: going on with 2 processes in place of 1." in trial.log
+    trial.finish(caller)
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("for 20 seconds", 20.0), ("for good", None)])
+def test_a_link_is_cut(machines: Machines, tmp_path: Path, tell: Tell, name: str, seconds: float | None) -> None:
+    trial = Trial(machines, tmp_path, f"cut-{name.replace(' ', '-')}", (1, 2))
+
+    def harm() -> None:
+        machines.second.cut()
+        if seconds is not None:
+            time.sleep(seconds)
+            machines.second.heal()
+
+    strike(trial, f"a link, {name}", tell, harm)
+    machines.second.heal()
+    machines.second.die()  # Ray has given it up
+    machines.second.boot()
+    machines.cluster.join(machines.second)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_flow_is_killed_or_cancelled_and_begun_again(
+    machines: Machines, tmp_path: Path, tell: Tell, how: signal.Signals
+) -> None:
+    trial = Trial(machines, tmp_path, f"caller-{how.name.lower()}")
+    caller = trial.begin()
+    trial.reach(10, caller)
+    step = trial.step()
+    for process in machines.head.processes("tests.faults.caller"):
+        process.send_signal(how)
+    caller.wait(240)
+    gone = round(trial.nothing_is_left(), 1)
+    left = trial.step()
+    assert left >= step
+    began = time.monotonic()
+    again = trial.begin()
+    trial.reach(min(left + EVERY, STEPS - EVERY), again)
+    seconds = round(time.monotonic() - began, 1)
+    trial.finish(again)
+    tell([Kill("hosts", f"hosts: the flow, {how.name}", "mid-run", step, gone, seconds, True)])
+
+
+def test_the_head_dies(machines: Machines, tmp_path: Path, tell: Tell) -> None:
+    """With it the flow, whose machine it is here: another start of both goes on."""
+    trial = Trial(machines, tmp_path, "head-killed")
+    caller = trial.begin()
+    trial.reach(10, caller)
+    machines.head.die()
+    caller.wait(60)
+    for host in (machines.first, machines.second):  # without a head they end by themselves, in time
+        host.die()
+        host.boot()
+    machines.head.boot()
+    began = time.monotonic()
+    machines.cluster.start()
+    step = trial.step()
+    again = trial.begin()
+    trial.reach(step + EVERY, again)
+    seconds = round(time.monotonic() - began, 1)
+    trial.finish(again)
+    tell([Kill("hosts", "hosts: the head", "mid-run", step, 0.0, seconds, True)])
+
+
+def test_what_is_wrong_is_said_once(machines: Machines, tmp_path: Path) -> None:
+    """A folder that other hosts do not see."""
+    private = tmp_path / "only-here"
+    ingest_again = FolderStore(private / "store")
+    for name in open_store(STORE).names("datasets/"):
+        ingest_again.write(name, open_store(STORE).read(name))
+    trial = Trial(machines, tmp_path, "blind")
+    told = json.loads((trial.folder / "caller.json").read_text())
+    told["job"]["store"] = ingest_again.uri
+    (trial.folder / "caller.json").write_text(json.dumps(told))
+    for host in (machines.first, machines.second):
+        hidden = host.start("mount", "-t", "tmpfs", "tmpfs", str(private))
+        assert hidden.wait() == 0
+    caller = trial.begin()
+    assert caller.wait(240) == 1
+    assert "does not see what the flow's machine writes to the store" in trial.log
+    assert "Going on" not in trial.log
+    trial.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"RAY_ADDRESS": "10.77.0.99:6379"}, "The Ray cluster at 10.77.0.99:6379 can't be used"),
+        ({"RAY_AUTH_TOKEN": "0" * 32}, "The Ray cluster at 10.77.0.11:6379"),
+        ({}, "needs 4 processes with 1 CPU each"),
+    ],
+)
+def test_a_cluster_that_can_t_be_used(machines: Machines, change: dict[str, str], said: str) -> None:
+    code = (
+        "from flows.request import *; from tests.conftest import tiny_recipe; print(usable_workers(tiny_recipe(), 4))"
+    )
+    env = machines.cluster.env | {"TRAIN_DIFFUSION_ENGINE": "ray"} | change
+    asked = machines.head.start(sys.executable, "-c", code, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = asked.communicate(timeout=200)
+    assert said in output.decode(), output.decode()[-3000:]
+    assert "ClusterError" in output.decode()
