@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock audit demo check test faults soak lint up down status settings password secrets profile reproduce extractor
+.PHONY: help install ray lock audit demo check test faults soak lint up down status settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,18 +25,25 @@ WHEELS := install --quiet --disable-pip-version-check --no-compile --require-has
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# And what jobs on a cluster need.
+.venv/installed-ray: .venv/installed requirements-ray.lock
+	@$(BIN)/python -m pip $(WHEELS) -r requirements-ray.lock
+	@touch $@
+
 # And what tests and linters need.
-.venv/installed-dev: .venv/installed requirements-dev.lock
+.venv/installed-dev: .venv/installed-ray requirements-dev.lock
 	@$(BIN)/python -m pip $(WHEELS) -r requirements-dev.lock
 	@touch $@
+
+ray: .venv/installed-ray ## And Ray: what jobs on a cluster need, on each of its hosts
 
 lock: .venv/installed-dev ## Write the lock files from constraints.txt and pyproject.toml
 	$(BIN)/python infra/make_lock.py
 
 audit: .venv/installed-dev ## Ask a database of vulnerabilities about every package (needs a network)
-	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-dev.lock -r requirements-torch.lock
+	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-ray.lock -r requirements-dev.lock -r requirements-torch.lock
 
-demo: install ## Train, score and register a small model on this machine, in about six minutes
+demo: install ## Train, score and register a small model on this machine, in about ten minutes
 	@$(BIN)/python -m flows.demo
 
 check: lint ## Style, types and unit tests: whether a change holds, within a minute or two

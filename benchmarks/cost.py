@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from diffusion.data.find import EUROSAT, find_archive, read_source
 from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.manifest import Manifest
 from diffusion.data.order import Order
+from diffusion.data.sources.find import EUROSAT, find_archive, read_source
 from diffusion.data.store import FolderStore, Store, open_store
 from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.data.find import EUROSAT, find_archive, read_source
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest
+from diffusion.data.sources.find import EUROSAT, find_archive, read_source
+from diffusion.data.spec import ImageSpec
 from diffusion.data.store import open_store
 from diffusion.denoiser import build_network
+from diffusion.evaluation.figures import FIGURES, with_error
 from diffusion.evaluation.names import SHIPPED_SHA256, reference_name
-from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
+from diffusion.evaluation.scores import DEVIATIONS, Row, Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.recipe_files import load_recipe
@@ -97,6 +99,9 @@ def arms(budget: Budget, seed: int) -> list[Arm]:
     return made
 
 
+SHOWN = ("fid", "kid", "bits_per_dim", "recall", "memorisation")
+
+
 def replaced(evaluation: Evaluation, **values: Any) -> Evaluation:
     """The evaluation with other values."""
     return evaluation.model_copy(update=values)
@@ -115,11 +120,11 @@ def compare_samplers(bench: Bench, arm: Arm, samples: int) -> dict[str, Scores]:
     return bench.score(Arm(arm.name, arm.recipe, {"20-dpmpp": few, "1000-ancestral": chain}))
 
 
-def gigaflops(recipe: Recipe, classes: int) -> float:
+def gigaflops(recipe: Recipe, spec: ImageSpec) -> float:
     """Of one forward pass for one image."""
-    network, size = build_network(recipe, classes).eval(), recipe.data.image_size
+    network, size = build_network(recipe, spec).eval(), recipe.data.image_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, size, size), torch.tensor([0.5], dtype=torch.float64), None)
+        network(torch.zeros(1, len(spec.bands), size, size), torch.tensor([0.5], dtype=torch.float64), None)
     return counter.get_total_flops() / 1e9
 
 
@@ -188,17 +193,15 @@ def main() -> None:
     if arguments.chain_samples:
         (arm,) = (arm for arm in arms(budget, arguments.seeds[0]) if arm.name == "default")
         for name, scores in compare_samplers(bench, arm, arguments.chain_samples).items():
-            by = scores.by_extractor[0]
-            print(
-                f"{name}: fid {by.fid:.2f} ± {by.fid_error:.2f}, kid {by.kid:.3f} ± {by.kid_error:.3f}, n = {by.samples}"
-            )
+            fid, kid = with_error(scores.require("fid")), with_error(scores.require("kid"))
+            print(f"{name}: fid {fid}, kid {kid}, n = {scores.samples}")
         return
     rows = []
     for seed in arguments.seeds:
         for arm in arms(budget, seed):
             print(f"{arm.name}, seed {seed}", flush=True)
             scored = bench.score(arm)
-            best = min(scored, key=lambda name: scored[name].by_extractor[0].fid)
+            best = min(scored, key=lambda name: scored[name].require("fid").value)
             rows.append(
                 {
                     "recipe": arm.name,
@@ -206,20 +209,22 @@ def main() -> None:
                     "weights": "raw" if scored[best].weights == "model" else "ema",
                     "images": arm.recipe.data.images,
                     "evaluations": evaluations_a_sample(arm.evaluations[best], arm.recipe),
-                    "gflop": gigaflops(arm.recipe, len(bench.dataset.classes)),
-                    "bits_per_dim": min(scores.bound.total for scores in scored.values()),
-                    "scores": scored[best].model_dump(mode="json"),
+                    "gflop": gigaflops(arm.recipe, bench.dataset.images),
+                    "bits_per_dim": min(scores.bound.total for scores in scored.values() if scores.bound is not None),
+                    "scores": scored[best],
                 }
             )
             print(
-                f"  fid {scored[best].by_extractor[0].fid:.2f} ({best}), bits/dim {rows[-1]['bits_per_dim']:.3f}",
+                f"  fid {scored[best].require('fid').value:.2f} ({best}), bits/dim {rows[-1]['bits_per_dim']:.3f}",
                 flush=True,
             )
             if seed == arguments.seeds[0]:
                 (arguments.output / f"quality-{arm.name.replace(',', '').replace(' ', '-')}.png").write_bytes(
                     bench.grid(arm, best)
                 )
-    (arguments.output / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (arguments.output / "quality.json").write_text(
+        json.dumps(rows, indent=1, default=lambda scores: scores.model_dump(mode="json")) + "\n"
+    )
     (arguments.output / "quality-table.md").write_text(table(rows, arguments.budget))
     figure(rows, arguments.output / "quality.png")
     print((arguments.output / "quality-table.md").read_text())
@@ -237,33 +242,34 @@ def table(rows: list[dict[str, Any]], budget: str) -> str:
     ]
     for name in dict.fromkeys(row["recipe"] for row in rows):
         own = [row for row in rows if row["recipe"] == name]
-        by = [row["scores"]["by_extractor"][0] for row in own]
         first = own[0]
-        cells = [
-            spread([b["fid"] for b in by], max(b["fid_error"] for b in by), 1),
-            spread([b["kid"] for b in by], max(b["kid_error"] for b in by), 3),
-            spread([row["bits_per_dim"] for row in own], max(row["scores"]["bound"]["error"] for row in own), 3),
-            f"{np.mean([b['recall'] for b in by]):.2f}",
-            spread([b["memorisation"] for b in by], max(b["memorisation_error"] for b in by), 2),
+        figures = {name: [row["scores"].require(name) for row in own] for name in SHOWN}
+        figures["bits_per_dim"] = [
+            row["scores"].require("bits_per_dim").model_copy(update={"value": row["bits_per_dim"]}) for row in own
         ]
+        cells = [spread(figures[name]) for name in SHOWN]
         weights = "/".join(sorted({row["weights"] for row in own}))
         lines.append(
             f"| {name} ({weights}) | {len(own)} | {first['images']:,} | {first['gflop']:.2f} | {first['evaluations']} | "
             + " | ".join(cells)
             + " |"
         )
-    by = rows[0]["scores"]["by_extractor"][0]
+    scores = rows[0]["scores"]
     lines += [
         "",
-        f"Real test images in place of samples: fid_eurosat {by['fid_floor']:.2f} (n = {by['floor_samples']:,}).",
+        f"Real test images in place of samples: fid_eurosat {scores.require('fid').real:.2f} (n = {scores.real_samples:,}).",
     ]
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float], error: float, digits: int) -> str:
-    """Mean and uncertainty."""
+def spread(rows: list[Row]) -> str:
+    """Mean of a figure, and its uncertainty where it has one."""
+    values, errors = [row.value for row in rows], [row.error for row in rows if row.error is not None]
+    digits = FIGURES[rows[0].figure].digits
+    if not errors:
+        return f"{np.mean(values):.{digits}f}"
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {max(deviation, error):.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {max(deviation, *errors):.{digits}f}"
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
@@ -273,18 +279,11 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["recipe"] for row in rows))
     canvas = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = canvas.subplots(1, 2)
-    for axes, label, value, error in (
-        (
-            left,
-            "fid_eurosat",
-            lambda r: r["scores"]["by_extractor"][0]["fid"],
-            lambda r: r["scores"]["by_extractor"][0]["fid_error"],
-        ),
-        (right, "bits/dim", lambda r: r["bits_per_dim"], lambda r: r["scores"]["bound"]["error"]),
-    ):
+    for axes, label, name in ((left, "fid_eurosat", "fid"), (right, "bits/dim", "bits_per_dim")):
         for row in rows:
-            place = names.index(row["recipe"])
-            axes.errorbar(value(row), place, xerr=1.96 * error(row), fmt="o", capsize=3, color=f"C{place}")
+            place, found = names.index(row["recipe"]), row["scores"].require(name)
+            value = row["bits_per_dim"] if name == "bits_per_dim" else found.value
+            axes.errorbar(value, place, xerr=DEVIATIONS * found.error, fmt="o", capsize=3, color=f"C{place}")
         axes.set(xlabel=f"{label} (95 % interval)", yticks=range(len(names)), yticklabels=names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.find import EUROSAT, find_archive, read_source
 from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
+from diffusion.data.sources.find import EUROSAT, find_archive, read_source
 from diffusion.data.store import open_store
-from diffusion.evaluation.extractor import load_extractor
+from diffusion.evaluation.extractor import shipped
 from diffusion.evaluation.statistics import kernel_distance
 from diffusion.randomness import stream
 from diffusion.settings import settings
@@ -72,7 +72,7 @@ def main() -> None:
     images = np.concatenate([found for found, _ in shards.all()])
     images = images[stream(0, "symmetry").permutation(len(images))]
     half = len(images) // 2
-    extractor = load_extractor("eurosat", torch.device("cpu"), None)
+    extractor = shipped(torch.device("cpu"))
     views = {
         "extractor": lambda these: extractor.embed(these).numpy(),
         "pixels": pixels,

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffusion.data.spec import Images, ImageSpec
+from diffusion.errors import RecipeError
 from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet
 from diffusion.process import schedule as schedules
@@ -25,51 +27,62 @@ from diffusion.process.schedule import Schedule, noise_to_signal, noise_variance
 from diffusion.randomness import stream
 from diffusion.recipe import Process, Recipe
 
-GREY_LEVELS = 255
-
 
 @dataclass(frozen=True)
 class Pixels:
-    """The map between 8-bit pixels and the space of the process, where every channel has mean 0 and variance 1.
+    """The map between the levels of images and the space of the process, where every band has mean 0 and variance 1.
 
     Unit variance makes the network's input of variance one at every noise level, and its v-target too: the
     preconditioning of Karras et al. 2022 (arXiv:2206.00364, table 1) without a formula of its own.
     """
 
-    mean: tuple[float, float, float]
-    """Of the channels, for pixels in [-1, 1]."""
-    std: tuple[float, float, float]
-    """Of the channels, for pixels in [-1, 1]."""
+    spec: ImageSpec
 
-    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(value, dtype=torch.float64).reshape(3, 1, 1) for value in (self.mean, self.std))
-        return mean.to(like), std.to(like)
+    def _columns(self, like: Tensor, *names: str) -> list[Tensor]:
+        """Numbers of the spec, [bands, 1, 1] each."""
+        return [
+            torch.tensor(getattr(self.spec, name), dtype=torch.float64).reshape(-1, 1, 1).to(like) for name in names
+        ]
 
-    def encode(self, images: NDArray[np.uint8], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Bytes [batch, height, width, 3] -> process space [batch, 3, height, width]."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(dtype) * (2 / GREY_LEVELS) - 1
-        mean, std = self._columns(pixels)
+    def encode(self, images: Images, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Levels [batch, height, width, bands] -> process space [batch, bands, height, width]."""
+        levels = images if images.dtype == np.uint8 else images.astype(np.float32)
+        pixels = torch.from_numpy(levels).permute(0, 3, 1, 2).to(dtype)
+        low, high = self._columns(torch.empty(0, dtype=torch.float64), "low", "high")
+        if self.spec.dtype != "uint8":
+            pixels = pixels.clamp(low.to(pixels), high.to(pixels))
+        pixels = (pixels - low.to(pixels)) * (2 / (high - low)).to(pixels) - 1
+        mean, std = self._columns(pixels, "mean", "std")
         return ((pixels - mean) / std).contiguous()
 
     def to_unit(self, x: Tensor) -> Tensor:
-        """Process space -> pixels in [-1, 1], clipped."""
-        mean, std = self._columns(x)
+        """Process space -> levels in [-1, 1], clipped."""
+        mean, std = self._columns(x, "mean", "std")
         return (x * std + mean).clamp(-1, 1)
 
-    def decode(self, x: Tensor) -> NDArray[np.uint8]:
-        """Process space [batch, 3, height, width] -> bytes [batch, height, width, 3]."""
-        levels = ((self.to_unit(x).double() + 1) * (GREY_LEVELS / 2)).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    def decode(self, x: Tensor) -> Images:
+        """Process space [batch, bands, height, width] -> levels [batch, height, width, bands] of the spec's dtype."""
+        unit = self.to_unit(x).double()
+        low, high = self._columns(unit, "low", "high")
+        levels = low + (unit + 1) * ((high - low) / 2)
+        if self.spec.counted:
+            levels = levels.round()
+        return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy().astype(self.spec.dtype)
 
     def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What black and white are in process space: [3, 1, 1] each."""
-        mean, std = self._columns(like)
+        """What the lowest and the highest level are in process space: [bands, 1, 1] each."""
+        mean, std = self._columns(like, "mean", "std")
         return (-1 - mean) / std, (1 - mean) / std
 
     def bins(self, like: Tensor) -> PixelBins:
-        """The bins of the 8-bit values in process space."""
+        """The bins of the levels in process space. Raises RecipeError if they are not counted: there are no bins then."""
+        if not self.spec.counted:
+            raise RecipeError(
+                f"Images of {self.spec.dtype} have no likelihood in bits, which objective.loss vlb and hybrid need: use simple."
+            )
         low, high = self.limits(like)
-        return PixelBins(width=(high - low) / GREY_LEVELS, low=low, high=high)
+        lowest, highest = self._columns(low, "low", "high")
+        return PixelBins(width=(high - low) / (highest - lowest), low=low, high=high)
 
 
 def make_schedule(process: Process) -> Schedule:
@@ -80,24 +93,25 @@ def make_schedule(process: Process) -> Schedule:
     return schedules.zero_terminal_snr(table) if process.zero_terminal_snr else table
 
 
-def build_network(recipe: Recipe, classes: int) -> nn.Module:
-    """The untrained network of a recipe. Its initial weights depend on the recipe's seed alone."""
-    size, network = recipe.data.image_size, recipe.network
+def build_network(recipe: Recipe, spec: ImageSpec) -> nn.Module:
+    """The untrained network of a recipe for such images. Its initial weights depend on both, and the recipe's seed, alone."""
+    size, network, bands = recipe.data.image_size, recipe.network, len(spec.bands)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(recipe.seed, "initial weights").integers(2**63)))
         if network.kind == "seed":
             widths = tuple(network.width * multiplier for multiplier in network.multipliers)
-            return SeedUNet(size, widths, network.blocks)
+            return SeedUNet(bands, widths, network.blocks)
         return UNet(
             image_size=size,
+            bands=bands,
             width=network.width,
             multipliers=network.multipliers,
             blocks=network.blocks,
             attention_below=network.attention_below,
             patch=network.patch,
-            classes=classes if network.class_conditional else 0,
+            classes=len(spec.classes) if network.class_conditional else 0,
             dropout=network.dropout,
-            outputs=6 if recipe.learned_variance else 3,
+            outputs=2 * bands if recipe.learned_variance else bands,
             turns=recipe.data.quarter_turns > 0,
         )
 
@@ -116,7 +130,7 @@ class Denoiser:
     Args:
         recipe: the recipe that the network was trained by.
         network: its weights, in evaluation mode.
-        pixels: the pixel statistics of the training data.
+        pixels: how the training data's levels lie in the space of the process.
     """
 
     def __init__(self, recipe: Recipe, network: nn.Module, pixels: Pixels) -> None:
@@ -128,7 +142,7 @@ class Denoiser:
         """What the network says about x_t, its x0 in process space and clipped to what pixels can be.
 
         Args:
-            x_t: noisy images [batch, 3, height, width].
+            x_t: noisy images [batch, bands, height, width].
             log_snr: [batch] or scalar, float64.
             label: class indices [batch], or None for no class.
             guidance: 1 takes the class as it is; above, samples are pushed towards it (Ho & Salimans 2022,
@@ -161,11 +175,11 @@ class Denoiser:
         spacing: Spacing | None = None,
         guidance: float | None = None,
         watch: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> NDArray[np.uint8]:
-        """Draw the samples `indices` of `seed`: bytes [len(indices), height, width, 3].
+    ) -> Images:
+        """Draw the samples `indices` of `seed`: levels [len(indices), height, width, bands].
 
         Sample i depends on (seed, i) and its label; all else comes from the recipe where it is not given. The images of
-        one call go through the network together: the same calls give the same bytes. `watch` may end it early, by raising.
+        one call go through the network together: the same calls give the same levels. `watch` may end it early, by raising.
         """
 
         def noise(k: int) -> Tensor:
@@ -174,11 +188,11 @@ class Denoiser:
         return self.draw(self.start(indices, seed), labels, noise, steps, sampler, spacing, guidance, watch)
 
     def start(self, indices: range, seed: int) -> Tensor:
-        """What these samples of `seed` begin as: [len(indices), 3, height, width], of variance one as the data is here."""
+        """What these samples of `seed` begin as: [len(indices), bands, height, width], of variance one as the data is here."""
         return self._noise(indices, seed, "sample start", 0)
 
     def _noise(self, indices: range, seed: int, purpose: str, step: int) -> Tensor:
-        shape = (3, self.recipe.data.image_size, self.recipe.data.image_size)
+        shape = (len(self.pixels.spec.bands), self.recipe.data.image_size, self.recipe.data.image_size)
         draws = [stream(seed, purpose, index, step).standard_normal(shape, dtype=np.float32) for index in indices]
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
@@ -193,11 +207,11 @@ class Denoiser:
         spacing: Spacing | None = None,
         guidance: float | None = None,
         watch: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> NDArray[np.uint8]:
-        """Walk from pure noise to images: bytes [batch, height, width, 3].
+    ) -> Images:
+        """Walk from pure noise to images: levels [batch, height, width, bands].
 
         Args:
-            start: standard normal noise [batch, 3, height, width].
+            start: standard normal noise [batch, bands, height, width].
             noise: that of step k, like `start`, for the samplers that draw any.
             watch: told (x_t, x0 as predicted from it) at each network evaluation.
         """

@@ -31,6 +31,10 @@ class CheckpointDamaged(StoreError):
     """A checkpoint has a file that is missing or is not what was written: the store answers, but not with the checkpoint."""
 
 
+class ClusterError(UserError):
+    """The Ray cluster cannot be used: there is none, it is another one than needed, or it is too small."""
+
+
 class TrackingError(UserError):
     """The MLflow server does not answer, or refuses."""
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from diffusion.errors import RecipeError
+from diffusion.evaluation.names import ExtractorName
 from diffusion.process.names import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
 from diffusion.trust.identifiers import RunName, Sha256
 
@@ -51,8 +52,8 @@ MOST_CHANNELS = 8192
 class Data(Part):
     """What a training step sees."""
 
-    image_size: Literal[16, 32, 64] = 64
-    """Height and width; below 64 the images are averaged down."""
+    image_size: int = Field(default=64, ge=8, le=256)
+    """Height and width; larger images of a dataset are averaged down by a whole factor."""
     images: int = Field(gt=0, le=IMAGES)
     """The budget: images seen in all (an epoch of EuroSAT has 24,300)."""
     batch_size: int = Field(gt=0, le=2**20)
@@ -191,8 +192,9 @@ class Evaluation(Part):
     (Kynkäänniemi et al. 2024, arXiv:2404.07724); null: everywhere. sigma = exp(-log_snr / 2)."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights are scored."""
-    extractors: tuple[Literal["eurosat", "inception"], ...] = ("eurosat",)
-    """Feature extractors; the first decides about promotion."""
+    extractors: tuple[ExtractorName, ...] = ("eurosat",)
+    """Feature extractors; the first decides about promotion. eurosat: shipped, for EuroSAT. own: trained on the dataset itself.
+    inception: the usual one."""
     choice_samples: int = Field(default=1000, ge=2, le=10**6)
     """Images by which each moving average is judged when one is chosen."""
     batch: int = Field(default=100, gt=0, le=2**16)

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, RecipeError, nearest
+from diffusion.evaluation.names import accepts
 from diffusion.recipe import Part, Recipe
 from diffusion.trust.reading import read_file
 from diffusion.trust.redaction import shown
@@ -70,6 +72,49 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
         )
         with_overrides = " with these overrides" if overrides else ""
         raise RecipeError(f"The recipe '{shown(preset)}'{with_overrides} can't be used: {problems}.") from error
+
+
+def fit_to_dataset(recipe: Recipe, overrides: dict[str, Any], spec: ImageSpec) -> Recipe:
+    """The recipe for images of such a kind: what a preset says of size, classes and extractors gives way to what they are.
+
+    Nothing of a recipe that fits changes. Raises RecipeError where the overrides ask for what the images can't be.
+    """
+    data, network, evaluation = recipe.data, recipe.network, recipe.evaluation
+    if spec.size % data.image_size:
+        size = None if "data.image_size" in overrides else _nearest_size(recipe, spec.size)
+        if size is None:
+            raise RecipeError(
+                f"data.image_size {data.image_size} does not fit: images of {spec.size} x {spec.size} are averaged down by a whole "
+                f"factor, and what is left must be halved {len(network.multipliers) - 1} times after patches of {network.patch}. "
+                'Set data.image_size, or bring the images to another size: -p source_options=\'{"size": 64, "fit": "crop"}\'.'
+            )
+        data = data.model_copy(update={"image_size": size})
+    if network.class_conditional and not spec.classes:
+        if overrides.get("network.class_conditional"):
+            raise RecipeError("network.class_conditional is true, and the images have no classes.")
+        network = network.model_copy(update={"class_conditional": False, "label_dropout": 0.0})
+        evaluation = evaluation.model_copy(update={"guidance": 1.0})
+    refused = [name for name in evaluation.extractors if not accepts(name, spec)]
+    if refused:
+        if "evaluation.extractors" in overrides:
+            raise RecipeError(
+                f"evaluation.extractors names {refused[0]}, which is for other images than these. Use own, which is trained on them."
+            )
+        extractors = dict.fromkeys("own" if name in refused else name for name in evaluation.extractors)
+        evaluation = evaluation.model_copy(update={"extractors": tuple(extractors)})
+    if recipe.learned_variance and not spec.counted:
+        raise RecipeError(
+            f"objective.loss {recipe.objective.loss} needs the likelihood in bits, which images of {spec.dtype} have not. Use simple."
+        )
+    changed = {"data": data, "network": network, "evaluation": evaluation}
+    return Recipe.model_validate(recipe.model_copy(update=changed).model_dump())
+
+
+def _nearest_size(recipe: Recipe, size: int) -> int | None:
+    """The largest size up to the recipe's to which such images can be averaged down."""
+    smallest = recipe.network.patch * 2 ** (len(recipe.network.multipliers) - 1)
+    fitting = [size // factor for factor in range(1, size + 1) if size % factor == 0 and size // factor % smallest == 0]
+    return max((one for one in fitting if 8 <= one <= recipe.data.image_size), default=None)
 
 
 def _read(path: Path) -> dict[str, Any]:

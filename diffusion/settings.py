@@ -18,7 +18,15 @@ from diffusion.trust.redaction import redacted, shown
 
 PREFIX = "TRAIN_DIFFUSION_"
 OF_TESTS = ("TRAIN_DIFFUSION_TEST_INSTALL",)
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING")
+SECRETS = (
+    *(
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "PREFECT_API_AUTH_STRING",
+        "RAY_AUTH_TOKEN",
+    ),
+)
 """What other programs read and this one passes on; `make settings` says whether they are there."""
 
 
@@ -66,6 +74,9 @@ class Settings(BaseSettings):
     """Folder of prefect.yaml, where flow runs start. Set by make up and in the containers."""
     deterministic: bool = Field(default=False, validation_alias="TRAIN_DIFFUSION_DETERMINISTIC")
     """Compute on GPUs by deterministic algorithms alone, slower, so that a resume gives the same bits there too."""
+
+    engine: Literal["local", "ray"] = Field(default="local", validation_alias="TRAIN_DIFFUSION_ENGINE")
+    """Where jobs run: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names."""
 
     prefect_port: int = Field(default=4200, ge=1, le=65535, validation_alias="PREFECT_PORT")
     """Where the Prefect server of make up listens."""

@@ -1,7 +1,8 @@
 """Write the lock files from constraints.txt: `make lock`. Each line is a package at its pinned version, with the sha256 of its wheels.
 
 requirements.lock is what a user installs, requirements-torch.lock torch as PyPI has it, with the CUDA libraries that its Linux
-wheels need, requirements-torch-cpu.lock its build without them, and requirements-dev.lock what tests and linters need besides.
+wheels need, requirements-torch-cpu.lock its build without them, requirements-ray.lock what jobs on a cluster need besides, and
+requirements-dev.lock what tests and linters do.
 uv resolves them for all platforms from Python 3.11 on. Source distributions stay out: installing one runs its code.
 """
 
@@ -49,11 +50,12 @@ def line_of(package: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the files."""
-    users, everybody = resolve("servers"), resolve("servers", "dev")
+    users, clusters, everybody = resolve("servers"), resolve("servers", "ray"), resolve("servers", "ray", "dev")
     torch = {name for name in everybody if name.startswith(WITH_TORCH) and name not in NOT_WITH_TORCH}
     locks = {
         "requirements.lock": users.keys() - torch,
-        "requirements-dev.lock": everybody.keys() - users.keys() - torch,
+        "requirements-ray.lock": clusters.keys() - users.keys() - torch,
+        "requirements-dev.lock": everybody.keys() - clusters.keys() - torch,
         "requirements-torch.lock": torch,
     }
     written = {lock: [line_of(everybody[name]) for name in sorted(names)] for lock, names in locks.items()}

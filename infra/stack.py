@@ -62,9 +62,16 @@ class Addresses:
         return env
 
 
-STORE_KEYS, PREFECT_OWN, MLFLOW_OWN = "AWS_", "PREFECT_", "MLFLOW_"
+STORE_KEYS, CLUSTER, PREFECT_OWN, MLFLOW_OWN = "AWS_", "RAY_", "PREFECT_", "MLFLOW_"
 
-KEPT = ("AWS_", "EUROSAT_", "TRAIN_DIFFUSION_", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
+KEPT = (
+    "AWS_",
+    "RAY_",
+    "EUROSAT_",
+    "TRAIN_DIFFUSION_",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    "MLFLOW_BACKEND_STORE_URI",
+)
 """Settings that a new start takes over from what runs."""
 OPEN_TO_ALL = """
 WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
@@ -159,7 +166,7 @@ def check_port(port: int, name: str, variable: str) -> None:
 def start_prefect(port: int, addresses: Addresses) -> None:
     """The Prefect server."""
     env = {
-        **base_environment(STORE_KEYS, MLFLOW_OWN),
+        **base_environment(STORE_KEYS, CLUSTER, MLFLOW_OWN),
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": addresses.prefect,  # and of no other page
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
@@ -181,7 +188,7 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     """The MLflow server. Like Prefect's, it shares its database with `make demo`, so that the demo's runs are seen here."""
     (HOME / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
     # The job runner and its seven consumers, which only GenAI evaluations need, would take 2 GB.
-    env = {**base_environment(STORE_KEYS, PREFECT_OWN), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = {**base_environment(STORE_KEYS, CLUSTER, PREFECT_OWN), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # In the environment: an argument, which may hold a password, is seen by every user of the machine.
     env.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}")
     hosts = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]

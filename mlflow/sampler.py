@@ -1,4 +1,4 @@
-"""The model that MLflow loads: draws satellite patches. Models-from-code: MLflow runs this file, and finds the package
+"""The model that MLflow loads: draws images. Models-from-code: MLflow runs this file, and finds the package
 `diffusion` in the model's own `code/`.
 """
 
@@ -26,30 +26,32 @@ MAX_SECONDS = 600.0
 """After which a request is given up, whether or not somebody still waits for it: a server can't be ended before."""
 MAX_GUIDANCE = 20
 BLOCK = 8
-FORMATS = ("array", "png")
+FORMATS = ("array", "png", "tiff", "npy")
 
 
 class Sampler(PythonModel):
-    """predict([], params={"n": 8, "steps": 20, "label": "Forest", "guidance": 2.0}) -> uint8 [n, height, width, 3].
+    """predict([], params={"n": 8, "steps": 20, "label": "Forest", "guidance": 2.0}) -> levels [n, height, width, bands].
 
-    With `"format": "png"`, which suits a server's answer: n texts, each a PNG in base64.
+    With another `format`, which suits a server's answer, n texts in base64: `png` of the three bands that people see, `tiff`
+    or `npy` of all.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         from safetensors.torch import load_file
 
+        from diffusion.data.manifest import parse_manifest
         from diffusion.denoiser import Denoiser, Pixels, build_network
         from diffusion.process.samplers import SAMPLERS
         from diffusion.recipe import Recipe
 
         self.samplers = list(SAMPLERS)
         recipe = Recipe.model_validate_json(Path(context.artifacts["recipe"]).read_bytes())
-        dataset = json.loads(Path(context.artifacts["dataset"]).read_text())
-        self.classes = dataset["classes"] if recipe.network.class_conditional else []
-        network = build_network(recipe, len(dataset["classes"]))
+        dataset = Path(context.artifacts["dataset"])
+        self.spec = parse_manifest(dataset.read_bytes(), dataset.name).images
+        self.classes = list(self.spec.classes) if recipe.network.class_conditional else []
+        network = build_network(recipe, self.spec)
         network.load_state_dict(load_file(context.artifacts["weights"]))
-        pixels = Pixels(tuple(dataset["pixel_mean"]), tuple(dataset["pixel_std"]))
-        self.denoiser = Denoiser(recipe, network.eval().requires_grad_(False), pixels)
+        self.denoiser = Denoiser(recipe, network.eval().requires_grad_(False), Pixels(self.spec))
         self.drawing = threading.Lock()
 
     def predict(
@@ -121,7 +123,23 @@ class Sampler(PythonModel):
         finally:
             self.drawing.release()
         images = np.concatenate(blocks)[:n]
-        return images if values["format"] == "array" else [_png(image) for image in images]
+        return images if values["format"] == "array" else [self._encoded(image, values["format"]) for image in images]
+
+    def _encoded(self, image: np.ndarray, kind: str) -> str:
+        """The image as a file of that kind, in base64."""
+        buffer = io.BytesIO()
+        if kind == "png":
+            Image.fromarray(self.spec.display(image)).save(buffer, "PNG")
+        elif kind == "npy":
+            np.save(buffer, image, allow_pickle=False)
+        else:
+            import tifffile
+
+            named = json.dumps({"bands": self.spec.bands})
+            layout = {"planarconfig": "contig"} if len(self.spec.bands) > 1 else {}
+            plane = image if len(self.spec.bands) > 1 else image[..., 0]
+            tifffile.imwrite(buffer, plane, photometric="minisblack", description=named, **layout)
+        return base64.b64encode(buffer.getvalue()).decode()
 
     def _labels(self, indices: range, label: str) -> np.ndarray | None:
         if not self.classes:
@@ -137,12 +155,6 @@ def _check(deadline: float) -> None:
             f"The request took more than {MAX_SECONDS:.0f} s and was given up. Ask for fewer images or steps at once.",
             TEMPORARILY_UNAVAILABLE,
         )
-
-
-def _png(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 mlflow.models.set_model(Sampler())

@@ -24,10 +24,11 @@ import hypothesis
 import numpy as np
 import pytest
 
-from diffusion.data import generated
-from diffusion.data.eurosat import Source, read_archive
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest
+from diffusion.data.sources import generated
+from diffusion.data.sources.eurosat import read_archive
+from diffusion.data.sources.source import Source
 from diffusion.data.store import FolderStore
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
@@ -254,7 +255,7 @@ class S3Server:
         self.server = start_server(self.command, self.server.url, f"{self.server.url}/", self.folder)
 
 
-def start_s3(folder: Path) -> S3Server:
+def start_s3(folder: Path, address: str = "127.0.0.1") -> S3Server:
     """Start it with an empty bucket `tests`."""
     import json
 
@@ -268,11 +269,11 @@ def start_s3(folder: Path) -> S3Server:
         for name, actions in (("admin", ["Admin"]), (key, allowed))
     ]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+    command = [str(BIN / "weed"), "server", f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}", "-s3"]
     command += [f"-s3.port={port}", f"-s3.config={folder / 's3.json'}", f"-filer.port={filer}"]
     command += [f"-volume.port={volume}", f"-master.port={master}", "-volume.max=20", "-master.volumeSizeLimitMB=256"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else fixed ports, and a second server would not start
-    server = start_server(command, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/", folder)
+    server = start_server(command, f"http://{address}:{port}", f"http://{address}:{port}/", folder)
     client = boto3.client(
         "s3", endpoint_url=server.url, aws_access_key_id="admin", aws_secret_access_key=secret, region_name="us-east-1"
     )

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email import message_from_bytes, policy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
@@ -75,7 +76,7 @@ SmtpMail(host="127.0.0.1", port=int(os.environ["MAIL_PORT"]), **mail).save("test
 
 @pytest.fixture(scope="session")
 def mails() -> Iterator[tuple[int, list[str]]]:
-    """A mail server here: its port, and the mails that it is given."""
+    """A mail server here: its port, and the mails that it is given, as they are read."""
     taken: list[str] = []
 
     class MailServer(StreamRequestHandler):
@@ -86,7 +87,10 @@ def mails() -> Iterator[tuple[int, list[str]]]:
                 if command == b"DATA":
                     self.wfile.write(b"354 go on\r\n")
                     lines = iter(self.rfile.readline, b".\r\n")
-                    taken.append(b"".join(lines).decode())
+                    sent = b"".join(line.removeprefix(b".") for line in lines)  # a dot that begins a line is sent twice
+                    mail = message_from_bytes(sent, policy=policy.default)
+                    headers = "".join(f"{name}: {value}\n" for name, value in mail.items())
+                    taken.append(headers + mail.get_content())  # as a reader sees it
                 self.wfile.write(b"221 bye\r\n" if command == b"QUIT" else b"250 fine\r\n")
 
     server = ThreadingTCPServer(("127.0.0.1", 0), MailServer)

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from diffusion.data.manifest import Manifest, Shard, Split, manifest_path
 from diffusion.data.shards import Sample, decode_all, read_shard
+from diffusion.data.spec import Images
 from diffusion.data.store import LocalCopy, Store, StoreDamage
 from diffusion.errors import DataError
 
 MEMORY_BYTES = 1 << 30
 
-Images = NDArray[np.uint8]
-"""[samples, height, width, 3]"""
 Labels = NDArray[np.int64]
-"""[samples], indices of the manifest's classes"""
+"""[samples], indices of the spec's classes; zeros where there are none"""
 
 T = TypeVar("T")
 
@@ -44,6 +43,7 @@ class ShardImages:
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.manifest, self.image_size, self.memory_bytes = manifest, image_size, memory_bytes
+        self.spec = manifest.images
         self.shards: tuple[Shard, ...] = manifest.shards_of(split)
         self._files = LocalCopy(store, folder)
         self._decoded: OrderedDict[int, tuple[Images, Labels]] = OrderedDict()
@@ -68,12 +68,11 @@ class ShardImages:
 
     def _decode(self, index: int) -> tuple[Images, Labels]:
         samples = self._samples(index)
-        images = decode_all(samples, self.manifest.image_size, self.image_size)
-        return images, np.array([sample.label for sample in samples])
+        return decode_all(samples, self.spec, self.image_size), _labels(samples)
 
     def labels(self, index: int) -> Labels:
         """The labels of one shard, without decoding its images."""
-        return np.array([sample.label for sample in self._samples(index)])
+        return _labels(self._samples(index))
 
     def _samples(self, index: int) -> list[Sample]:
         shard = self.shards[index]
@@ -91,7 +90,7 @@ class ShardImages:
 
     def take(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[Images, Labels]:
         """The images at these shards and places, in that order."""
-        images = np.empty((len(shards), self.image_size, self.image_size, 3), np.uint8)
+        images = np.empty((len(shards), *self.spec.shape(self.image_size)), self.spec.dtype)
         labels = np.empty(len(shards), np.int64)
         for index in np.unique(shards):
             chosen = shards == index
@@ -103,6 +102,10 @@ class ShardImages:
         """Every shard's images and labels, in the manifest's order."""
         for index in range(len(self.shards)):
             yield self.shard(index)
+
+
+def _labels(samples: list[Sample]) -> Labels:
+    return np.array([sample.label or 0 for sample in samples])
 
 
 def prefetch(make: Callable[[int], T], start: int, end: int, ahead: int = 2) -> Iterator[T]:

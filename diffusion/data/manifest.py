@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 
 from diffusion.data.sealed import seal, unseal
+from diffusion.data.spec import RGB, ImageSpec
 from diffusion.errors import DataError
 from diffusion.trust.identifiers import ObjectName, Sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Split = Literal["train", "test"]
 
@@ -35,15 +36,35 @@ class Manifest(BaseModel):
     format_version: int
     digest: Sha256
     source: ObjectName
+    """The dataset's name."""
     licence: str
-    classes: tuple[str, ...]
-    image_size: int
+    images: ImageSpec
     splits: dict[Split, int]
-    pixel_mean: tuple[float, float, float]
-    """Mean of each channel over the train split, pixels in [-1, 1]."""
-    pixel_std: tuple[float, float, float]
-    """Standard deviation of each channel over the train split, pixels in [-1, 1]."""
+    skipped: NonNegativeInt = 0
+    """Images of the source that did not decode and were left out, where that was asked for."""
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_format(cls, fields: Any) -> Any:
+        """Format 1 knew 8-bit RGB images alone."""
+        if not isinstance(fields, dict) or fields.get("format_version") != 1:
+            return fields
+        old = dict(fields)
+        images = {
+            "bands": RGB,
+            "size": old.pop("image_size", None),
+            "dtype": "uint8",
+            "low": (0, 0, 0),
+            "high": (255, 255, 255),
+            "mean": old.pop("pixel_mean", None),
+            "std": old.pop("pixel_std", None),
+            "shown": (0, 1, 2),
+            "black": (0, 0, 0),
+            "white": (255, 255, 255),
+            "classes": old.pop("classes", None),
+        }
+        return {**old, "format_version": FORMAT_VERSION, "images": images}
 
     def shards_of(self, split: Split) -> tuple[Shard, ...]:
         """The shards of one split, in their stated order."""
@@ -67,7 +88,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise DataError(f"The manifest {where} is damaged ({error}). Delete its folder and ingest again.") from error
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(
-            f"The manifest {where} has format {manifest.format_version}; this version reads {FORMAT_VERSION}. "
+            f"The manifest {where} has format {manifest.format_version}; this version reads up to {FORMAT_VERSION}. "
             "Ingest again."
         )
     for split, count in manifest.splits.items():

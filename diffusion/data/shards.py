@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from diffusion.data import codecs
+from diffusion.data.spec import Images, ImageSpec
 from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
 
 BLOCK = 512
+LABEL = "cls"
+EXTENSIONS = (*codecs.PILLOW, "npy")
+"""Of images in a shard."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image as it lies in a shard. `label` indexes the manifest's classes."""
+    """One image as it lies in a shard."""
 
     key: str
-    jpeg: bytes
-    label: int
+    content: bytes
+    label: int | None
+    """Indexes the spec's classes; None where there are none."""
+    extension: str = "jpg"
 
 
 def write_shard(samples: Iterable[Sample]) -> bytes:
@@ -33,16 +37,19 @@ def write_shard(samples: Iterable[Sample]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            for extension, content in (("jpg", sample.jpeg), ("cls", str(sample.label).encode())):
+            files = [(sample.extension, sample.content)]
+            if sample.label is not None:
+                files.append((LABEL, str(sample.label).encode()))
+            for extension, content in files:
                 header = tarfile.TarInfo(f"{sample.key}.{extension}")
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
     return buffer.getvalue()
 
 
-def bytes_in_shard(sample: Sample) -> int:
-    """How many bytes a sample adds to its shard: two headers and two contents, padded to whole tar blocks."""
-    return 2 * BLOCK + -(-len(sample.jpeg) // BLOCK) * BLOCK + BLOCK
+def bytes_in_shard(size: int, labelled: bool) -> int:
+    """How many bytes an image of `size` bytes adds to its shard: headers and contents, padded to whole tar blocks."""
+    return BLOCK + -(-size // BLOCK) * BLOCK + (2 * BLOCK if labelled else 0)
 
 
 def read_shard(data: bytes, where: str) -> list[Sample]:
@@ -50,14 +57,18 @@ def read_shard(data: bytes, where: str) -> list[Sample]:
     samples: list[Sample] = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            jpegs: dict[str, bytes] = {}
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 content = data[member.offset_data : member.offset_data + member.size]
-                if extension == "jpg":
-                    jpegs[key] = content
+                if extension == LABEL:
+                    image = samples.pop()
+                    if image.key != key:
+                        raise ValueError(f"the label of {shown(key)} does not follow its image")
+                    samples.append(Sample(key, image.content, int(content), image.extension))
+                elif extension in EXTENSIONS:
+                    samples.append(Sample(key, content, None, extension))
                 else:
-                    samples.append(Sample(key, jpegs.pop(key), int(content)))
+                    raise ValueError(f"it holds a file {shown(member.name)}")
     except Exception as error:
         raise DataError(
             f"The shard {where} is damaged ({error}). Delete its dataset's folder and ingest again."
@@ -65,36 +76,33 @@ def read_shard(data: bytes, where: str) -> list[Sample]:
     return samples
 
 
-def decode(jpeg: bytes, where: str, expected_size: int, image_size: int) -> NDArray[np.uint8]:
-    """Decode one JPEG to RGB bytes [height, width, 3], averaged down by a whole factor to `image_size`.
+def decode(sample: Sample, spec: ImageSpec, size: int) -> Images:
+    """The image of a sample, [size, size, bands], averaged down by a whole factor from the spec's size.
 
-    Raises DataError if it does not decode or is not `expected_size` x `expected_size`.
+    Raises DataError if it does not decode or is not as the spec says.
     """
-    where = shown(where)
-    with _decoder_errors(where):
-        image: Image.Image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
-    if image.size != (expected_size, expected_size):  # before it is decoded: a few bytes can mean gigabytes of pixels
+    where = shown(sample.key)
+    if sample.extension in codecs.PILLOW:
+        image = codecs.open_plain(sample.content, sample.extension, len(spec.bands), (spec.size, spec.size), where)
+        if size != spec.size:
+            image = image.reduce(spec.size // size)
+        return np.asarray(image).reshape(size, size, len(spec.bands))
+    array = codecs.decode(sample.content, where)
+    if array.shape != spec.shape(spec.size) or array.dtype != spec.dtype:
         raise DataError(
-            f"The image {where} has {image.size[0]} x {image.size[1]} pixels, expected {expected_size} x {expected_size}."
+            f"The image {where} has shape {array.shape} and values {array.dtype}, expected {spec.shape(spec.size)} and {spec.dtype}."
         )
-    with _decoder_errors(where):
-        image = image.convert("RGB")
-    if image_size != expected_size:
-        image = image.reduce(expected_size // image_size)
-    return np.asarray(image)
+    return array if size == spec.size else averaged(array, size)
 
 
-@contextmanager
-def _decoder_errors(where: str) -> Iterator[None]:
-    """Turn whatever Pillow makes of a damaged or hostile image into a DataError."""
-    try:
-        yield
-    except Exception as error:
-        raise DataError(f"The image {where} does not decode as JPEG ({error}). Replace it by a whole copy.") from error
+def averaged(image: Images, size: int) -> Images:
+    """The image averaged down by a whole factor, rounded where its levels are whole numbers."""
+    factor = len(image) // size
+    mean = image.astype(np.float64).reshape(size, factor, size, factor, -1).mean(axis=(1, 3))
+    return (mean.round() if image.dtype.kind == "u" else mean).astype(image.dtype)
 
 
-def decode_all(samples: Iterable[Sample], expected_size: int, image_size: int) -> NDArray[np.uint8]:
-    """Decode many on all cores (the decoder releases the interpreter's lock): [samples, height, width, 3]."""
+def decode_all(samples: Iterable[Sample], spec: ImageSpec, size: int) -> Images:
+    """Decode many on all cores (decoders release the interpreter's lock): [samples, size, size, bands]."""
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda sample: decode(sample.jpeg, sample.key, expected_size, image_size), samples))
-    return np.stack(images)
+        return np.stack(list(pool.map(lambda sample: decode(sample, spec, size), samples)))

@@ -1,4 +1,4 @@
-"""The small EuroSAT classifier whose penultimate activations are the features of `fid_eurosat` and `kid_eurosat`."""
+"""The small classifier whose penultimate activations are the features of `fid_eurosat`, and of what each dataset has of its own."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ class Block(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
-class EuroSATClassifier(nn.Module):
+class Classifier(nn.Module):
     """A residual network of three resolutions (32, 16, 8); 0.13 GFLOP an image.
 
     Args:
+        bands: of the images.
+        classes: how many there are.
         fused: whether the batch norms are folded into the convolutions, as in the weights that are shipped.
     """
 
-    def __init__(self, classes: int, fused: bool) -> None:
+    def __init__(self, bands: int, classes: int, fused: bool) -> None:
         super().__init__()
         small, middle, large = WIDTHS
         self.trunk = nn.Sequential(
-            Conv(3, small, 2, fused),
+            Conv(bands, small, 2, fused),
             nn.ReLU(),
             Block(small, fused),
             Conv(small, middle, 2, fused),
@@ -61,7 +63,10 @@ class EuroSATClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features [batch, 128] of images [batch, 3, height, width] in [-1, 1]; other sizes are resized to 64 x 64."""
+        """Features [batch, 128] of images [batch, bands, height, width]; other sizes are resized to 64 x 64.
+
+        The shipped weights know pixels in [-1, 1], a dataset's own those of mean 0 and variance 1.
+        """
         if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             images = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
         return self.trunk(images).mean(dim=(2, 3))
@@ -72,9 +77,11 @@ class EuroSATClassifier(nn.Module):
 
 
 @torch.no_grad()
-def fuse(network: EuroSATClassifier, classes: int) -> EuroSATClassifier:
+def fuse(network: Classifier) -> Classifier:
     """The same function as `network` in evaluation mode, with every batch norm folded into its convolution."""
-    fused = EuroSATClassifier(classes, fused=True)
+    first = network.trunk[0]
+    assert isinstance(first, Conv)
+    fused = Classifier(first.conv.in_channels, network.head.out_features, fused=True)
     for source, target in zip(network.modules(), fused.modules(), strict=False):
         if not isinstance(source, Conv):
             continue

@@ -74,7 +74,8 @@ class Comparison:
     """How a model's figures differ from another's. Lower is better in all."""
 
     fid: Difference
-    bits_per_dim: Difference
+    bits_per_dim: Difference | None
+    """None where images have no likelihood in bits."""
     memorisation: Difference
 
 
@@ -93,7 +94,7 @@ def compare(new: Evidence, old: Evidence, reference: Moments) -> Comparison:
     close = (new.close.astype(np.float64) - old.close) / HELD_OUT_QUANTILE
     return Comparison(
         fid=_bootstrap(fid, len(new.features), "fid"),
-        bits_per_dim=_bootstrap(lambda chosen: float(bits[chosen].mean()), len(bits), "bits"),
+        bits_per_dim=_bootstrap(lambda chosen: float(bits[chosen].mean()), len(bits), "bits") if len(bits) else None,
         memorisation=_bootstrap(lambda chosen: float(close[chosen].mean()), len(close), "close"),
     )
 

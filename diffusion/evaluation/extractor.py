@@ -1,4 +1,4 @@
-"""Feature extractors: the shipped `eurosat` classifier and the standard `inception` network, each known by its sha256.
+"""Feature extractors: the shipped `eurosat` classifier, a dataset's own, and the usual `inception` network, each known by its sha256.
 
 A figure is only comparable with figures of the same extractor, so its name travels with every metric (`fid_eurosat`).
 """
@@ -17,11 +17,21 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
-from diffusion.data.download import download
-from diffusion.data.eurosat import CLASSES
+from diffusion.data.manifest import Manifest
+from diffusion.data.sources.download import download
+from diffusion.data.spec import Images
+from diffusion.data.store import Store
+from diffusion.denoiser import Pixels
 from diffusion.errors import DataError, RecipeError
-from diffusion.evaluation.classifier import EuroSATClassifier
-from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, required_inception
+from diffusion.evaluation.classifier import Classifier
+from diffusion.evaluation.names import (
+    SHIPPED_SHA256,
+    SHIPPED_WEIGHTS,
+    Known,
+    find_own,
+    own_extractor_name,
+    required_inception,
+)
 from diffusion.model.placement import place
 from diffusion.settings import InceptionSource
 from diffusion.trust.reading import read_file
@@ -37,44 +47,80 @@ class Extractor:
     name: str
     sha256: str
     """Of its weights: two figures are comparable only if this is equal."""
-    embed: Callable[[NDArray[np.uint8]], Tensor]
-    """Images [n, height, width, 3] -> features [n, dimensions], float32, on the device."""
+    embed: Callable[[Images], Tensor]
+    """Images [n, height, width, bands] -> features [n, dimensions], float32, on the device."""
     classify: Callable[[NDArray[np.float32]], NDArray[np.int64]] | None
     """Features -> class indices, where the extractor knows the classes."""
 
 
-def load_extractor(name: str, device: torch.device, inception: InceptionSource | None) -> Extractor:
-    """The extractor of that name. Raises RecipeError if it is not to be had or is not the file that it should be."""
-    if name == "eurosat":
-        return _eurosat(device)
-    return _inception(device, inception)
+def load_extractor(
+    known: Known, store: Store, dataset: Manifest, device: torch.device, inception: InceptionSource | None
+) -> Extractor:
+    """That extractor. Raises RecipeError if it is not to be had or is not the file that it should be."""
+    if known.kind == "eurosat":
+        return shipped(device)
+    if known.kind == "own":
+        return _own(known, store, dataset, device)
+    return load_inception(inception, device)
 
 
-def _eurosat(device: torch.device) -> Extractor:
-    weights = load(_verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS)))
-    network = EuroSATClassifier(len(CLASSES), fused=True)
+def shipped(device: torch.device) -> Extractor:
+    """The classifier that comes with the package."""
+    content = _verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS))
+
+    def encode(images: Images) -> Tensor:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+
+    return _classifier(Known("eurosat", "eurosat", SHIPPED_SHA256), content, encode, device, knows_classes=True)
+
+
+def _own(known: Known, store: Store, dataset: Manifest, device: torch.device) -> Extractor:
+    name = own_extractor_name(dataset.digest)
+    try:
+        content = store.read(name)
+    except KeyError:
+        raise RecipeError(
+            f"The extractor {store.uri}/{name} is missing, and its document is there: delete that."
+        ) from None
+    own, pixels = find_own(store, dataset.digest), Pixels(dataset.images)
+    content = _verified(content, known.sha256, f"{store.uri}/{name}")
+    return _classifier(
+        known,
+        content,
+        lambda images: pixels.encode(images).to(device),
+        device,
+        own is not None and own.task == "classes",
+    )
+
+
+def _classifier(
+    known: Known, content: bytes, encode: Callable[[Images], Tensor], device: torch.device, knows_classes: bool
+) -> Extractor:
+    weights = load(content)
+    bands, outputs = weights["trunk.0.conv.weight"].shape[1], len(weights["head.bias"])
+    network = Classifier(bands, outputs, fused=True)
     network.load_state_dict(weights)
     network = place(network.float().eval(), device)
 
     @torch.inference_mode()
-    def embed(images: NDArray[np.uint8]) -> Tensor:
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-        return network.features(pixels.contiguous(memory_format=torch.channels_last))
+    def embed(images: Images) -> Tensor:
+        return network.features(encode(images).contiguous(memory_format=torch.channels_last))
 
     @torch.inference_mode()
     def classify(features: NDArray[np.float32]) -> NDArray[np.int64]:
         return network.head(torch.from_numpy(features).to(device)).argmax(dim=1).cpu().numpy()
 
-    return Extractor("eurosat", SHIPPED_SHA256, embed, classify)
+    return Extractor(known.name, known.sha256, embed, classify if knows_classes else None)
 
 
-def _inception(device: torch.device, inception: InceptionSource | None) -> Extractor:
+def load_inception(inception: InceptionSource | None, device: torch.device) -> Extractor:
+    """The Inception network that the user names. Raises RecipeError if none is named, or it is not that file."""
     source = required_inception(inception)
     network = torch.jit.load(io.BytesIO(_verified(_content(source.location), source.sha256, source.location)), device)
     network.eval()
 
     @torch.inference_mode()
-    def embed(images: NDArray[np.uint8]) -> Tensor:
+    def embed(images: Images) -> Tensor:
         return network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), return_features=True).float()
 
     return Extractor("inception", source.sha256, embed, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,29 +14,23 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.sealed import seal
+from diffusion.data.spec import Images
 from diffusion.data.store import Store, open_store
 from diffusion.denoiser import Denoiser, Pixels, build_network
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence, evidence_name
 from diffusion.evaluation.extractor import Extractor, load_extractor
+from diffusion.evaluation.figures import Features, measured
 from diffusion.evaluation.likelihood import bits_per_dim
-from diffusion.evaluation.names import reference_name
-from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, png
-from diffusion.evaluation.reference import Reference, load_reference
-from diffusion.evaluation.scores import SampleScores, Scores, evaluation_folder
+from diffusion.evaluation.names import identify, reference_name
+from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, png, row_names
+from diffusion.evaluation.reference import load_reference
+from diffusion.evaluation.scores import ScoredBy, Scores, evaluation_folder
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.showpieces import interpolation, real_images, trajectory
-from diffusion.evaluation.statistics import (
-    Memorisation,
-    Moments,
-    frechet_distance,
-    frechet_error,
-    frechet_extrapolated,
-    kernel_distance,
-    manifold,
-    memorisation,
-)
-from diffusion.job import EvaluationJob, ProgressFile, run_job
+from diffusion.evaluation.spectrum import Spectra, first_powers, powers
+from diffusion.evaluation.statistics import Memorisation, Moments, frechet_distance
+from diffusion.job import EvaluationJob, ProgressFile, Rank, run_job
 from diffusion.model.placement import place
 from diffusion.recipe import Recipe
 from diffusion.training.checkpoint import load_tensors
@@ -45,33 +38,36 @@ from diffusion.training.state import State, average_name, load_state
 
 EMBEDDING_BATCH = 250
 SEED = 0
+SENT_AS = {"uint8": "uint8", "uint16": "int32", "float32": "float32"}
+"""What levels travel as between processes, which know no uint16."""
 
 
 def load_denoiser(store: Store, state: State, manifest: Manifest, weights: str, device: torch.device) -> Denoiser:
     """The denoiser of a checkpoint with the weights of that name: `model`, or a moving average's."""
-    network = build_network(state.recipe, len(manifest.classes))
+    network = build_network(state.recipe, manifest.images)
     network.load_state_dict(load_tensors(store, state, weights))
     network = place(network.eval().requires_grad_(False), device)
-    return Denoiser(state.recipe, network, Pixels(manifest.pixel_mean, manifest.pixel_std))
+    return Denoiser(state.recipe, network, Pixels(manifest.images))
 
 
-def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None:
+def evaluate(job: EvaluationJob, rank: Rank) -> None:
     """Score a checkpoint and store its pictures and, last, `scores.json`. The work is shared out in blocks of images."""
-    store = open_store(job.store)
+    store, accelerator = open_store(job.store), rank.accelerator
     state = load_state(store, job.run, job.step)
     if job.evaluation is not None:
         state = state.model_copy(update={"recipe": state.recipe.model_copy(update={"evaluation": job.evaluation})})
     manifest = find_dataset(store, job.dataset)
     if manifest is None or manifest.digest != state.dataset:
         raise DataError(f"The store {store.uri} lacks the dataset {state.dataset} that run {job.run} was trained on.")
-    recipe = state.recipe
-    progress = ProgressFile(folder, accelerator.is_main_process)
-    extractors = [load_extractor(name, accelerator.device, job.inception) for name in recipe.evaluation.extractors]
+    recipe, spec = state.recipe, manifest.images
+    progress = ProgressFile(rank.folder, accelerator.is_main_process)
+    known = [identify(name, store, manifest, job.inception) for name in recipe.evaluation.extractors]
+    extractors = [load_extractor(extractor, store, manifest, accelerator.device, job.inception) for extractor in known]
     size = recipe.data.image_size
     references = [load_reference(store, reference_name(job.dataset, e.name, e.sha256, size)) for e in extractors]
     candidates = weights_to_try(state)
 
-    def sample(weights: str, indices: range, stage: str) -> NDArray[np.uint8]:
+    def sample(weights: str, indices: range, stage: str) -> Images:
         denoiser = load_denoiser(store, state, manifest, weights, accelerator.device)
         return generate(denoiser, manifest, indices, accelerator, progress, stage)
 
@@ -88,32 +84,41 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
     labels = sample_labels(recipe, manifest, range(job.samples))
     embedded = [embed_samples(extractor, images, accelerator) for extractor in extractors]
     test = ShardImages(store, manifest, "test", size, job.shard_copies)
-    bound, bits_of_images = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
+    bound, bits_of_images = None, np.zeros(0)
+    if spec.counted:
+        bound, bits_of_images = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
     if accelerator.is_main_process:
         where = evaluation_folder(job.run, job.step, job.name)
-        scored = [
-            score_samples(extractor, features, labels, reference, manifest.classes)
+        subjects = [
+            Features(features, labels, reference, spec.classes, extractor.classify)
             for extractor, features, reference in zip(extractors, embedded, references, strict=True)
         ]
-        rows = list(manifest.classes) if recipe.network.class_conditional else [""] * len(manifest.classes)
+        deciding = subjects[0]
+        names = row_names(spec, recipe.network.class_conditional)
         # The columns are fixed by the samples' indices: the same noise at every milestone.
-        shown = GRID_COLUMNS * len(rows)
-        store.write(f"{where}/grid.png", png(class_grid(images[:shown], rows)))
+        shown = GRID_COLUMNS * len(names)
+        store.write(f"{where}/grid.png", png(class_grid(spec.display(images[:shown]), names)))
         if job.step == recipe.milestones[0] and not job.name:
             noise = denoiser.pixels.decode(denoiser.start(range(shown), SEED))
-            store.write(f"{where}/noise.png", png(class_grid(noise, rows)))
+            store.write(f"{where}/noise.png", png(class_grid(spec.display(noise), names)))
         train = ShardImages(store, manifest, "train", size, job.shard_copies, memory_bytes=0)
-        store.write(f"{where}/closest.png", png(closest_pairs(images, scored[0][1], train)))
+        store.write(f"{where}/closest.png", png(closest_pairs(images, deciding.copies, train)))
+        real = [first_powers(spec.clipped(real) for real, _ in split.all()) for split in (train, test)]
+        rows = measured(Spectra(powers(images), *real))
+        for extractor, subject in zip(extractors, subjects, strict=True):
+            rows += measured(subject, extractor.name)
+        if bound is not None:
+            rows += measured(bound)
         evidence = None
         if job.step == recipe.total_steps and not job.name:
-            evidence = Evidence(embedded[0], scored[0][1].close, bits_of_images).to_bytes()
+            evidence = Evidence(deciding.samples, deciding.copies.close, bits_of_images).to_bytes()
             store.write(evidence_name(job.run, job.step), evidence)
-            row_labels = sample_labels(recipe, manifest, range(len(rows)))
+            row_labels = sample_labels(recipe, manifest, range(len(names)))
             for name, picture in (
-                ("trajectory", trajectory(denoiser, row_labels, rows)),
-                ("interpolation", interpolation(denoiser, row_labels, rows)),
-                ("real", real_images(test, list(manifest.classes))),
+                ("trajectory", trajectory(denoiser, row_labels, names)),
+                ("interpolation", interpolation(denoiser, row_labels, names)),
+                ("real", real_images(test, names)),
             ):
                 store.write(f"{where}/{name}.png", png(picture))
         scores = Scores(
@@ -122,8 +127,11 @@ def evaluate(job: EvaluationJob, folder: Path, accelerator: Accelerator) -> None
             checkpoint=state.digest,
             weights=weights,
             fid_by_weights=fid_by_weights,
+            samples=job.samples,
+            real_samples=len(deciding.real),
+            extractors=tuple(ScoredBy(name=e.name, sha256=e.sha256) for e in extractors),
+            rows=tuple(rows),
             bound=bound,
-            by_extractor=tuple(scores for scores, _ in scored),
             evidence_sha256=hashlib.sha256(evidence).hexdigest() if evidence else None,
         )
         store.write(f"{where}/scores.json", seal(scores))
@@ -141,14 +149,14 @@ def weights_to_try(state: State) -> list[str]:
 
 def sample_labels(recipe: Recipe, manifest: Manifest, indices: range) -> NDArray[np.int64] | None:
     """The classes of samples: sample i is of class i modulo their number. None for an unconditional network."""
-    return np.array(indices) % len(manifest.classes) if recipe.network.class_conditional else None
+    return np.array(indices) % len(manifest.images.classes) if recipe.network.class_conditional else None
 
 
 def generate(
     denoiser: Denoiser, manifest: Manifest, indices: range, accelerator: Accelerator, progress: ProgressFile, stage: str
-) -> NDArray[np.uint8]:
+) -> Images:
     """These samples, on every process; from the same noise for every model, so that they compare."""
-    recipe = denoiser.recipe
+    recipe, spec = denoiser.recipe, manifest.images
     sizes = block_sizes(len(indices), recipe.evaluation.batch)
     mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
     blocks = {}
@@ -156,13 +164,13 @@ def generate(
         start = block * recipe.evaluation.batch
         own = indices[start : start + sizes[block]]
         drawn = denoiser.sample(own, sample_labels(recipe, manifest, own), SEED)
-        blocks[block] = torch.from_numpy(drawn).to(accelerator.device)
+        blocks[block] = torch.from_numpy(drawn.astype(SENT_AS[spec.dtype], copy=False)).to(accelerator.device)
         progress.write(stage, done, len(mine))
-    size = recipe.data.image_size
-    return gather_rows(accelerator, blocks, sizes, torch.zeros((size, size, 3), dtype=torch.uint8))
+    like = torch.from_numpy(np.zeros(spec.shape(recipe.data.image_size), SENT_AS[spec.dtype]))
+    return gather_rows(accelerator, blocks, sizes, like).astype(spec.dtype, copy=False)
 
 
-def embed_samples(extractor: Extractor, images: NDArray[np.uint8], accelerator: Accelerator) -> NDArray[np.float32]:
+def embed_samples(extractor: Extractor, images: Images, accelerator: Accelerator) -> NDArray[np.float32]:
     """Features of all images, on every process; the work is shared out in blocks."""
     sizes = block_sizes(len(images), EMBEDDING_BATCH)
     blocks = {
@@ -172,58 +180,7 @@ def embed_samples(extractor: Extractor, images: NDArray[np.uint8], accelerator: 
     return gather_rows(accelerator, blocks, sizes, extractor.embed(images[:1])[0])
 
 
-def score_samples(
-    extractor: Extractor,
-    features: NDArray[np.float32],
-    labels: NDArray[np.int64] | None,
-    reference: Reference,
-    classes: tuple[str, ...],
-) -> tuple[SampleScores, Memorisation]:
-    """All scores of the samples under one extractor, from their features."""
-    kid, kid_error = kernel_distance(features, reference.train_features)
-    floor = reference.test_features[: len(features)]
-    cover = manifold(reference.train_features, features)
-    copies = memorisation(reference.train_features, reference.test_features, features)
-    accuracy = None
-    if labels is not None and extractor.classify is not None:
-        accuracy = float((extractor.classify(features) == labels).mean())
-    scores = SampleScores(
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-        samples=len(features),
-        fid=frechet_distance(Moments.of(features), reference.train),
-        fid_error=frechet_error(features, reference.train),
-        fid_extrapolated=frechet_extrapolated(features, reference.train),
-        kid=kid,
-        kid_error=kid_error,
-        precision=cover.precision,
-        recall=cover.recall,
-        density=cover.density,
-        coverage=cover.coverage,
-        memorisation=copies.ratio,
-        memorisation_error=copies.error,
-        floor_samples=len(floor),
-        fid_floor=frechet_distance(Moments.of(floor), reference.train),
-        kid_floor=kernel_distance(floor, reference.train_features)[0],
-        class_accuracy=accuracy,
-        class_fid=None if labels is None else class_distances(features, labels, reference, classes),
-    )
-    return scores, copies
-
-
-def class_distances(
-    features: NDArray[np.float32], labels: NDArray[np.int64], reference: Reference, classes: tuple[str, ...]
-) -> dict[str, float]:
-    """FID of each class that has samples against its real images."""
-    found = {}
-    for label, class_name in enumerate(classes):
-        own, real = features[labels == label], reference.train_features[reference.train_labels == label]
-        if len(own) > 1 and len(real) > 1:
-            found[class_name] = frechet_distance(Moments.of(own), Moments.of(real))
-    return found
-
-
-def closest_pairs(images: NDArray[np.uint8], copies: Memorisation, train: ShardImages, count: int = 10) -> Image.Image:
+def closest_pairs(images: Images, copies: Memorisation, train: ShardImages, count: int = 10) -> Image.Image:
     """The samples that lie nearest to a training image, above these images."""
     chosen = np.argsort(copies.distances)[:count]
     starts = np.cumsum([0, *(shard.samples for shard in train.shards)])
@@ -231,8 +188,10 @@ def closest_pairs(images: NDArray[np.uint8], copies: Memorisation, train: ShardI
     shards = np.searchsorted(starts, nearest, side="right") - 1
     real, _ = train.take(shards, nearest - starts[shards])
     pairs = np.stack([images[chosen], real], axis=1).reshape(-1, *images.shape[1:])
-    return class_grid(pairs, ["sample", "nearest real"])
+    return class_grid(train.spec.display(pairs), ["sample", "nearest real"])
 
+
+JOB = EvaluationJob, evaluate
 
 if __name__ == "__main__":
-    run_job(EvaluationJob, evaluate)
+    run_job(*JOB)

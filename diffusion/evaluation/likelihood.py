@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.data.loader import ShardImages
+from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.evaluation.sharding import block_sizes, gather_rows
@@ -75,7 +76,7 @@ class Measurement:
     """Measures terms of the bound of some images; the work is shared out in blocks of images."""
 
     denoiser: Denoiser
-    pixels: NDArray[np.uint8]
+    pixels: Images
     log_snr: Tensor
     """Of the chain, [T], on the device."""
     accelerator: Accelerator

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
 from diffusion.data.store import open_store
 from diffusion.errors import DataError
 from diffusion.evaluation.extractor import load_extractor
-from diffusion.evaluation.names import extractor_sha256, reference_name
+from diffusion.evaluation.names import identify, reference_name
 from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
-from diffusion.job import ProgressFile, ReferenceJob, run_job
+from diffusion.job import ProgressFile, Rank, ReferenceJob, run_job
 
 KEPT_BYTES = 64_000_000  # of the train split's features: all under `eurosat`; the moments are of all in any case
 BATCH = 250
 
 
-def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator) -> None:
+def measure_reference(job: ReferenceJob, rank: Rank) -> None:
     """Compute and store the reference, unless the store has it. Images are shared out to the processes by shards."""
-    store = open_store(job.store)
-    name = reference_name(job.dataset, job.extractor, extractor_sha256(job.extractor, job.inception), job.image_size)
+    store, accelerator = open_store(job.store), rank.accelerator
     manifest = find_dataset(store, job.dataset)
     if manifest is None:
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
-    extractor = load_extractor(job.extractor, accelerator.device, job.inception)
-    progress = ProgressFile(folder, accelerator.is_main_process)
-    blank = extractor.embed(np.zeros((1, job.image_size, job.image_size, 3), np.uint8))[0]
+    known = identify(job.extractor, store, manifest, job.inception)
+    name = reference_name(job.dataset, known.name, known.sha256, job.image_size)
+    extractor = load_extractor(known, store, manifest, accelerator.device, job.inception)
+    progress = ProgressFile(rank.folder, accelerator.is_main_process)
+    blank = extractor.embed(np.zeros((1, *manifest.images.shape(job.image_size)), manifest.images.dtype))[0]
     features = {}
     for split in ("train", "test"):
         images = ShardImages(store, manifest, split, job.image_size, job.shard_copies, memory_bytes=0)
@@ -53,5 +51,7 @@ def measure_reference(job: ReferenceJob, folder: Path, accelerator: Accelerator)
     accelerator.wait_for_everyone()
 
 
+JOB = ReferenceJob, measure_reference
+
 if __name__ == "__main__":
-    run_job(ReferenceJob, measure_reference)
+    run_job(*JOB)

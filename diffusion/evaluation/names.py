@@ -5,21 +5,95 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from diffusion.errors import RecipeError
-from diffusion.settings import InceptionSource
+from pydantic import BaseModel, ConfigDict
+
+from diffusion.data.manifest import Manifest
+from diffusion.data.sealed import unseal
+from diffusion.data.sources.eurosat import CLASSES
+from diffusion.data.spec import RGB, ImageSpec
+from diffusion.data.store import Store
+from diffusion.errors import DataError, RecipeError
+from diffusion.trust.identifiers import Sha256
+
+if TYPE_CHECKING:  # a served model's environment has no settings to read
+    from diffusion.settings import InceptionSource
+
+ExtractorName = Literal["eurosat", "inception", "own"]
+"""What a recipe may call for."""
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "eurosat-classifier-v1.safetensors"
 SHIPPED_SHA256 = "0d556bac26d9b28c583a765016e12bfe683a80150bb7e05f78a6d1b1b65f3a17"
 
 REFERENCE_VERSION = 2
+OWN_VERSION = 1
+"""Of how a dataset's own extractor is trained."""
 
 
-def extractor_sha256(name: str, inception: InceptionSource | None) -> str:
-    """The digest that the extractor's weights must have. Raises RecipeError for an Inception network that is not set up."""
-    return SHIPPED_SHA256 if name == "eurosat" else required_inception(inception).sha256
+@dataclass(frozen=True)
+class Known:
+    """An extractor by what identifies it."""
+
+    kind: ExtractorName
+    name: str
+    """Part of its figures' names: `eurosat`, `inception`, or `own-` and the beginning of the dataset's digest."""
+    sha256: str
+    """Of its weights."""
+
+
+class OwnExtractor(BaseModel):
+    """The document beside the weights of a dataset's own extractor, written after them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = 1
+    sha256: Sha256
+    task: Literal["classes", "quarter turns"]
+    """What it has learned to tell."""
+    accuracy: float
+    """Share of the test split that it tells rightly."""
+    chance: float
+    """What guessing would reach."""
+
+
+def accepts(kind: ExtractorName, spec: ImageSpec) -> bool:
+    """Whether an extractor's features mean something for such images."""
+    if kind == "own":
+        return True
+    rgb = spec.bands == RGB and spec.dtype == "uint8"
+    return rgb and (kind == "inception" or spec.classes == CLASSES)
+
+
+def own_extractor_name(dataset: str) -> str:
+    """Where the weights of a dataset's own extractor lie in the store; its document ends with .json."""
+    return f"extractors/{dataset}/own-{OWN_VERSION}.safetensors"
+
+
+def find_own(store: Store, dataset: str) -> OwnExtractor | None:
+    """What is known of a dataset's own extractor; None if it has not been trained, or its document is damaged."""
+    try:
+        return unseal(OwnExtractor, store.read(own_extractor_name(dataset).replace(".safetensors", ".json")))
+    except (KeyError, ValueError):
+        return None
+
+
+def identify(kind: ExtractorName, store: Store, dataset: Manifest, inception: InceptionSource | None) -> Known:
+    """What identifies the extractor of that kind for a dataset.
+
+    Raises RecipeError for an Inception network that is not set up, DataError for an own extractor that is not trained.
+    """
+    if kind == "eurosat":
+        return Known(kind, kind, SHIPPED_SHA256)
+    if kind == "inception":
+        return Known(kind, kind, required_inception(inception).sha256)
+    own = find_own(store, dataset.digest)
+    if own is None:
+        raise DataError(f"The store {store.uri} has no extractor for the dataset {dataset.digest}: it must be trained.")
+    return Known(kind, f"own-{dataset.digest[:8]}", own.sha256)
 
 
 def required_inception(inception: InceptionSource | None) -> InceptionSource:

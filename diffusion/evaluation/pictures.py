@@ -9,11 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion.data.spec import ImageSpec
+
 GRID_COLUMNS = 8
 CELL = 96
 GAP = 4
 LABEL_WIDTH = 176
+MOST_ROWS, PLAIN_ROWS = 20, 8
+"""Rows with names, at most; rows without."""
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+
+
+def row_names(spec: ImageSpec, conditional: bool) -> list[str]:
+    """The rows of a grid of samples: a row a class, or rows without a name where there are no classes, or too many."""
+    if 1 <= len(spec.classes) <= MOST_ROWS:
+        return list(spec.classes) if conditional else [""] * len(spec.classes)
+    return [""] * PLAIN_ROWS
 
 
 def class_grid(samples: NDArray[np.uint8], rows: list[str], at_least: int = CELL) -> Image.Image:

@@ -2,56 +2,61 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from diffusion.data.sealed import is_sealed, unseal
 from diffusion.data.store import Store
+from diffusion.errors import DataError
 
 DEVIATIONS = 1.96
 """Standard errors either side of a figure that its 95 % interval spans."""
-HEADLINES = ("fid", "kid", "precision", "recall", "memorisation", "class_accuracy")
-"""Fields of `SampleScores` that become MLflow metrics under `score/`, beside bits_per_dim and the worst class's FID."""
-DETAILS = (
-    *("fid_error", "fid_extrapolated", "fid_floor", "kid_error", "kid_floor"),
-    *("density", "coverage", "memorisation_error"),
-)
-"""Those that become MLflow metrics under `score_detail/`."""
 
 
-class SampleScores(BaseModel):
-    """Distances between samples and the real training images under one extractor. Lower is better."""
+_OF_FORMAT_1 = [
+    "fid",
+    "fid_extrapolated",
+    "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "memorisation",
+    "class_accuracy",
+]
+
+
+class Row(BaseModel):
+    """A figure as it was measured; `figures.py` says what it means."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    extractor: str
-    extractor_sha256: str
-    samples: int
-    """How many samples were scored; FID falls with their number, so it is part of the figure."""
-    fid: float
-    fid_error: float
-    """Standard deviation of `fid` over bootstrap draws of the samples."""
-    fid_extrapolated: float
-    """`fid` of infinitely many samples, by extrapolation."""
-    kid: float
-    kid_error: float
-    """Standard error of `kid`."""
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    memorisation: float
-    """Share of samples closer to a training image, by that image's own nearest neighbour, than all but 5 % of the test images
-    are, over these 5 %: 1 for new images of the same distribution, 20 if all are copies."""
-    memorisation_error: float
-    """Its standard error."""
-    floor_samples: int
-    fid_floor: float
-    """FID of that many real test images: what a perfect model would get."""
-    kid_floor: float
-    class_accuracy: float | None
-    """Share of class-conditional samples that the extractor takes for their class."""
-    class_fid: dict[str, float] | None
-    """FID of each class's samples against its real images: n a class is a tenth, so these figures lie higher."""
+    figure: str
+    extractor: str | None = None
+    """Whose features it is of; None: of none."""
+    part: str | None = None
+    """The class or the term that it is of; None: of all."""
+    value: float
+    error: float | None = None
+    """Standard error of `value`."""
+    real: float | None = None
+    """The same of `Scores.real_samples` real test images: what a perfect model would get."""
+
+    @model_serializer(mode="wrap")
+    def _without_nones(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {
+            key: value for key, value in serialize(self).items() if value is not None
+        }  # a dataset may have many classes
+
+
+class ScoredBy(BaseModel):
+    """An extractor whose features figures are of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
 
 
 BOUND_BINS = 20
@@ -81,6 +86,7 @@ class Scores(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    format_version: int = 2
     step: int
     images_seen: int
     checkpoint: str
@@ -89,50 +95,79 @@ class Scores(BaseModel):
     """Which of its weights were scored: `model`, or the name of a moving average."""
     fid_by_weights: dict[str, float]
     """Where the best of several moving averages was chosen: the FID of each, of samples that no other score uses."""
-    bound: BoundTerms
-    by_extractor: tuple[SampleScores, ...]
+    samples: int
+    """How many samples were scored; FID falls with their number, so it is part of the figure."""
+    real_samples: int
+    """How many real test images were held beside them."""
+    extractors: tuple[ScoredBy, ...]
     """In the recipe's order; the first decides about promotion."""
+    rows: tuple[Row, ...]
+    bound: BoundTerms | None
+    """None where levels are not counted: such images have no likelihood in bits."""
     evidence_sha256: str | None
     """Of the file with what the scores were computed from, by which two models are compared; only the last of a run has one."""
 
-    def metrics(self) -> dict[str, float]:
-        """MLflow metrics: few under `score/`, the rest under `score_detail/`; an extractor's name is part of its figures' names."""
-        flat = {"score/bits_per_dim": self.bound.total, "score_detail/bits_per_dim_error": self.bound.error}
-        for by in self.by_extractor:
-            for section, keys in (("score", HEADLINES), ("score_detail", DETAILS)):
-                values = {key: getattr(by, key) for key in keys}
-                flat |= {f"{section}/{key}_{by.extractor}": float(v) for key, v in values.items() if v is not None}
-            if by.class_fid:
-                flat[f"score/fid_worst_class_{by.extractor}"] = max(by.class_fid.values())
-        return flat
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_format(cls, fields: Any) -> Any:
+        return from_format_1(fields) if isinstance(fields, dict) and "by_extractor" in fields else fields
 
-    def table(self) -> list[tuple[str, float, float | None, float | None]]:
-        """All figures: name, value, standard error, and what real test images have. None where there is none."""
-        rows: list[tuple[str, float, float | None, float | None]] = [
-            ("bits_per_dim", self.bound.total, self.bound.error, None),
-            ("bits_per_dim, prior", self.bound.prior, None, None),
-            ("bits_per_dim, transitions", sum(self.bound.transitions), None, None),
-            ("bits_per_dim, decoder", self.bound.decoder, None, None),
-        ]
-        for by in self.by_extractor:
-            named: list[tuple[str, float | None, float | None, float | None]] = [
-                ("fid", by.fid, by.fid_error, by.fid_floor),
-                ("fid_extrapolated", by.fid_extrapolated, None, None),
-                ("kid", by.kid, by.kid_error, by.kid_floor),
-                ("precision", by.precision, None, None),
-                ("recall", by.recall, None, None),
-                ("density", by.density, None, None),
-                ("coverage", by.coverage, None, None),
-                ("memorisation", by.memorisation, by.memorisation_error, 1.0),
-                ("class_accuracy", by.class_accuracy, None, None),
-                *((f"fid of {name}", fid, None, None) for name, fid in (by.class_fid or {}).items()),
+    def find(self, figure: str, part: str | None = None) -> Row | None:
+        """A figure, of the extractor that decides if it is of one; None if it was not measured."""
+        for row in self.rows:
+            if (row.figure, row.part) == (figure, part) and row.extractor in (None, self.extractors[0].name):
+                return row
+        return None
+
+    def require(self, figure: str) -> Row:
+        """As `find`. Raises DataError if it was not measured."""
+        row = self.find(figure)
+        if row is None:
+            raise DataError(f"The scores of step {self.step:,} lack the figure {figure}.")
+        return row
+
+    def parts(self, figure: str) -> dict[str, float]:
+        """A figure's values by class or term, of the extractor that decides."""
+        mine = (row for row in self.rows if row.figure == figure and row.extractor in (None, self.extractors[0].name))
+        return {row.part: row.value for row in mine if row.part is not None}
+
+
+def from_format_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """Scores as they were written before figures were rows: a document an extractor, a field a figure.
+
+    Raises ValueError for what never was such a document.
+    """
+    try:
+        new = {key: value for key, value in fields.items() if key != "by_extractor"}
+        bound, rows = fields["bound"], []
+        if bound is not None:
+            rows.append(Row(figure="bits_per_dim", value=bound["total"], error=bound["error"]))
+            terms = {"prior": bound["prior"], "transitions": sum(bound["transitions"]), "decoder": bound["decoder"]}
+            rows += [Row(figure="bits_of_term", part=name, value=bits) for name, bits in terms.items()]
+        for by in fields["by_extractor"]:
+            real = {"fid": by["fid_floor"], "kid": by["kid_floor"], "memorisation": 1.0}
+            of_class = by["class_fid"] or {}
+            values = {key: by[key] for key in _OF_FORMAT_1 if by[key] is not None}
+            if of_class:
+                values["fid_worst_class"] = max(of_class.values())
+            rows += [
+                Row(
+                    figure=key, extractor=by["extractor"], value=value, error=by.get(f"{key}_error"), real=real.get(key)
+                )
+                for key, value in values.items()
             ]
             rows += [
-                (f"{name} ({by.extractor}, n = {by.samples:,})", value, error, real)
-                for name, value, error, real in named
-                if value is not None
+                Row(figure="fid_of_class", extractor=by["extractor"], part=name, value=value)
+                for name, value in of_class.items()
             ]
-        return rows
+        first = fields["by_extractor"][0]
+        new["samples"], new["real_samples"] = first["samples"], first["floor_samples"]
+        new["extractors"] = [
+            {"name": by["extractor"], "sha256": by["extractor_sha256"]} for by in fields["by_extractor"]
+        ]
+        return {**new, "rows": rows}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"no scores of the first format: {error!r}") from error
 
 
 def evaluation_folder(run: str, step: int, name: str = "") -> str:
@@ -155,4 +190,4 @@ def find_scores(
         return None
     if checkpoint not in (None, scores.checkpoint):
         return None
-    return scores if all(by.samples == samples for by in scores.by_extractor) else None
+    return scores if scores.samples == samples else None

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.data.loader import ShardImages
+from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid
 from diffusion.randomness import stream
@@ -18,14 +19,14 @@ SEED = 0
 
 def trajectory(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: list[str]) -> Image.Image:
     """A row a sample: the noisy image at GRID_COLUMNS moments of its walk, the last column the sample itself."""
-    seen: list[NDArray[np.uint8]] = []
+    seen: list[Images] = []
 
     def watch(x_t: Tensor, _: Tensor) -> None:
         seen.append(denoiser.pixels.decode(x_t))
 
     end = denoiser.draw(_noise(denoiser, range(len(rows)), 0), labels, _steps(denoiser, len(rows)), watch=watch)
     moments = np.linspace(0, len(seen) - 1, GRID_COLUMNS - 1).round().astype(int)
-    return class_grid(np.concatenate([*(seen[k] for k in moments), end]), rows)
+    return class_grid(denoiser.pixels.spec.display(np.concatenate([*(seen[k] for k in moments), end])), rows)
 
 
 def interpolation(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: list[str]) -> Image.Image:
@@ -36,26 +37,32 @@ def interpolation(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: li
         # Along a quarter of a circle the noise keeps its variance of one.
         start = np.cos(share * np.pi / 2) * first + np.sin(share * np.pi / 2) * last
         columns.append(denoiser.draw(start.float(), labels, _steps(denoiser, len(rows))))
-    return class_grid(np.concatenate(columns), rows)
+    return class_grid(denoiser.pixels.spec.display(np.concatenate(columns)), rows)
 
 
-def real_images(images: ShardImages, classes: list[str]) -> Image.Image:
-    """The first GRID_COLUMNS real images of each class that has any, as a grid like that of samples."""
-    found: dict[int, list[NDArray[np.uint8]]] = {label: [] for label in range(len(classes))}
+def real_images(images: ShardImages, rows: list[str]) -> Image.Image:
+    """The first GRID_COLUMNS real images of each class that has any, as a grid like that of samples; rows without names: any."""
+    named = any(rows) and list(images.spec.classes) == rows
+    found: dict[int, list[Images]] = {row: [] for row in range(len(rows))}
     for index in range(len(images.shards)):
-        for image, label in zip(*images.shard(index), strict=True):
-            if len(found[int(label)]) < GRID_COLUMNS:
-                found[int(label)].append(image)
+        for number, (image, label) in enumerate(zip(*images.shard(index), strict=True)):
+            own = found[int(label) if named else number % len(rows)]
+            if len(own) < GRID_COLUMNS:
+                own.append(image)
         if all(len(own) == GRID_COLUMNS for own in found.values()):
             break
-    shown = {classes[label]: own for label, own in found.items() if own}
-    columns = min(map(len, shown.values()))
-    return class_grid(np.stack([own[k] for k in range(columns) for own in shown.values()]), list(shown))
+    shown = {rows[row]: own for row, own in found.items() if own} if named else None
+    lists = list(shown.values()) if shown else [own for own in found.values() if own]
+    columns = min(map(len, lists))
+    pixels = np.stack([own[k] for k in range(columns) for own in lists])
+    return class_grid(images.spec.display(pixels), list(shown) if shown else [""] * len(lists))
 
 
 def _noise(denoiser: Denoiser, indices: range, which: int) -> Tensor:
-    size = denoiser.recipe.data.image_size
-    draws = [stream(SEED, "showpiece", index, which).standard_normal((3, size, size), np.float32) for index in indices]
+    size, bands = denoiser.recipe.data.image_size, len(denoiser.pixels.spec.bands)
+    draws = [
+        stream(SEED, "showpiece", index, which).standard_normal((bands, size, size), np.float32) for index in indices
+    ]
     return torch.from_numpy(np.stack(draws))
 
 

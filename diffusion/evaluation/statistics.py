@@ -201,7 +201,7 @@ class Memorisation:
     """Which samples the ratio counts: those closer than all but 5 % of the held-out images."""
 
 
-def memorisation(train: Features, held_out: Features, samples: Features) -> Memorisation:
+def nearest_copies(train: Features, held_out: Features, samples: Features) -> Memorisation:
     """Compare how near to a training image samples and held-out real images lie.
 
     A distance is taken relative to the one from that training image to its own nearest: else the classes whose images are

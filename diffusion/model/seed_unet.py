@@ -32,10 +32,10 @@ class SeedUNet(nn.Module):
     It has no class conditioning and no attention. Batch norm mixes the images of a batch, so a batch is one lane.
     """
 
-    def __init__(self, image_size: int, widths: tuple[int, ...], blocks: int) -> None:
+    def __init__(self, bands: int, widths: tuple[int, ...], blocks: int) -> None:
         super().__init__()
         self.embedding = SinusoidalEmbedding(EMBEDDING)
-        self.conv_in = nn.Conv2d(3, widths[0], 1)
+        self.conv_in = nn.Conv2d(bands, widths[0], 1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels, skips = widths[0] + EMBEDDING, []
         for width in widths[:-1]:
@@ -55,7 +55,7 @@ class SeedUNet(nn.Module):
                 stages.append(SeedBlock(channels + skips.pop(), width))
                 channels = width
             self.up.append(stages)
-        self.conv_out = nn.Conv2d(channels, 3, 1)
+        self.conv_out = nn.Conv2d(channels, bands, 1)
         nn.init.zeros_(self.conv_out.weight)
         for layer in self.modules():  # Keras' default initialisation
             if isinstance(layer, nn.Conv2d):
@@ -67,7 +67,7 @@ class SeedUNet(nn.Module):
     def forward(
         self, x: Tensor, noise_variance: Tensor, label: Tensor | None = None, turn: Tensor | None = None
     ) -> Tensor:
-        """Predict like x [batch, 3, height, width]; noise_variance [batch] in [0, 1]; label and turn are not used."""
+        """Predict like x [batch, bands, height, width]; noise_variance [batch] in [0, 1]; label and turn are not used."""
         told = self.embedding(noise_variance)[:, :, None, None].expand(-1, -1, *x.shape[2:]).to(x.dtype)
         h = torch.cat([self.conv_in(x), told], dim=1)
         skips = []

@@ -84,6 +84,7 @@ class UNet(nn.Module):
 
     Args:
         image_size: height and width of the images.
+        bands: their channels.
         width: channels at the highest resolution.
         multipliers: channels at each resolution, as multiples of `width`; the resolution halves between them.
         blocks: residual blocks at each resolution.
@@ -91,13 +92,14 @@ class UNet(nn.Module):
         patch: pixels of a patch x patch square become channels before the first layer (1: none).
         classes: number of classes; 0 makes the network unconditional.
         dropout: share of activations dropped in each block while training.
-        outputs: channels of the output: 3, or 6 where a network speaks of two things.
+        outputs: channels of the output: as many as bands, or twice as many where a network speaks of two things.
         turns: whether it is told by how many quarters an image was turned.
     """
 
     def __init__(
         self,
         image_size: int,
+        bands: int,
         width: int,
         multipliers: tuple[int, ...],
         blocks: int,
@@ -105,7 +107,7 @@ class UNet(nn.Module):
         patch: int,
         classes: int,
         dropout: float,
-        outputs: int = 3,
+        outputs: int,
         turns: bool = False,
     ) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class UNet(nn.Module):
 
         resolution = image_size // patch
         channels = width
-        self.conv_in = nn.Conv2d(3 * patch**2, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(bands * patch**2, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [channels]
         for level, multiplier in enumerate(multipliers):
@@ -171,7 +173,7 @@ class UNet(nn.Module):
         """Predict like x: [batch, outputs, image_size, image_size].
 
         Args:
-            x: noisy images [batch, 3, image_size, image_size], of variance about one.
+            x: noisy images [batch, bands, image_size, image_size], of variance about one.
             noise_variance: [batch] in [0, 1], float64 for full resolution near one.
             label: class indices [batch]; `classes` (or None for all) means no class.
             turn: quarter turns [batch] in 0..3; None means 0 for all. Without `turns` it is not used.

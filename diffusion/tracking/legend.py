@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from diffusion.evaluation.figures import FIGURES
+
 METRICS: dict[str, dict[str, str]] = {
-    "score": {
-        "fid": "Fréchet distance of samples to training images; squared units of the extractor's features; lower is better",
-        "bits_per_dim": "variational bound on test images; bits a subpixel; lower is better",
-        "kid": "kernel distance of samples to training images; no unit; lower is better",
-        "fid_worst_class": "the highest FID of any class: of a tenth of the samples, so higher than `fid`",
-        "precision": "share of samples that lie among real images; 0 to 1",
-        "recall": "share of real images that lie among samples; 0 to 1",
-        "class_accuracy": "share of samples that the classifier takes for their class; 0 to 1",
-        "memorisation": "samples very close to training images, for each new real image that is; 1 is right, 20 all copies",
-    },
+    "score": {one.name: one.legend for one in FIGURES.values() if one.place in ("headline", "score")},
     "score_detail": {
-        "fid_error": "standard error",
-        "fid_extrapolated": "of infinitely many samples",
-        "fid_floor": "of as many real test images",
-        "bits_per_dim_error": "standard error",
-        "kid_error": "standard error",
-        "kid_floor": "of as many real test images",
-        "density": "how many neighbourhoods of real images a sample lies in, over five; about 1",
-        "coverage": "share of real images that have a sample near; 0 to 1",
-        "memorisation_error": "standard error",
+        **{one.name: one.legend for one in FIGURES.values() if one.place == "detail"},
+        "…_error": "standard error of the figure that is named first",
+        "…_floor": "the figure of as many real test images",
     },
     "train": {
         "loss": "mean over the steps since the point before; in images of variance one; lower is better",

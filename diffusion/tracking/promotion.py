@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
+from diffusion.data.ingest import find_dataset
 from diffusion.data.store import Store
 from diffusion.errors import DataError, TrackingError
 from diffusion.evaluation.comparison import Comparison, Difference, compare, load_evidence
+from diffusion.evaluation.figures import FIGURES, full_name, with_error
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.scores import DEVIATIONS, Scores
@@ -33,7 +35,6 @@ COMPARABLE = ("dataset.digest", "image_size", "evaluation.protocol")
 """Tags that must agree before two figures are compared."""
 COLLAPSE = 1.5
 """A class whose FID is more than this many times the champion's has collapsed."""
-UNIFORM_BITS_PER_DIM = 8.0
 DECISION_SECTION = re.compile(r"^## Decision\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 """Of a model card."""
 ATTEMPTS = 20
@@ -92,24 +93,26 @@ class Margins:
 
 def gates_against(new: Scores, old: Scores, comparison: Comparison, margins: Margins = Margins()) -> tuple[Gate, ...]:
     """What a challenger must show against the champion, both scored under one protocol."""
-    by, before = new.by_extractor[0], old.by_extractor[0]
+    by = new.extractors[0].name
     fid, bits, close = comparison.fid, comparison.bits_per_dim, comparison.memorisation
     gates = [
         Gate(
-            f"fid_{by.extractor} is lower",
+            f"fid_{by} is lower",
             fid.high < -margins.fid,
-            f"{by.fid:.2f} against {before.fid:.2f} over {by.samples:,} samples: {_text(fid, 2)}, corrected for what finitely many "
+            f"{_both(new, old, 'fid')} over {new.samples:,} samples: {_text(fid, 2)}, corrected for what finitely many "
             f"samples add" + (f"; asked for: below {-margins.fid:g}" if margins.fid else ""),
         ),
-        Gate(
-            "bits_per_dim is not higher",
-            bits.low <= margins.bits_per_dim,
-            f"{new.bound.total:.3f} against {old.bound.total:.3f}: {_text(bits, 3)}; allowed: {margins.bits_per_dim:g}",
-        ),
     ]
-    worst: dict[str, float] = {}
-    if by.class_fid and before.class_fid:
-        worst = {name: fid / before.class_fid[name] for name, fid in by.class_fid.items() if before.class_fid.get(name)}
+    if bits is not None:
+        gates.append(
+            Gate(
+                "bits_per_dim is not higher",
+                bits.low <= margins.bits_per_dim,
+                f"{_both(new, old, 'bits_per_dim')}: {_text(bits, 3)}; allowed: {margins.bits_per_dim:g}",
+            )
+        )
+    before = old.parts("fid_of_class")
+    worst = {name: fid / before[name] for name, fid in new.parts("fid_of_class").items() if before.get(name)}
     if worst:
         name = max(worst, key=lambda key: worst[key])
         gates.append(
@@ -124,39 +127,52 @@ def gates_against(new: Scores, old: Scores, comparison: Comparison, margins: Mar
             # Below 1, samples are further from the training images than new real ones are: blurred, not better.
             "nothing more is copied",
             close.low <= 0 or not_memorised(new),
-            f"memorisation {by.memorisation:.2f} ± {by.memorisation_error:.2f} (new real images: 1) against "
-            f"{before.memorisation:.2f}: {_text(close, 2)}; it must not be above both",
+            f"memorisation {_both(new, old, 'memorisation')} (new real images: 1): {_text(close, 2)}; it must not be above both",
         )
     )
     return tuple(gates)
+
+
+def _both(new: Scores, old: Scores, figure: str) -> str:
+    digits = FIGURES[figure].digits
+    return f"{new.require(figure).value:.{digits}f} against {old.require(figure).value:.{digits}f}"
 
 
 def _text(difference: Difference, digits: int) -> str:
     return f"a difference of {difference.low:.{digits}f} to {difference.high:.{digits}f} (95 %)"
 
 
-def gates_alone(new: Scores) -> tuple[Gate, ...]:
+def gates_alone(new: Scores, bits_of_no_model: float) -> tuple[Gate, ...]:
     """What the first version ever must show."""
-    by = new.by_extractor[0]
+    fid, bits, copies = new.require("fid"), new.find("bits_per_dim"), new.require("memorisation")
+    likely = []
+    if bits is not None:
+        likely = [
+            Gate(
+                "bits_per_dim is below that of no model",
+                bits.value < bits_of_no_model,
+                f"{bits.value:.3f}; an even guess has {bits_of_no_model:g}",
+            )
+        ]
     return (
-        Gate(f"fid_{by.extractor} is a number", math.isfinite(by.fid), f"{by.fid:.2f} over {by.samples:,} samples"),
         Gate(
-            "bits_per_dim is below that of no model",
-            new.bound.total < UNIFORM_BITS_PER_DIM,
-            f"{new.bound.total:.3f}; an even guess has {UNIFORM_BITS_PER_DIM:g}",
+            f"{full_name(fid)} is a number",
+            math.isfinite(fid.value),
+            f"{fid.value:.2f} over {new.samples:,} samples",
         ),
+        *likely,
         Gate(
             "nothing is copied",
             not_memorised(new),
-            f"memorisation {by.memorisation:.2f} ± {by.memorisation_error:.2f} (new real images: 1)",
+            f"memorisation {with_error(copies)} (new real images: 1)",
         ),
     )
 
 
 def not_memorised(scores: Scores) -> bool:
     """Whether samples are no nearer to training images than new real images are, as far as can be told."""
-    by = scores.by_extractor[0]
-    return by.memorisation - DEVIATIONS * by.memorisation_error <= 1
+    copies = scores.require("memorisation")
+    return copies.value - DEVIATIONS * (copies.error or 0.0) <= 1
 
 
 def promote(client: MlflowClient, store: Store, model: str, version: str, margins: Margins = Margins()) -> Decision:
@@ -200,7 +216,9 @@ def _judge(
 ) -> tuple[str, str, tuple[Gate, ...]]:
     new = Scores.model_validate_json(challenger.tags["scores"])
     if champion is None:
-        opening, gates = "It is the first version", gates_alone(new)
+        dataset = find_dataset(store, challenger.tags["dataset.digest"])
+        opening = "It is the first version"
+        gates = gates_alone(new, dataset.images.bits_of_no_model if dataset else math.inf)
     else:
         try:
             opening, gates = f"Against version {champion.version}", _against(store, challenger, champion, new, margins)
@@ -217,12 +235,12 @@ def _against(
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if their figures can't be compared."""
     different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-    old, by = scores_of(champion), new.by_extractor[0]
+    old, by = scores_of(champion), new.extractors[0]
     if old is None:
         different.append("the form of their scores")
     else:
-        before = old.by_extractor[0]
-        different += [f for f in ("extractor_sha256", "samples") if getattr(by, f) != getattr(before, f)]
+        different += ["the extractor"] if by.sha256 != old.extractors[0].sha256 else []
+        different += ["the number of samples"] if new.samples != old.samples else []
     if old is None or different:
         raise DataError(
             f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}."
@@ -232,7 +250,7 @@ def _against(
     except ValidationError:
         raise DataError(f"The tag 'run' of version {champion.version}, the champion, names no run.") from None
     tags = challenger.tags
-    reference = reference_name(tags["dataset.digest"], by.extractor, by.extractor_sha256, int(tags["image_size"]))
+    reference = reference_name(tags["dataset.digest"], by.name, by.sha256, int(tags["image_size"]))
     first, second = load_evidence(store, tags["run"], new), load_evidence(store, before_run, old)
     return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margins)
 

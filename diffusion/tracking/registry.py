@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import diffusion
 from diffusion.data.manifest import Manifest
+from diffusion.data.sources.eurosat import EUROSAT_DIGEST
+from diffusion.data.spec import ImageSpec
 from diffusion.data.store import Store
 from diffusion.errors import UserError
-from diffusion.evaluation.scores import DEVIATIONS, Scores
+from diffusion.evaluation.figures import Figure, full_name, in_order, metrics, with_interval
+from diffusion.evaluation.scores import Row, Scores
 from diffusion.recipe import Evaluation
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.state import State, checkpoint_file
 from diffusion.trust.private import close_to_others
+from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +30,7 @@ ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
 PROTOCOL = "3: fixed noise by sample index, classes in turn"
 """How figures are made, by number: those of another protocol do not compare."""
-REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "safetensors")
+REQUIREMENTS = ("torch", "numpy", "pillow", "tifffile", "pydantic", "pyyaml", "safetensors")
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
 """A request: the model takes no input, only parameters."""
 
@@ -43,7 +47,7 @@ def protocol(evaluation: Evaluation) -> str:
 
 
 def model_name(dataset: Manifest) -> str:
-    """The registered model of a dataset: models of EuroSAT are `eurosat-ddpm`, and others never compete with them."""
+    """The registered model of a dataset: models of `EuroSAT` are `eurosat-ddpm`, and others never compete with them."""
     return f"{dataset.source.lower()}-ddpm"
 
 
@@ -109,7 +113,9 @@ def publish(
                 artifacts=contents,
                 code_paths=[str(Path(diffusion.__file__).resolve().parent)],
                 input_example=INPUT_EXAMPLE,
-                signature=ModelSignature(inputs=None, outputs=_output_schema(state), params=_params(state)),
+                signature=ModelSignature(
+                    inputs=None, outputs=_output_schema(state, dataset.images), params=_params(state)
+                ),
                 pip_requirements=_pinned_requirements(),
             )
             # Beside the artifacts the card can show them.
@@ -123,7 +129,7 @@ def publish(
     finally:
         client.finalize_logged_model(logged.model_id, status)
     client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=state.step)])
-    run.log_metrics([(key, value, scores.step) for key, value in scores.metrics().items()], logged.model_id)
+    run.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()], logged.model_id)
     # The tags come with the version, not after it: a version without them could not be judged.
     version = client.create_model_version(
         name,
@@ -150,7 +156,7 @@ def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> No
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name, description=f"Diffusion models of {dataset.source} patches.")
+        client.create_registered_model(name, description=f"Diffusion models of {dataset.source} images.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -188,12 +194,11 @@ def _params(state: State):  # type: ignore[no-untyped-def]  # MLflow's classes a
     )
 
 
-def _output_schema(state: State):  # type: ignore[no-untyped-def]
+def _output_schema(state: State, spec: ImageSpec):  # type: ignore[no-untyped-def]
     import numpy as np
     from mlflow.types import Schema, TensorSpec
 
-    size = state.recipe.data.image_size
-    return Schema([TensorSpec(np.dtype("uint8"), (-1, size, size, 3))])
+    return Schema([TensorSpec(np.dtype(spec.dtype), (-1, *spec.shape(state.recipe.data.image_size)))])
 
 
 def _pinned_requirements() -> list[str]:
@@ -203,9 +208,35 @@ def _pinned_requirements() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def _with_interval(value: float, error: float, digits: int) -> str:
-    low, high = value - DEVIATIONS * error, value + DEVIATIONS * error
-    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def _real(one: Figure, row: Row) -> str:
+    return "" if row.real is None else f"{row.real:.{one.digits}f}"
+
+
+def _listed(classes: tuple[str, ...], most: int = 40) -> str:
+    """Class names, made by somebody else, as text of a page."""
+    names = ", ".join(shown(name, 60).replace("|", "/").replace("`", "'") for name in classes[:most])
+    return f"{names} and {len(classes) - most:,} more" if len(classes) > most else names
+
+
+def _about(extractor: str) -> str:
+    if extractor.startswith("own-"):
+        return (
+            f"`{extractor}` is a small network that was trained on this dataset itself, to tell its classes or, where it has none, "
+            "quarter turns"
+        )
+    return f"`{extractor}` is the same network for every model that it judges"
+
+
+def _limits(dataset: Manifest) -> str:
+    if dataset.digest == EUROSAT_DIGEST:
+        return (
+            "It imitates 10 m Sentinel-2 patches of the European places that EuroSAT covers, and knows nothing else. Its images are "
+            "not observations: do not use them as evidence of any place."
+        )
+    return (
+        f"It imitates the images of {dataset.source}, and knows nothing else. What these show, what they leave out, and who may use "
+        "them for what, the project does not know. Its images are not observations: do not use them as evidence of anything."
+    )
 
 
 def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str], run_id: str, compute: str) -> str:
@@ -214,26 +245,15 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
     if not template.exists():
         raise UserError(f"{template} is missing: run the flow from a checkout of the project, which has it.")
     recipe = state.recipe
-    bound = scores.bound
-    rows = [f"| bits/dim ({bound.images:,} test images) | {_with_interval(bound.total, bound.error, 3)} | |"]
-    for by in scores.by_extractor:
-        count = f"n = {by.samples:,}"
-        floor = f"{by.fid_floor:.2f} (n = {by.floor_samples:,})"
-        rows.append(f"| fid_{by.extractor} ({count}) | {_with_interval(by.fid, by.fid_error, 2)} | {floor} |")
-        rows.append(
-            f"| kid_{by.extractor} ({count}) | {_with_interval(by.kid, by.kid_error, 4)} | {by.kid_floor:.4f} |"
-        )
-        rows.append(
-            f"| memorisation, {by.extractor} | {_with_interval(by.memorisation, by.memorisation_error, 2)} | 1 |"
-        )
-        if by.class_accuracy is not None:
-            rows.append(f"| class accuracy of samples, {by.extractor} | {by.class_accuracy:.1%} | |")
+    spec = dataset.images
+    shown_figures = [(one, row) for one, row in in_order(scores) if one.place in ("headline", "score")]
+    headline = [f"{full_name(row)} {row.value:.{one.digits}f}" for one, row in shown_figures if one.place == "headline"]
+    rows = [f"| {full_name(row)} | {with_interval(row)} | {_real(one, row)} |" for one, row in shown_figures]
+    if scores.bound is None:
+        rows.append(f"| bits_per_dim | none: images of {spec.dtype} have no likelihood in bits | |")
     return Template(template.read_text()).substitute(
         # The list of versions shows the first line alone.
-        headline=f"{recipe.name}, seed {recipe.seed}: "
-        + ", ".join(
-            [*(f"fid_{by.extractor} {by.fid:.1f}" for by in scores.by_extractor), f"{scores.bound.total:.3f} bits/dim"]
-        ),
+        headline=f"{recipe.name}, seed {recipe.seed}: {', '.join(headline)}",
         name=model_name(dataset),
         preset=recipe.name,
         size=recipe.data.image_size,
@@ -243,7 +263,15 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         images_seen=f"{state.images_seen:,}",
         steps=f"{state.step:,}",
         scores="\n".join(rows),
-        classes=", ".join(dataset.classes) if recipe.network.class_conditional else "none: the model is unconditional",
+        meanings="\n".join(f"- `{one.name}`: {one.legend}." for one in dict(shown_figures)),
+        samples=f"{scores.samples:,}",
+        real_samples=f"{scores.real_samples:,}",
+        classes=_listed(spec.classes) if recipe.network.class_conditional else "none: the model is unconditional",
+        dtype=spec.dtype,
+        count=len(spec.bands),
+        bands=", ".join(spec.bands),
+        extractors="; ".join(_about(extractor.name) for extractor in scores.extractors),
+        limits=_limits(dataset),
         sampler=f"{recipe.evaluation.sampler}, {recipe.evaluation.sampler_steps} steps",
         commit=tags["git.commit"],
         run_id=run_id,

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.manifest import Manifest, manifest_path
+from diffusion.evaluation.figures import metrics, table
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.recipe_files import load_recipe, preset_names
-from diffusion.tracking.figures import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.legend import legend
+from diffusion.tracking.plots import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.promotion import Decision
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
@@ -159,14 +160,15 @@ class TrackedRun:
         Args:
             history: this run's evaluations so far, this one the last.
         """
-        self.log_metrics([(key, value, scores.step) for key, value in scores.metrics().items()])
+        self.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()])
         self.log_image("samples", scores.step, grid)
         self._log_file(closest, f"figures/closest-{scores.step:09d}.png")
         self.log_figure(fid_over_training(history), "figures/fid_over_training.png")
-        self.log_figure(bound_by_noise_level(scores.bound), f"figures/bound-{scores.step:09d}.png")
-        if any(by.class_fid for by in scores.by_extractor):
+        if scores.bound is not None:
+            self.log_figure(bound_by_noise_level(scores.bound), f"figures/bound-{scores.step:09d}.png")
+        if scores.parts("fid_of_class"):
             self.log_figure(class_distances(scores), f"figures/classes-{scores.step:09d}.png")
-        self._log_table(f"scores/{scores.step:09d}.json", ("figure", "value", "error", "real images"), scores.table())
+        self._log_table(f"scores/{scores.step:09d}.json", ("figure", "value", "error", "real images"), table(scores))
 
     def log_decision(self, decision: Decision) -> None:
         """Log why a version was promoted or not: a table of gates, and a tag."""

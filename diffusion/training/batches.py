@@ -24,7 +24,7 @@ class Lane:
     """One micro-batch with everything random about it already drawn."""
 
     x0: Tensor
-    """Clean images in process space, float32 [micro-batch, 3, height, width]."""
+    """Clean images in process space, float32 [micro-batch, bands, height, width]."""
     epsilon: Tensor
     """Standard normal noise like x0."""
     uniform: Tensor
@@ -69,7 +69,7 @@ class Batches:
         sizes = tuple(shard.samples for shard in images.shards)
         self.order = Order(sizes, recipe.data.window_shards, recipe.seed)
         self._prepared_at = 0  # where the window ends whose successor is being read
-        self.pixels = Pixels(images.manifest.pixel_mean, images.manifest.pixel_std)
+        self.pixels = Pixels(images.spec)
 
     def __call__(self, step: int) -> list[Lane]:
         """The lanes of one step, in order."""
@@ -85,6 +85,7 @@ class Batches:
         turns = quarter_turns(stream(recipe.seed, "turn", step), batch_size, recipe.data.quarter_turns)
         withheld = stream(recipe.seed, "label dropout", step).random(batch_size) < recipe.network.label_dropout
 
+        shape = (len(self.images.spec.bands), recipe.data.image_size, recipe.data.image_size)
         lanes = []
         for lane in self.lanes:
             part = slice(lane * micro, (lane + 1) * micro)
@@ -95,14 +96,12 @@ class Batches:
                 turned = turns[part] == quarters
                 images[turned] = np.rot90(images[turned], quarters, axes=(1, 2))
             noise = [
-                stream(recipe.seed, "noise", first + index).standard_normal(
-                    (3, recipe.data.image_size, recipe.data.image_size), dtype=np.float32
-                )
+                stream(recipe.seed, "noise", first + index).standard_normal(shape, dtype=np.float32)
                 for index in range(part.start, part.stop)
             ]
             label = None
             if recipe.network.class_conditional:
-                classes = len(self.images.manifest.classes)
+                classes = len(self.images.spec.classes)
                 label = torch.from_numpy(np.where(withheld[part], classes, labels))
             made = Lane(
                 x0=self.pixels.encode(images),

@@ -3,5 +3,7 @@
 from diffusion.job import TrainingJob, run_job
 from diffusion.training.loop import train
 
+JOB = TrainingJob, train
+
 if __name__ == "__main__":
-    run_job(TrainingJob, train)
+    run_job(*JOB)

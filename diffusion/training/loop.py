@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.store import Store, open_store
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError, StoreError
-from diffusion.job import TrainingJob
+from diffusion.job import Rank, TrainingJob
 from diffusion.recipe import Start
 from diffusion.training.batches import Batches
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
@@ -27,8 +26,6 @@ from diffusion.training.state import FORMAT_VERSION, State, delete_checkpoint, s
 from diffusion.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-STOP_SECONDS = 12
 
 
 class CheckpointWriter:
@@ -124,13 +121,13 @@ def load_start(store: Store, start: Start) -> Checkpoint:
     return content
 
 
-def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
+def train(job: TrainingJob, rank: Rank) -> None:
     """Train to step `job.until` and leave a checkpoint there.
 
-    SIGTERM ends it early, with a checkpoint at the step that was reached. Raises RecipeError, DataError or StoreError
+    A request to end ends it early, with a checkpoint at the step that was reached. Raises RecipeError, DataError or StoreError
     before the first step, TrainingDiverged after it.
     """
-    recipe, store = job.recipe, open_store(job.store)
+    recipe, store, accelerator, folder = job.recipe, open_store(job.store), rank.accelerator, rank.folder
     manifest = find_dataset(store, job.dataset)
     if manifest is None:
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
@@ -156,14 +153,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
     images = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies)
     batches = Batches(recipe, images, trainer.lanes, pin_memory=accelerator.device.type == "cuda")
     writer = CheckpointWriter(store, folder, job.keep)
-    saved_at, stop_asked = trainer.step, False
-
-    def ask_to_stop(*_: object) -> None:
-        nonlocal stop_asked
-        stop_asked = True
-        signal.alarm(STOP_SECONDS)  # which ends the process: a checkpoint that takes longer is not waited for
-
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    saved_at, stop_asked = trainer.step, rank.listen()
 
     def save() -> None:
         nonlocal saved_at
@@ -179,7 +169,7 @@ def train(job: TrainingJob, folder: Path, accelerator: Accelerator) -> None:
         # Checkpoints lie where journal records end: the stretch that a record covers is never cut by a resume.
         if trainer.step % recorder.every == 0 and trainer.step < job.until:
             # All processes stop after the same step, or the others would wait for ever.
-            if stop_asked:
+            if stop_asked():
                 accelerator.set_trigger()
             if accelerator.check_trigger():
                 break

@@ -86,11 +86,11 @@ class Trainer:
         self.recipe, self.accelerator = recipe, accelerator
         self.lanes = lanes_of_process(recipe, accelerator.process_index, accelerator.num_processes)
         device = accelerator.device
-        self.network = place(build_network(recipe, len(dataset.classes)), device)
+        self.network = place(build_network(recipe, dataset.images), device)
         self.averages = {average_name(half): EMA(self.network, half, recipe.ema.ramp) for half in recipe.ema.half_lives}
         self.levels = LevelSource(recipe)
         self.chain = self.levels.chain.to(device)
-        self.bins = Pixels(dataset.pixel_mean, dataset.pixel_std).bins(self.chain)
+        self.bins = Pixels(dataset.images).bins(self.chain) if recipe.learned_variance else None
         self.optimizers = make_optimizers(recipe, self.network)
         self.step = 0
         fast = recipe.reduction == "fast"
@@ -138,7 +138,7 @@ class Trainer:
         if levels.position is None or levels.share is None:
             return Losses(simple, simple)
         bound = torch.zeros_like(levels.share)
-        if recipe.learned_variance:
+        if self.bins is not None:
             estimate = Estimate(to_x0(kind, prediction.double(), x_t.double(), levels.log_snr), mix)
             taught = estimate.detached_mean() if objective.loss == "hybrid" else estimate
             bound = chain_term(taught, lane.x0, x_t, levels.position, self.chain, self.bins)

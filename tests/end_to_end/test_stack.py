@@ -8,14 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from flows.deployment_plugin import bare_name_position
+from tests.conftest import TINY
 from tests.running import Training, stack_processes
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
 
 
 def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str]:
@@ -42,14 +47,28 @@ def test_the_literal_command_trains_a_model(stack: Project, training: Training, 
     assert "It is the first version" in wait_for_message(received, "A new model is live")["body"]
 
 
+def test_the_third_command_trains_on_a_folder_of_one_s_own(stack: Project) -> None:
+    """As the README has it, with a smaller recipe behind it."""
+    (command,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "source=$HOME" in line]
+    images = Path(stack.env["HOME"]) / "my-images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(images / f"{number}.png")
+    overrides = json.dumps({**TINY, "evaluation.every_images": TINY["data.images"]})
+    done = stack.shell("sh", "-c", f"{command} -p processes=1 --param '{overrides=!s}'")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Completed" in done.stdout
+
+
 def test_a_failure_is_told(stack: Project, received: list[dict[str, str]], mails: tuple[int, list[str]]) -> None:
     done = stack.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip", "--watch")
     assert done.returncode == 1, done.stdout
     message = wait_for_message(received, "Failed")
-    assert "No archive at /no/such.zip" in message["body"]
+    assert "There are no images at /no/such.zip" in message["body"]
     assert "/flow-run" in message["body"]
     deadline = time.monotonic() + 240
-    while not any("No archive at /no/such.zip" in mail for mail in mails[1]):
+    while not any("There are no images at /no/such.zip" in mail for mail in mails[1]):
         assert time.monotonic() < deadline, mails[1]
         time.sleep(0.2)
     assert "To: owner@example.org" in mails[1][-1]
@@ -82,6 +101,7 @@ asyncio.run(main())
         "overrides",
         "seed",
         "source",
+        "source_options",
         "processes",
         "start_from",
         "skip_unchanged",

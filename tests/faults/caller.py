@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.store import open_store
@@ -12,7 +13,8 @@ from diffusion.job import TrainingJob
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender
-from flows.launcher import run_job
+from flows.engines.placement import Placement
+from flows.launcher import run_job, run_on_cluster
 
 
 def main(folder: Path) -> None:
@@ -25,8 +27,12 @@ def main(folder: Path) -> None:
     run = TrackedRun.open(client, open_experiment(client, None), job.run, lineage, job.recipe, manifest, job.store)
     (folder / "mlflow_run").write_text(run.run_id)
     with MetricsSender(run, folder) as sender:
-        processes = told["processes"]
-        run_job("diffusion.training.job", job, folder, processes, lambda progress: None, lambda line: None, threads=1)
+        if "counts" in told:  # of processes, on a cluster
+            placement = Placement(module="diffusion.training.job", counts=told["counts"], threads=1)
+            run_on_cluster(placement, job, folder, lambda progress: None, lambda line: print(line, flush=True))
+        else:
+            nobody: Any = lambda said: None  # noqa: E731
+            run_job("diffusion.training.job", job, folder, told["processes"], nobody, nobody, threads=1)
         sender.flush()
     run.close("FINISHED")
 

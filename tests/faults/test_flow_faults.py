@@ -17,8 +17,8 @@ import psutil
 import pytest
 import requests
 
-from diffusion.data.eurosat import Source
 from diffusion.data.ingest import ingest
+from diffusion.data.sources.eurosat import Source
 from diffusion.data.store import FolderStore
 from diffusion.job import TrainingJob
 from diffusion.recipe_files import load_recipe

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from diffusion.data.eurosat import Source
 from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.sources.eurosat import Source
 from diffusion.data.store import S3Store, open_store
 from diffusion.errors import StoreError
 from diffusion.job import TrainingJob

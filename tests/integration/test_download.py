@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.download import download_eurosat
-from diffusion.data.eurosat import Mirror
+from diffusion.data.sources.download import download_eurosat
+from diffusion.data.sources.eurosat import Mirror
 from diffusion.errors import DataError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB

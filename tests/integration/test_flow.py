@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -9,11 +11,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 from prefect.client.orchestration import get_client
 
-from diffusion.data import generated
-from diffusion.data.find import find_archive
+import mlflow
+from diffusion.data.sources import generated
+from diffusion.data.sources.find import find_archive
 from diffusion.data.store import open_store
 from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
@@ -103,6 +109,53 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert str(champion.version) == "1", "the same recipe gives the same model, which is not better than itself"
     assert first.rows["fid_eurosat"] == second.rows["fid_eurosat"]
     assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
+
+
+def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> None:
+    """Two classes of GeoTIFF-like files of four bands, oblong; then a flat folder of grey PNGs: no classes, no EuroSAT."""
+    rng = np.random.default_rng(0)
+    for name in ("ponds", "roofs"):
+        (tmp_path / "parcels" / name).mkdir(parents=True)
+        for number in range(40):
+            levels = rng.integers(100, 3000, (1, 1, 4)) + rng.integers(0, 900, (20, 24, 4))
+            file = tmp_path / "parcels" / name / f"{number}.tif"
+            tifffile.imwrite(file, levels.astype(np.uint16), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(DataError, match=r'24 x 20 pixels.*"fit": "crop"'):
+        run_flow(source=str(tmp_path / "parcels"))
+    bands = ["B02", "B03", "B04", "B08"]
+    options = {"size": 16, "fit": "crop", "bands": bands, "licence": "CC0"}
+    report = run_flow(source=str(tmp_path / "parcels"), source_options=options, overrides=ONE_MILESTONE)
+    digest = report.rows["dataset"].split()[1].rstrip(",")
+    assert f"fid_own-{digest[:8]}" in report.rows
+    assert report.rows["model version"].startswith("parcels-ddpm 1")
+    client = connect(settings().tracking_uri)
+    version = client.get_model_version("parcels-ddpm", "1")
+    for said in ("B02, B03, B04, B08", "uint16", "CC0", "ponds"):
+        assert said in version.description, version.description
+    model = mlflow.pyfunc.load_model("models:/parcels-ddpm/1")
+    drawn = model.predict([], params={"n": 2, "label": "roofs", "steps": 2})
+    assert (np.asarray(drawn).shape, np.asarray(drawn).dtype) == ((2, 16, 16, 4), np.uint16)
+    (tiff,) = model.predict([], params={"n": 1, "steps": 2, "format": "tiff"})
+    with tifffile.TiffFile(io.BytesIO(base64.b64decode(tiff))) as opened:
+        assert opened.asarray().shape == (16, 16, 4)
+        assert json.loads(opened.pages.first.description)["bands"] == bands
+    (npy,) = model.predict([], params={"n": 1, "steps": 2, "format": "npy"})
+    assert np.load(io.BytesIO(base64.b64decode(npy))).shape == (16, 16, 4)
+    (png,) = model.predict([], params={"n": 1, "steps": 2, "format": "png"})
+    assert Image.open(io.BytesIO(base64.b64decode(png))).mode == "RGB"
+
+    (tmp_path / "grey").mkdir()
+    for number in range(60):
+        levels = rng.integers(0, 200) + rng.integers(0, 50, (16, 16))
+        Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "grey" / f"{number}.png")
+    report = run_flow(source=str(tmp_path / "grey"), overrides=ONE_MILESTONE)
+    assert report.rows["model version"].startswith("grey-ddpm 1")
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("train-diffusion").experiment_id], "tags.`dataset.name` = 'grey'"
+    )
+    assert not [name for name in run.data.metrics if "class" in name], "no figure of classes where there are none"
+    drawn = mlflow.pyfunc.load_model("models:/grey-ddpm/1").predict([], params={"n": 2, "steps": 2})
+    assert np.asarray(drawn).shape == (2, 16, 16, 1)
 
 
 def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
@@ -279,7 +332,7 @@ def test_bad_requests_end_before_anything_is_written(
         run_flow(overrides={"data.imagse": 1})
     with pytest.raises(RecipeError, match="Use 1, 2, 4"):
         run_flow(processes=3)
-    with pytest.raises(DataError, match="No archive at"):
+    with pytest.raises(DataError, match="There are no images at"):
         run_flow(source="/no/such/archive.zip")
     with pytest.raises(RecipeError, match="TRAIN_DIFFUSION_INCEPTION"):
         run_flow(overrides={"evaluation.extractors": ["inception"]})
@@ -295,7 +348,7 @@ def test_bad_requests_end_before_anything_is_written(
 
 
 def test_eurosat_is_never_replaced_by_generated_patches(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion.data.find.MIRRORS", ())
-    monkeypatch.setattr("diffusion.data.download.MIRRORS", ())
+    monkeypatch.setattr("diffusion.data.sources.find.MIRRORS", ())
+    monkeypatch.setattr("diffusion.data.sources.download.MIRRORS", ())
     with pytest.raises(DataError, match="set EUROSAT_ARCHIVE"):
         find_archive("eurosat", settings())

@@ -31,7 +31,8 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             from diffusion.errors import DataError
             from diffusion.job import JobSpec, ProgressFile, run_job
 
-            def body(spec, folder, accelerator):
+            def body(spec, rank):
+                folder, accelerator = rank.folder, rank.accelerator
                 (folder / f"pid-{accelerator.process_index}").write_text(str(os.getpid()))
                 print(f"hello from rank {accelerator.process_index}", flush=True)
                 ProgressFile(folder, accelerator.is_main_process).write("working", 1, 1)

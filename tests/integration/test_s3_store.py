@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from diffusion.data.eurosat import Source
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.loader import ShardImages
+from diffusion.data.sources.eurosat import Source
 from diffusion.data.store import FolderStore, LocalCopy, S3Store, check_writable, open_store
 from diffusion.errors import StoreError
 from tests.conftest import Ingested

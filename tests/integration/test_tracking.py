@@ -33,11 +33,11 @@ from diffusion.evaluation import reference
 from diffusion.evaluation.comparison import Evidence, evidence_name
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.pictures import class_grid, png
-from diffusion.evaluation.scores import BOUND_BINS, BoundTerms, SampleScores, Scores
+from diffusion.evaluation.scores import Scores
 from diffusion.evaluation.statistics import Moments
 from diffusion.recipe import Recipe, Start
 from diffusion.tracking.connection import connect
-from diffusion.tracking.figures import loss_by_noise_level
+from diffusion.tracking.plots import loss_by_noise_level
 from diffusion.tracking.promotion import champion_version, promote
 from diffusion.tracking.registry import publish
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
@@ -48,6 +48,8 @@ from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from diffusion.training.state import FORMAT_VERSION, State
 from mlflow import MlflowClient
 from tests.conftest import BIN, Ingested, Server, free_port, start_server, stop_server, tiny_recipe
+from tests.packages import with_only
+from tests.scores import made
 
 MODEL = "generated-fields-and-water-ddpm"
 LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}")
@@ -148,48 +150,9 @@ def test_the_sender_follows_in_the_background_and_survives_an_outage(run: Tracke
     assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 11)]
 
 
-def scores(
-    step: int = 2, fid: float = 10.0, samples: int = 80, checkpoint: str = "x", evidence_sha256: str = "e"
-) -> Scores:
-    by = SampleScores(
-        extractor="eurosat",
-        extractor_sha256="e",
-        samples=samples,
-        fid=fid,
-        fid_error=0.5,
-        fid_extrapolated=fid - 1,
-        kid=1.0,
-        kid_error=0.1,
-        precision=0.5,
-        recall=0.5,
-        density=0.5,
-        coverage=0.5,
-        memorisation=1.0,
-        memorisation_error=0.1,
-        floor_samples=80,
-        fid_floor=0.5,
-        kid_floor=0.0,
-        class_accuracy=0.5,
-        class_fid={"Forest": 30.0},
-    )
-    return Scores(
-        step=step,
-        images_seen=32,
-        checkpoint=checkpoint,
-        weights="ema-500000",
-        fid_by_weights={},
-        bound=BoundTerms(
-            total=4.0,
-            error=0.1,
-            images=16,
-            prior=0.01,
-            decoder=0.5,
-            transitions=(0.1745,) * BOUND_BINS,
-            log_snr_edges=tuple(float(edge) for edge in range(BOUND_BINS + 1)),
-            timestep_edges=tuple(range(BOUND_BINS + 1, 0, -1)),
-        ),
-        by_extractor=(by,),
-        evidence_sha256=evidence_sha256,
+def scores(step: int = 2, fid: float = 10.0, samples: int = 80, **fields: Any) -> Scores:
+    return made(
+        step=step, images_seen=32, fid=fid, fid_error=0.5, samples=samples, bits=4.0, weights="ema-500000", **fields
     )
 
 
@@ -210,8 +173,8 @@ def test_scores_and_grids_become_series_and_a_repetition_changes_nothing(run: Tr
     assert sections == {"score", "score_detail"}
     table = run.client.load_table(run.experiment_id, "scores/000000016.json", [run.run_id])
     assert len(table) == len(set(table["figure"])), "a repetition added its rows again"
-    fid = table[table["figure"] == "fid (eurosat, n = 80)"].iloc[0]
-    assert (fid["value"], fid["real images"]) == (12.5, 0.5)
+    fid = table[table["figure"] == "fid_eurosat (n = 80)"].iloc[0]
+    assert (fid["value"], fid["real images"]) == (12.5, 0.4)
     images = [item.path for item in run.client.list_artifacts(run.run_id, "images")]
     assert len([path for path in images if "/samples+step+" in path and path.endswith(".png")]) == 2
     assert run.client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
@@ -296,7 +259,7 @@ def write_reference(store: FolderStore, dataset: str) -> None:
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
     """Publish an untrained model: what it says is another matter."""
     recipe = tiny_recipe(seed=fields.pop("seed", 0), data__image_size=fields.pop("image_size", 16))
-    network = build_network(recipe, 10)
+    network = build_network(recipe, ingested.manifest.images)
     torch.manual_seed(recipe.seed)
     for parameter in network.parameters():  # wake the zero-initialised layers
         torch.nn.init.normal_(parameter, std=0.1)
@@ -352,7 +315,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert "25.00" in decision.reason
     assert "20.00" in decision.reason
     other = make_version(run, ingested, store, "c", seed=2, fid=1.0, samples=40)
-    assert "differ in samples" in promote(client, store, MODEL, other).reason
+    assert "differ in the number of samples" in promote(client, store, MODEL, other).reason
     bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32)
     assert "differ in image_size" in promote(client, store, MODEL, bigger).reason
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
@@ -365,7 +328,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert champion is not None
     assert champion.version == better
     assert champion.tags["dataset.digest"] == ingested.manifest.digest
-    assert "fid_eurosat (n = 80) | 15.00 (14.02 to 15.98)" in champion.description
+    assert "fid_eurosat | 15.00 (14.02 to 15.98)" in champion.description
     assert "| fid_eurosat is lower | yes | 15.00 against 20.00" in champion.description
     assert champion.description.index("## Decision") < champion.description.index("## Use")
     assert champion.description.count("## Decision") == 1, "a repetition added it again"
@@ -407,9 +370,13 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert (decision.alias, decision.against) == ("champion", first)
     client.set_registered_model_alias(MODEL, "champion", better)
 
-    # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder.
+    # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder. And of these
+    # none but those that the version's own requirements bring.
+    requirements = mlflow.artifacts.download_artifacts(
+        f"models:/{MODEL}@champion/requirements.txt", dst_path=str(tmp_path), tracking_uri=mlflow_server.url
+    )
     code = f"""
-import sys
+{with_only(Path(requirements).read_text().split())}
 sys.path.append({sysconfig.get_paths()["purelib"]!r})
 import importlib.util
 assert importlib.util.find_spec("diffusion") is None, "the project is importable"

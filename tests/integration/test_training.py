@@ -10,13 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from diffusion.data.ingest import ingest
 from diffusion.data.sealed import unseal
+from diffusion.data.sources.find import read_source
+from diffusion.data.store import FolderStore
 from diffusion.errors import RecipeError, RunBusy, TrainingDiverged
 from diffusion.evaluation.scores import Scores
 from diffusion.job import SPEC, EvaluationJob, ReferenceJob, lock_folder
+from diffusion.recipe_files import fit_to_dataset
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
 from diffusion.training.state import steps_with_checkpoint
@@ -46,6 +51,22 @@ def test_exact_reduction_gives_the_same_bits_on_1_2_and_4_processes_and_across_a
     journals = {(tmp_path / f"{name}-{unique}" / "journal.jsonl").read_bytes() for name in ("one", "two", "mixed")}
     assert len(journals) == 1
     assert [record["step"] for record in records(journals.pop())] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("bands", "dtype"), [(1, "float32"), (13, "uint16")])
+def test_other_bands_and_levels_are_trained_to_the_same_bits_on_1_and_2_processes(
+    tmp_path: Path, unique: str, bands: int, dtype: str
+) -> None:
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    for number in range(40):
+        np.save(images / f"{number}.npy", rng.integers(0, 3000, (16, 16, bands)).astype(dtype))
+    store = FolderStore(tmp_path / "store")
+    manifest = ingest(read_source(str(images), images), store, shard_bytes=60_000)
+    assert (len(manifest.images.bands), manifest.images.dtype) == (bands, dtype)
+    recipe = fit_to_dataset(tiny_recipe(), {}, manifest.images)
+    trainer = Trainer(Ingested(store, manifest), tmp_path, recipe)
+    assert trainer.train(f"one-{unique}", 4, processes=1) == trainer.train(f"two-{unique}", 4, processes=2)
 
 
 def test_fast_reduction_gives_the_same_training_to_rounding(ingested: Ingested, tmp_path: Path, unique: str) -> None:

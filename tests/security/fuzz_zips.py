@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diffusion.data import generated
-from diffusion.data.eurosat import read_archive
+from diffusion.data.sources import generated
+from diffusion.data.sources.eurosat import read_archive
 from diffusion.errors import DataError
 
 

@@ -29,6 +29,7 @@ def test_every_package_has_hashes_and_the_version_that_is_pinned() -> None:
         pins[re.sub(r"[-_.]+", "-", name).lower()] = version
     assert [path.name for path in LOCKS] == [
         "requirements-dev.lock",
+        "requirements-ray.lock",
         "requirements-torch-cpu.lock",
         "requirements-torch.lock",
         "requirements.lock",

@@ -15,23 +15,25 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from diffusion.data import download, eurosat
-from diffusion.data.download import download_eurosat
-from diffusion.data.eurosat import MAX_FILE_BYTES, Mirror, read_archive
 from diffusion.data.sealed import unseal
-from diffusion.data.shards import decode
+from diffusion.data.shards import Sample, decode
+from diffusion.data.sources import download, eurosat
+from diffusion.data.sources.download import download_eurosat
+from diffusion.data.sources.eurosat import MAX_FILE_BYTES, Mirror, read_archive
 from diffusion.data.store import FolderStore
 from diffusion.errors import DataError, StoreError
 from diffusion.training.checkpoint import load_latest
 from diffusion.training.state import State
 from diffusion.trust.reading import parse_json
 from tests.conftest import Ingested
+from tests.specs import RGB_SPEC
 
 MEMBER = "2750/Forest/Forest_1.jpg"
 MUTATIONS = 150
@@ -67,7 +69,7 @@ def test_a_zip_whose_list_of_files_is_the_bomb(tmp_path: Path, monkeypatch: pyte
     with zipfile.ZipFile(many, "w") as file:
         for number in range(300):
             file.writestr(f"2750/Forest/{number}.txt", b"")
-    monkeypatch.setattr(eurosat, "MAX_DIRECTORY_BYTES", 10_000)
+    monkeypatch.setattr(eurosat, "LIMITS", replace(eurosat.LIMITS, directory_bytes=10_000))
     with pytest.raises(DataError, match="This is not EuroSAT"):
         read_archive(many, "x", "y")
 
@@ -77,9 +79,9 @@ def test_many_small_files_are_counted_in_a_zip_and_in_a_folder(
 ) -> None:
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path)
-    for limit, value in (("MAX_FILES", 50), ("MAX_TOTAL_BYTES", 10_000)):
+    for limits in (replace(eurosat.LIMITS, files=50), replace(eurosat.LIMITS, total_bytes=10_000)):
         with monkeypatch.context() as patch:
-            patch.setattr(eurosat, limit, value)
+            patch.setattr(eurosat, "LIMITS", limits)
             for path in (archive, tmp_path / "2750"):
                 with pytest.raises(DataError, match="holds more than"):
                     read_archive(path, "x", "y")
@@ -117,7 +119,7 @@ def test_what_is_named_jpg_and_is_none_is_not_decoded(kind: str) -> None:
     data = io.BytesIO()
     Image.new("RGB", (64, 64)).save(data, kind)
     with pytest.raises(DataError, match="does not decode as JPEG"):
-        decode(data.getvalue(), "x", 64, 64)
+        decode(Sample("x", data.getvalue(), 0), RGB_SPEC, 64)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way of Linux")
@@ -129,7 +131,7 @@ def test_the_size_of_an_image_is_looked_at_before_it_is_decoded() -> None:
     at = content.index(b"\xff\xc0") + 5
     content = content[:at] + struct.pack(">HH", 65_000, 65_000) + content[at + 4 :]
     with little_memory(200), pytest.raises(DataError, match=r"65000 x 65000|does not decode"):
-        decode(content, "x", 64, 64)
+        decode(Sample("x", content, 0), RGB_SPEC, 64)
 
 
 def test_a_mutated_zip_is_a_data_error_or_harmless(archive: Path, tmp_path: Path) -> None:

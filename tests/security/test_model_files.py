@@ -9,6 +9,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 import diffusion
+import mlflow
 from diffusion.errors import TrackingError
 from tests.running import Training
 from tests.stack import Project
@@ -44,7 +45,8 @@ def test_changed_files_are_refused_before_their_code_runs(
         "a request that was given up blocks others"
     )
 
-    (folder,) = {path.parent for path in (stack.folder / "var/mlflow/artifacts").rglob("MLmodel")}
+    logged = mlflow.MlflowClient().get_model_version(MODEL, "1").source.rpartition("/")[2]
+    (folder,) = {path.parent for path in (stack.folder / "var/mlflow/artifacts").rglob(f"{logged}/**/MLmodel")}
     marker = tmp_path / "it ran"
     for name, content in CHANGES.items():
         path = folder / name

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.data.eurosat import read_archive
+from diffusion.data.sources.eurosat import read_archive
 from diffusion.errors import DataError
 from diffusion.job import RankOutput
 from diffusion.trust.redaction import fit_to_leave, redact_logs, redacted, shown

@@ -13,7 +13,7 @@ from diffusion.data.store import FolderStore
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Comparison, Evidence, compare, evidence_name, load_evidence
 from diffusion.evaluation.statistics import Moments, frechet_error
-from tests.unit.test_promotion import made
+from tests.scores import made
 
 DIMENSIONS = 4
 REFERENCE = Moments(10_001, np.zeros(DIMENSIONS), np.eye(DIMENSIONS) * 10_000)
@@ -35,6 +35,7 @@ def test_a_model_differs_from_itself_by_nothing_and_from_another_as_that_from_it
     a, b = evidence(rng.standard_normal((100, DIMENSIONS))), evidence(scale * rng.standard_normal((100, 4)) + shift)
     same = compare(a, a, REFERENCE)
     for one in (same.fid, same.bits_per_dim, same.memorisation):
+        assert one is not None
         assert (one.value, one.low, one.high) == (0, 0, 0)
     there, back = compare(a, b, REFERENCE), compare(b, a, REFERENCE)
     assert there.fid.value == -back.fid.value
@@ -74,6 +75,7 @@ def test_images_differ_more_than_models_do() -> None:
     old = evidence(features, bits=3.50)
     new = replace(old, bits=old.bits - 0.01 + 0.005 * np.random.default_rng(2).standard_normal(300))
     bits = compare(new, old, REFERENCE).bits_per_dim
+    assert bits is not None
     assert bits.low < -0.01 < bits.high < 0, "each alone is known to 0.03 only"
 
 

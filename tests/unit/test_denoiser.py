@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from diffusion.denoiser import Denoiser, Pixels, build_network
 from tests.conftest import tiny_recipe
+from tests.specs import RGB_SPEC
 
-PIXELS = Pixels((-0.3, -0.2, -0.1), (0.4, 0.3, 0.2))
+PIXELS = Pixels(RGB_SPEC)
 
 
 def denoiser(**overrides: object) -> Denoiser:
     recipe = tiny_recipe(**overrides)
-    network = build_network(recipe, 10).eval().requires_grad_(False)
+    network = build_network(recipe, RGB_SPEC).eval().requires_grad_(False)
     torch.manual_seed(0)
     for parameter in network.parameters():
         if parameter.dim() > 1:

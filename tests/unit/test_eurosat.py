@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.eurosat import CLASSES, MAX_FILE_BYTES, content_digest, read_archive, read_eurosat
+from diffusion.data.sources import eurosat, find
+from diffusion.data.sources.eurosat import CLASSES, MAX_FILE_BYTES, read_archive, read_eurosat
+from diffusion.data.sources.find import read_source
+from diffusion.data.sources.source import SourceOptions, content_digest
 from diffusion.errors import DataError
 
 
@@ -34,7 +37,7 @@ def test_the_digest_is_the_same_for_every_container(archive: Path, tmp_path: Pat
 
 def test_the_digest_is_the_documented_one(archive: Path) -> None:
     images = read_archive(archive, "x", "y").images
-    lines = [f"{i.class_name}/{i.file_name} {hashlib.sha256(i.jpeg).hexdigest()}\n" for i in images]
+    lines = [f"{i.class_name}/{i.file_name} {hashlib.sha256(i.read()).hexdigest()}\n" for i in images]
     assert content_digest(images) == hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -102,6 +105,27 @@ def test_other_content_than_eurosat(archive: Path) -> None:
         read_eurosat(archive)
 
 
+def test_eurosat_is_known_by_its_content_and_with_one_image_exchanged_is_refused(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_archive(archive, "x", "y")
+    for module in (eurosat, find):
+        monkeypatch.setattr(module, "EUROSAT_DIGEST", whole.digest)
+        monkeypatch.setattr(module, "EUROSAT_IMAGES", len(whole.images))
+    for name in ("eurosat", str(archive)):
+        assert read_source(name, archive).name == "EuroSAT"
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path)
+    first, second, *_ = sorted((tmp_path / "2750" / "Forest").iterdir())
+    first.write_bytes(second.read_bytes()[:-2] + b"\0\xff\xd9")
+    for name in ("eurosat", str(tmp_path / "2750")):
+        with pytest.raises(
+            DataError, match=r"holds other images.*digest (is )?[0-9a-f]{16}.*Get the (RGB )?archive again"
+        ):
+            read_source(name, tmp_path / "2750")
+    assert read_source(str(tmp_path / "2750"), tmp_path / "2750", SourceOptions(name="mine")).name == "mine"
+
+
 def test_an_image_twice(archive: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.zip"
     twice.write_bytes(archive.read_bytes())
@@ -123,5 +147,5 @@ def test_files_that_are_no_images_are_left_out(archive: Path, tmp_path: Path) ->
 def test_every_class_is_drawn(archive: Path) -> None:
     images = read_archive(archive, "x", "y").images
     assert {image.class_name for image in images} == set(CLASSES)
-    assert len({image.jpeg for image in images}) == len(images)
-    assert all(image.jpeg[:2] == b"\xff\xd8" for image in images)
+    assert len({image.read() for image in images}) == len(images)
+    assert all(image.read()[:2] == b"\xff\xd8" for image in images)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.data.eurosat import CLASSES
+from diffusion.data.sources.eurosat import CLASSES
 from diffusion.errors import RecipeError
 from diffusion.evaluation import extractor as extractors
-from diffusion.evaluation.classifier import EuroSATClassifier, fuse
-from diffusion.evaluation.extractor import load_extractor
-from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, extractor_sha256
+from diffusion.evaluation.classifier import Classifier, fuse
+from diffusion.evaluation.extractor import load_inception, shipped
+from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS
 from diffusion.settings import InceptionSource
 
 CPU = torch.device("cpu")
@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 
 def test_the_shipped_weights_are_the_ones_that_the_code_names_and_small() -> None:
     data = SHIPPED_WEIGHTS.read_bytes()
-    assert hashlib.sha256(data).hexdigest() == SHIPPED_SHA256 == extractor_sha256("eurosat", None)
+    assert hashlib.sha256(data).hexdigest() == SHIPPED_SHA256 == shipped(CPU).sha256
     assert len(data) < 3_000_000
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_features_do_not_depend_on_the_batch(size: int, random_images) -> None:  # type: ignore[no-untyped-def]
-    extractor = load_extractor("eurosat", CPU, None)
+    extractor = shipped(CPU)
     images = random_images(6, size)
     features = extractor.embed(images)
     assert features.shape == (6, 128)
@@ -36,7 +36,7 @@ def test_features_do_not_depend_on_the_batch(size: int, random_images) -> None: 
 
 def test_the_extractor_knows_water_from_forest_and_roofs() -> None:
     """Flat patches in the colours that EuroSAT's lakes and forests have, and a lawn of bright roofs."""
-    extractor = load_extractor("eurosat", CPU, None)
+    extractor = shipped(CPU)
     rng = np.random.default_rng(0)
     water = np.full((1, 64, 64, 3), (40, 75, 95)) + rng.normal(0, 1, (1, 64, 64, 3))
     forest = np.full((1, 64, 64, 3), (40, 62, 62)) + rng.normal(0, 3, (1, 64, 64, 3))
@@ -51,11 +51,11 @@ def test_the_extractor_knows_water_from_forest_and_roofs() -> None:
 
 def test_fusing_the_batch_norms_changes_nothing() -> None:
     torch.manual_seed(0)
-    network = EuroSATClassifier(10, fused=False)
+    network = Classifier(3, 10, fused=False)
     for _ in range(3):
         network(torch.randn(8, 3, 64, 64))
     x = torch.randn(4, 3, 64, 64)
-    torch.testing.assert_close(fuse(network, 10)(x), network.eval()(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fuse(network)(x), network.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_damaged_shipped_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_damaged_shipped_weights_are_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "w.safetensors").write_bytes(damaged)
     monkeypatch.setattr(extractors, "SHIPPED_WEIGHTS", tmp_path / "w.safetensors")
     with pytest.raises(RecipeError, match="not the file that it should be"):
-        load_extractor("eurosat", CPU, None)
+        shipped(CPU)
 
 
 class StandInInception(nn.Module):
@@ -83,7 +83,7 @@ def inception_file(tmp_path: Path) -> Path:
 
 def test_inception_is_a_torchscript_file_of_a_known_digest(inception_file: Path, random_images) -> None:  # type: ignore[no-untyped-def]
     sha256 = hashlib.sha256(inception_file.read_bytes()).hexdigest()
-    extractor = load_extractor("inception", CPU, InceptionSource(location=str(inception_file), sha256=sha256))
+    extractor = load_inception(InceptionSource(location=str(inception_file), sha256=sha256), CPU)
     images = random_images(4, 32)
     np.testing.assert_allclose(extractor.embed(images).numpy(), images.mean(axis=(1, 2)), rtol=1e-5)
     assert (extractor.name, extractor.sha256, extractor.classify) == ("inception", sha256, None)
@@ -91,8 +91,8 @@ def test_inception_is_a_torchscript_file_of_a_known_digest(inception_file: Path,
 
 def test_inception_of_another_digest_is_not_loaded(inception_file: Path) -> None:
     with pytest.raises(RecipeError, match="It was not loaded"):
-        load_extractor("inception", CPU, InceptionSource(location=str(inception_file), sha256="0" * 64))
+        load_inception(InceptionSource(location=str(inception_file), sha256="0" * 64), CPU)
     with pytest.raises(RecipeError, match="can't be read"):
-        load_extractor("inception", CPU, InceptionSource(location="/no/such/file.pt", sha256="0" * 64))
+        load_inception(InceptionSource(location="/no/such/file.pt", sha256="0" * 64), CPU)
     with pytest.raises(RecipeError, match="TRAIN_DIFFUSION_INCEPTION"):
-        load_extractor("inception", CPU, None)
+        load_inception(None, CPU)

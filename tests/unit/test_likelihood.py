@@ -23,6 +23,7 @@ from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.job import ProgressFile
 from diffusion.process.schedule import Cosine, chain
 from tests.conftest import Ingested, tiny_recipe
+from tests.specs import RGB_SPEC
 
 
 def test_draws_by_importance_are_unbiased_and_vary_less_than_even_ones() -> None:
@@ -72,11 +73,11 @@ def test_the_sampled_bound_of_a_network_agrees_with_the_exact_sum(ingested: Inge
         steps = {"process__steps": 40, "evaluation__likelihood_timesteps": timesteps}
         recipe = tiny_recipe(objective__loss=loss, **steps)
         torch.manual_seed(0)
-        network = build_network(recipe, 10).eval()
+        network = build_network(recipe, RGB_SPEC).eval()
         for layer in network.modules():  # wake the layers that start at zero
             if isinstance(layer, torch.nn.Conv2d) and layer.weight.abs().max() == 0:
                 torch.nn.init.normal_(layer.weight, std=0.05)
-        pixels = Pixels(ingested.manifest.pixel_mean, ingested.manifest.pixel_std)
+        pixels = Pixels(ingested.manifest.images)
         images = ShardImages(ingested.store, ingested.manifest, "test", 16, tmp_path)
         accelerator = Accelerator(cpu=True)
         denoiser, progress = Denoiser(recipe, network, pixels), ProgressFile(tmp_path, False)

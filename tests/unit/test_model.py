@@ -10,12 +10,14 @@ from diffusion.model.placement import place
 from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet
 from diffusion.recipe_files import load_recipe
+from tests.specs import RGB_SPEC
 
 
 def small_unet(classes: int = 10, patch: int = 1, outputs: int = 3) -> UNet:
     torch.manual_seed(0)
     network = UNet(
         image_size=16,
+        bands=3,
         width=16,
         multipliers=(1, 2),
         blocks=1,
@@ -35,14 +37,14 @@ def small_unet(classes: int = 10, patch: int = 1, outputs: int = 3) -> UNet:
 def test_a_preset_s_network_predicts_like_its_input_and_starts_at_zero(preset: str) -> None:
     recipe = load_recipe(preset)
     size = recipe.data.image_size
-    network = build_network(recipe, 10)
+    network = build_network(recipe, RGB_SPEC)
     out = network(torch.randn(2, 3, size, size), torch.tensor([0.1, 0.9], dtype=torch.float64), torch.tensor([0, 10]))
     assert out.shape == (2, 3, size, size)
     assert out.abs().max() == 0
 
 
 def test_the_seed_network_is_the_published_one() -> None:
-    network = SeedUNet(64, (32, 64, 96, 128), 2)
+    network = SeedUNet(3, (32, 64, 96, 128), 2)
     # The published summary lists 1,957,091 weights, 6,464 of them batch norm's statistics, which are no parameters here.
     assert sum(p.numel() for p in network.parameters()) == 1_950_627
 
@@ -50,7 +52,7 @@ def test_the_seed_network_is_the_published_one() -> None:
 @pytest.mark.parametrize("width", [8, 24, 40, 56, 72, 104, 112, 136])
 def test_any_allowed_width_makes_a_network(width: int) -> None:
     recipe = load_recipe("demo", {"network.width": width, "network.multipliers": [1, 3]})
-    build_network(recipe, 10)(torch.zeros(1, 3, 32, 32), torch.tensor([0.5], dtype=torch.float64))
+    build_network(recipe, RGB_SPEC)(torch.zeros(1, 3, 32, 32), torch.tensor([0.5], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -92,12 +94,12 @@ def test_both_ends_of_the_noise_variance_stay_apart() -> None:
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(123)
-    first = build_network(load_recipe("demo", seed=4), 10).state_dict()
+    first = build_network(load_recipe("demo", seed=4), RGB_SPEC).state_dict()
     before = torch.random.get_rng_state()
-    second = build_network(load_recipe("demo", seed=4), 10).state_dict()
+    second = build_network(load_recipe("demo", seed=4), RGB_SPEC).state_dict()
     assert torch.equal(before, torch.random.get_rng_state())  # the global generator is left alone
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = build_network(load_recipe("demo", seed=5), 10).state_dict()
+    other = build_network(load_recipe("demo", seed=5), RGB_SPEC).state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
@@ -133,7 +135,7 @@ def test_ema_averages_batch_norm_statistics_and_copies_counters() -> None:
 
 def demo_network() -> tuple[UNet, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    network = build_network(load_recipe("demo"), 10).eval()
+    network = build_network(load_recipe("demo"), RGB_SPEC).eval()
     assert isinstance(network, UNet)
     for parameter in network.parameters():  # as large as trained weights, with the zero-initialised layers awake
         if parameter.dim() > 1:

@@ -8,6 +8,7 @@ from diffusion.denoiser import build_network
 from diffusion.model.placement import place
 from diffusion.training.optimizer import Muon, make_optimizers, orthogonalised
 from tests.conftest import tiny_recipe
+from tests.specs import RGB_SPEC
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32)])
@@ -56,7 +57,7 @@ def test_a_convolution_is_taken_as_a_matrix_whatever_its_memory_layout() -> None
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_has_one_optimiser_and_only_blocks_have_muon(kind: str) -> None:
-    network = place(build_network(tiny_recipe(optimizer__kind=kind), 10), torch.device("cpu"))
+    network = place(build_network(tiny_recipe(optimizer__kind=kind), RGB_SPEC), torch.device("cpu"))
     optimizers = make_optimizers(tiny_recipe(optimizer__kind=kind), network)
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, network.parameters()))

@@ -9,6 +9,7 @@ from diffusion.recipe import Recipe, Start, flatten
 from diffusion.recipe_files import load_recipe, preset_names, recipe_keys
 from diffusion.tracking.run import headline_values
 from diffusion.training.trainer import lanes_of_process, learning_rate
+from flows.engines.placement import Capacity, Host, Placement
 from flows.request import usable_processes
 from tests.conftest import tiny_recipe
 
@@ -35,7 +36,7 @@ def test_an_unknown_override_is_answered_with_the_nearest() -> None:
     [
         ({"data.batch_size": 60, "data.lanes": 8}, "not a multiple"),
         ({"data.lanes": 3, "data.batch_size": 60}, "power of two"),
-        ({"data.image_size": 48}, "image_size"),
+        ({"data.image_size": 50}, "image_size"),
         ({"network.multipliers": [1, 2, 2, 2, 2, 2, 2]}, "halved"),
         ({"optimizer.learning_rate": -1}, "learning_rate"),
         ({"optimizer.learning_rate": "fast"}, "learning_rate"),
@@ -184,3 +185,28 @@ def test_lanes_that_processes_can_t_share_are_refused_with_what_would_fit() -> N
         usable_processes(tiny_recipe(), 3)
     assert usable_processes(tiny_recipe(), 4) == 4
     assert usable_processes(tiny_recipe(), None) in (1, 2, 4)
+    assert usable_processes(tiny_recipe(), "2-3") == 2, "what shares the lanes, and there is room for"
+    with pytest.raises(RecipeError, match=r"No number of processes from 5 to 7 shares data\.lanes = 4 evenly"):
+        usable_processes(tiny_recipe(), "5-7")
+    for slip in ("4-2", "0", "two", "2-", "1e9-2"):
+        with pytest.raises(RecipeError, match=r"processes is .*range"):
+            usable_processes(tiny_recipe(), slip)
+
+
+def test_a_range_of_processes_is_filled_as_far_as_there_is_room() -> None:
+    placement = Placement(module="m", counts=(1, 2, 4), threads=2)
+    room = {cpus: placement.fitting(cluster((cpus, 0))) for cpus in (1, 2, 3, 4, 7, 8, 100)}
+    assert room == {1: (), 2: (1,), 3: (1,), 4: (2, 1), 7: (2, 1), 8: (4, 2, 1), 100: (4, 2, 1)}
+    assert placement.fitting(cluster((3, 0), (3, 0))) == (2, 1), "a process is on one host"
+
+
+def test_a_job_on_gpus_never_goes_on_without_them() -> None:
+    placement = Placement(module="m", counts=(1, 2, 4), gpu=True)
+    assert placement.fitting(cluster((64, 1), (64, 2))) == (2, 1)
+    assert placement.fitting(cluster((64, 0))) == ()
+    assert placement.fitting(cluster((2, 8))) == (2, 1), "a CPU each"
+    assert "1 processes with 1 CPU and a GPU each" in placement.too_small(cluster((64, 0)))
+
+
+def cluster(*hosts: tuple[int, int]) -> Capacity:
+    return Capacity(hosts=tuple(Host(cpus=cpus, gpus=gpus) for cpus, gpus in hosts))

@@ -13,7 +13,7 @@ from diffusion.evaluation.statistics import (
     frechet_extrapolated,
     kernel_distance,
     manifold,
-    memorisation,
+    nearest_copies,
 )
 
 
@@ -133,10 +133,10 @@ def test_precision_and_recall_are_not_swapped() -> None:
 def test_memorisation_tells_copies_from_new_images() -> None:
     rng = np.random.default_rng(0)
     train, held_out, fresh = (rng.standard_normal((n, 8)) for n in (3000, 800, 800))
-    new = memorisation(train, held_out, fresh)
+    new = nearest_copies(train, held_out, fresh)
     assert abs(new.ratio - 1) < 4 * new.error
-    copies = memorisation(train, held_out, train[:800] + 1e-6)
+    copies = nearest_copies(train, held_out, train[:800] + 1e-6)
     assert copies.ratio == pytest.approx(20)
     assert (copies.nearest == np.arange(800)).all()
-    half = memorisation(train, held_out, np.concatenate([train[:400], fresh[:400]]))
+    half = nearest_copies(train, held_out, np.concatenate([train[:400], fresh[:400]]))
     assert half.ratio == pytest.approx(10, abs=1.5)

@@ -1,4 +1,4 @@
-"""Figures of a run."""
+"""Plots of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffusion.evaluation.figures import full_name, with_error
 from diffusion.evaluation.scores import DEVIATIONS, BoundTerms, Scores
 from diffusion.training.journal import LOG_SNR_BIN_EDGES
 
@@ -71,11 +72,14 @@ def gradient_norms(records: list[dict[str, Any]]) -> Figure:
 def fid_over_training(history: list[Scores]) -> Figure:
     """FID by the first extractor over the images seen, with its 95 % interval and the floor: the FID of real images."""
     figure, axes = _figure()
-    seen, by = [scores.images_seen for scores in history], [scores.by_extractor[0] for scores in history]
-    axes.errorbar(seen, [b.fid for b in by], yerr=[DEVIATIONS * b.fid_error for b in by], marker="o", capsize=3)
-    axes.axhline(by[-1].fid_floor, color="C2", linestyle="--", label=f"real images: {by[-1].fid_floor:.2f}")
-    title = f"fid_{by[-1].extractor} of {by[-1].samples:,} samples: {by[-1].fid:.1f} now (95 % interval)"
-    axes.set(xlabel="images seen", ylabel=f"fid_{by[-1].extractor}", yscale="log", title=title)
+    seen, rows = [scores.images_seen for scores in history], [scores.require("fid") for scores in history]
+    spread = [DEVIATIONS * (row.error or 0.0) for row in rows]
+    axes.errorbar(seen, [row.value for row in rows], yerr=spread, marker="o", capsize=3)
+    now = rows[-1]
+    if now.real is not None:
+        axes.axhline(now.real, color="C2", linestyle="--", label=f"real images: {now.real:.2f}")
+    title = f"{full_name(now)} of {history[-1].samples:,} samples: {now.value:.1f} now (95 % interval)"
+    axes.set(xlabel="images seen", ylabel=full_name(now), yscale="log", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return figure
@@ -108,13 +112,14 @@ def bound_by_noise_level(bound: BoundTerms) -> Figure:
 
 def class_distances(scores: Scores) -> Figure:
     """FID of each class's samples, by the first extractor, worst on top."""
-    by = scores.by_extractor[0]
-    classes = sorted((by.class_fid or {}).items(), key=lambda item: item[1])
+    fid, classes = scores.require("fid"), sorted(scores.parts("fid_of_class").items(), key=lambda item: item[1])
     figure, axes = _figure(left=0.25)
     bars = axes.barh([name for name, _ in classes], [fid for _, fid in classes], color="C0")
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.margins(x=0.1)
-    axes.set(xlabel=f"fid_{by.extractor} of a class (n = {by.samples // max(1, len(classes)):,} each)")
-    axes.set_title(f"FID by class at step {scores.step:,}; of all together: {by.fid:.1f} ± {by.fid_error:.1f}")
+    axes.set(xlabel=f"{full_name(fid)} of a class (n = {scores.samples // max(1, len(classes)):,} each)")
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # a class may be called $5_$
+    axes.set_title(f"FID by class at step {scores.step:,}; of all together: {with_error(fid)}")
     axes.grid(axis="x", alpha=0.3)
     return figure

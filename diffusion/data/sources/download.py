@@ -11,7 +11,7 @@ from pathlib import Path
 import requests
 import urllib3
 
-from diffusion.data.eurosat import MIRRORS, Mirror
+from diffusion.data.sources.eurosat import MIRRORS, Mirror
 from diffusion.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def download(url: str, limit: int) -> bytes:
         ) as response:
             response.raise_for_status()
             content = bytearray()
-            for chunk in _chunks(response):
+            for chunk in chunks(response):
                 content += chunk
                 if len(content) > limit:
                     raise DataError(
@@ -108,7 +108,7 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
         length = response.headers.get("Content-Length")
         total = here + int(length) if length else None
         with part.open("ab" if here else "wb") as file:
-            for chunk in _chunks(response):
+            for chunk in chunks(response):
                 here += len(chunk)
                 if here > MAX_ARCHIVE_BYTES:
                     file.close()
@@ -123,7 +123,7 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
         raise requests.ConnectionError(f"the transfer stopped after {here:,} of {total:,} bytes")
 
 
-def _chunks(response: requests.Response) -> Iterator[bytes]:
+def chunks(response: requests.Response) -> Iterator[bytes]:
     """The body as it comes, packed or not. Raises DataError if it takes too long, and else requests' errors alone."""
     deadline = time.monotonic() + MAX_SECONDS
     try:

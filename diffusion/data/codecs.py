@@ -1,0 +1,158 @@
+"""Image files and the arrays that they hold: JPEG, PNG, WebP, TIFF and GeoTIFF, NPY, told apart by how they begin."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffusion.errors import DataError
+from diffusion.trust.redaction import shown
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".npy")
+MOST_BYTES = 256 << 20
+"""Of an image's array: a few bytes of a file can mean gigabytes of pixels."""
+PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+"""Formats that Pillow decodes, by the extension that they have in a shard."""
+MODES = {"L": 1, "RGB": 3}
+"""Pillow's modes of 8-bit images that need no conversion, and their bands."""
+
+Array = NDArray[Any]
+"""An image, [height, width, bands]: uint8, uint16 or float32."""
+
+
+def file_format(content: bytes) -> str:
+    """The extension of the format that a file has; empty if it is none of ours."""
+    if content[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tif"
+    return "npy" if content[:6] == b"\x93NUMPY" else ""
+
+
+def decode(content: bytes, where: str) -> Array:
+    """The image of a file. Raises DataError, which names `where`, if it holds none that can be trained on."""
+    kind = file_format(content)
+    with decoder_errors(shown(where), kind.upper() or "any of JPEG, PNG, WebP, TIFF, NPY"):
+        if kind in PILLOW:
+            return _from_pillow(content, kind)
+        if kind == "tif":
+            return _usual(_from_tiff(content))
+        if kind == "npy":
+            return _usual(_from_npy(content))
+        raise ValueError("it begins like none")
+
+
+@contextmanager
+def decoder_errors(where: str, kind: str) -> Iterator[None]:
+    """Turn whatever a decoder makes of a damaged or hostile image into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"The image {where} does not decode as {kind} ({error}). Replace it by a whole copy."
+        ) from error
+
+
+def plain(content: bytes) -> bool:
+    """Whether a file's bytes can lie in a shard as they are: 8-bit grey or RGB of a format that Pillow decodes."""
+    kind = file_format(content)
+    return kind in PILLOW and _open(content, kind).mode in MODES
+
+
+def to_npy(image: Array) -> bytes:
+    """The image as an NPY file: the same bytes every time."""
+    data = io.BytesIO()
+    np.save(data, np.ascontiguousarray(image), allow_pickle=False)
+    return data.getvalue()
+
+
+def open_plain(content: bytes, kind: str, bands: int, size: tuple[int, int], where: str) -> Image.Image:
+    """An image of a shard, decoded. Raises DataError if it is not of that size (width, height)."""
+    with decoder_errors(where, PILLOW[kind]):
+        image = _open(content, kind)
+    if image.size != size:  # before it is decoded
+        raise DataError(
+            f"The image {where} has {image.size[0]} x {image.size[1]} pixels, expected {size[0]} x {size[1]}."
+        )
+    with decoder_errors(where, PILLOW[kind]):
+        return image.convert("L" if bands == 1 else "RGB")
+
+
+def _open(content: bytes, kind: str) -> Image.Image:
+    image = Image.open(io.BytesIO(content), formats=(PILLOW[kind],))
+    _check_size(image.size[0] * image.size[1] * 4)
+    return image
+
+
+def _check_size(count: int) -> None:
+    if count > MOST_BYTES:
+        raise ValueError(f"it would take more than {MOST_BYTES >> 20} MiB")
+
+
+def _from_pillow(content: bytes, kind: str) -> Array:
+    if kind == "png" and content[24] == 16 and content[25] in (2, 6):
+        raise ValueError("it has 16 bits a colour, which would be cut to 8: keep it as TIFF or NPY")
+    image = _open(content, kind)
+    if image.mode.startswith("I"):  # 16-bit grey
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("it has levels beyond 16 bits")
+        return levels.astype(np.uint16)[..., None]
+    if image.mode == "F":
+        return np.asarray(image, np.float32)[..., None]
+    if image.mode not in MODES:  # palettes, transparency (which is dropped), CMYK
+        image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _from_tiff(content: bytes) -> Array:
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        series = file.series[0]
+        _check_size(series.nbytes)
+        array, axes = series.asarray(), series.axes
+    if array.ndim == 3 and not axes.endswith("S"):  # a plane a band
+        array = np.moveaxis(array, 0, -1)
+    return array
+
+
+def _from_npy(content: bytes) -> Array:
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read(file)
+    _check_size(int(np.prod(shape, dtype=object)) * dtype.itemsize)
+    file.seek(0)
+    array: Array = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+def _usual(array: Array) -> Array:
+    """[height, width, bands] of one of the three dtypes."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise ValueError(f"its shape is {array.shape}, not height, width, bands")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.int16 and array.min() >= 0:
+        array = array.astype(np.uint16)
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    if array.dtype.newbyteorder("=").name not in ("uint8", "uint16", "float32"):
+        raise ValueError(f"its values are {array.dtype}: uint8, uint16 and float32 can be trained on")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("it holds NaN or infinity")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))

@@ -1,0 +1,1 @@
+"""Where images come from: each kind of source a file, all of them found by `find.py`."""

@@ -1,0 +1,182 @@
+"""The files of a folder, a zip or a tar, without trusting any of it: limits hold on what is read, not on what is declared."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from threading import Lock
+
+from diffusion.errors import DataError
+from diffusion.trust.reading import read_at_most, read_file
+from diffusion.trust.redaction import shown
+
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others may ask for gigabytes of memory for a few bytes."""
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+File = tuple[PurePosixPath, Callable[[], bytes]]
+"""Where a file lies, and how its content is read."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a source can have. What has more is not read to its end."""
+
+    files: int = 20_000_000
+    file_bytes: int = 256 << 20
+    total_bytes: int = 4 << 40
+    directory_bytes: int = 2 << 30
+    """Of a zip's own list of its files, which is read before anything else can be looked at."""
+    what: str = "This is more than can be trained on."
+
+
+def read_files(path: Path, limits: Limits = Limits()) -> Iterator[File]:
+    """The files of a folder, zip or tar. Raises DataError if it is missing, damaged, unsafe or too large."""
+    if not path.exists():
+        raise DataError(f"There is nothing at {shown(str(path))}.")
+    if path.is_dir():
+        files = _folder_files(path, limits)
+    elif path.name.endswith(TAR_SUFFIXES):
+        files = _tar_files(path, limits)
+    else:
+        files = _zip_files(path, limits)
+    return _counted(path, files, limits)
+
+
+class Spool:
+    """Contents of a source that can be read in its own order alone, kept in a nameless file until the last reader is gone."""
+
+    def __init__(self) -> None:
+        self._file, self._lock, self._end = tempfile.TemporaryFile(), Lock(), 0  # noqa: SIM115  # closed with the spool
+
+    def keep(self, content: bytes) -> Callable[[], bytes]:
+        """How this content is read again. Raises DataError if the disk is full."""
+        start = self._end
+        try:
+            with self._lock:
+                self._file.seek(start)
+                self._file.write(content)
+        except OSError as error:
+            raise DataError(f"The images can't be kept in {tempfile.gettempdir()}: {error.strerror}.") from error
+        self._end += len(content)
+        return partial(self._read, start, len(content))
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(size)
+
+
+def check_member(path: Path, name: str) -> str:
+    """A member's name, if it stays within its archive. Raises DataError if it does not."""
+    if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        raise DataError(f"{path} has a member that points outside its folder: '{shown(name)}'. Do not trust it.")
+    return name
+
+
+class Meter:
+    """Counts what a source has had read of it. Raises DataError beyond its limits."""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self._path, self._limits, self._total = path, limits, 0
+
+    def read(self, read: Callable[[], bytes]) -> bytes:
+        """The content of one more file."""
+        content = read()
+        self._total += len(content)
+        if self._total > self._limits.total_bytes:
+            raise too_much(self._path, self._limits)
+        return content
+
+
+def _counted(path: Path, files: Iterator[File], limits: Limits) -> Iterator[File]:
+    for number, file in enumerate(files, start=1):
+        if number > limits.files:
+            raise too_much(path, limits)
+        yield file
+
+
+def too_much(path: Path, limits: Limits) -> DataError:
+    """The error for a source that is larger than it can be."""
+    return DataError(f"{path} holds more than {limits.files:,} files or {limits.total_bytes:,} bytes. {limits.what}")
+
+
+def _folder_files(folder: Path, limits: Limits) -> Iterator[File]:
+    seen = set()
+    for directory, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(directory))
+        folders[:] = [
+            name for name in folders if os.path.realpath(Path(directory, name)) not in seen
+        ]  # links that lead back
+        for name in names:
+            file = Path(directory, name)
+            # The folder itself may be the top one (`…/2750`): its own name is part of the layout.
+            yield (
+                PurePosixPath(folder.name, *file.relative_to(folder).parts),
+                partial(read_file, file, limits.file_bytes),
+            )
+
+
+def _zip_files(path: Path, limits: Limits) -> Iterator[File]:
+    with _archive_errors(path, "zip"):
+        archive = _open_zip(path, limits)
+    for member in archive.infolist():
+        if not member.is_dir():
+            yield PurePosixPath(member.filename), partial(_read_member, path, archive, member, limits)
+
+
+def _tar_files(path: Path, limits: Limits) -> Iterator[File]:
+    """Of a tar in one pass: a compressed one has no order but its own."""
+    spool = Spool()
+    with _archive_errors(path, "tar"), tarfile.open(path, "r|*") as archive:
+        for member in archive:
+            if member.isfile():
+                name = check_member(path, member.name)
+                stream = archive.extractfile(member)
+                assert stream is not None
+                content = read_at_most(stream, limits.file_bytes, f"{path}: '{shown(name)}'")
+                if len(content) != member.size:
+                    raise ValueError(f"{shown(name)} is cut off")
+                yield PurePosixPath(name), spool.keep(content)
+
+
+@contextmanager
+def _archive_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever is made of a damaged or hostile archive into a DataError: the libraries let a dozen kinds of errors through."""
+    try:
+        yield
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} is not a whole {kind} archive ({type(error).__name__}: {error}). It was probably cut off while it was "
+            "copied: get it again."
+        ) from error
+
+
+def _open_zip(path: Path, limits: Limits) -> zipfile.ZipFile:
+    """Open an archive and look at all its names before anything is unpacked."""
+    if not path.is_file():
+        raise DataError(f"{path} is neither a folder nor a file.")
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile does it, which then reads that many bytes
+    if end and end[zipfile._ECD_SIZE] > limits.directory_bytes:  # type: ignore[attr-defined]
+        raise too_much(path, limits)
+    archive = zipfile.ZipFile(path)
+    for member in archive.infolist():
+        name = check_member(path, member.filename)
+        if member.compress_type not in COMPRESSIONS:
+            raise DataError(f"{path}: '{shown(name)}' is packed in a way that is not read. Pack it as plain zip.")
+    return archive
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, limits: Limits) -> bytes:
+    with _archive_errors(path, "zip"), archive.open(member) as file:
+        return read_at_most(file, limits.file_bytes, f"{path}: '{shown(member.filename)}'")

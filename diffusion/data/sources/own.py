@@ -1,0 +1,136 @@
+"""Images of one's own: a folder, zip or tar of class folders, a flat one, or one with a metadata.csv.
+
+A folder directly under the one that holds all images is a class. Where all images lie in one folder they have no classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from diffusion.data.codecs import SUFFIXES
+from diffusion.data.sources.files import TAR_SUFFIXES, File, Limits, Meter, read_files
+from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
+from diffusion.errors import DataError
+from diffusion.trust.redaction import shown
+
+METADATA = "metadata.csv"
+FILE_COLUMNS, LABEL_COLUMNS = ("file_name", "file", "path", "image"), ("label", "class", "category")
+"""What the columns of a table may be called."""
+LIMITS = Limits()
+
+
+def read_own(path: Path, options: SourceOptions) -> Source:
+    """The images of a folder or archive. Raises DataError if it holds none, or what it holds can't be told apart."""
+    name = options.name or name_of(path)
+    return make_source(name, options.licence, _images(path), options)
+
+
+def name_of(path: Path) -> str:
+    """A dataset's name, from that of its folder or file."""
+    stem = path.name
+    for suffix in (*TAR_SUFFIXES, ".zip", ".parquet"):
+        stem = stem.removesuffix(suffix)
+    return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")[:40].strip("-") or "images"
+
+
+def _images(path: Path) -> Iterator[SourceImage]:
+    files: dict[PurePosixPath, Callable[[], bytes]] = {}
+    tables: list[File] = []
+    for relative, read in read_files(path, LIMITS):
+        _check_name(path, relative)
+        if relative.name == METADATA:
+            tables.append((relative, read))
+        elif (
+            relative.suffix.lower() in SUFFIXES
+            and not relative.name.startswith(".")
+            and "__MACOSX" not in relative.parts
+        ):
+            files[relative] = read
+    if not files:
+        raise DataError(f"{path} holds no images. Files of these kinds are read: {', '.join(SUFFIXES)}.")
+    labelled = _by_table(path, *tables[0], files) if tables else _by_folder(path, files)
+    meter = Meter(path, LIMITS)
+    for class_name, file_name, read in labelled:
+        content = meter.read(read)
+        yield SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), read)
+
+
+def _check_name(path: Path, relative: PurePosixPath) -> None:
+    try:
+        str(relative).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path} holds a file whose name is not UTF-8: {shown(str(relative))}. Rename it.") from None
+    if "\n" in str(relative):
+        raise DataError(f"{path} holds a file whose name has a line break: {shown(str(relative))}. Rename it.")
+
+
+Labelled = Iterator[tuple[str, str, Callable[[], bytes]]]
+"""Class (empty: none), file name, and how its content is read."""
+
+
+def _by_folder(path: Path, files: dict[PurePosixPath, Callable[[], bytes]]) -> Labelled:
+    parents = {relative.parent.parts for relative in files}
+    root = PurePosixPath(os.path.commonpath(["/".join(parts) for parts in parents])).parts
+    if len(parents) == 1:  # one folder: no classes
+        for relative, read in files.items():
+            yield "", relative.name, read
+        return
+    if loose := [relative for relative in files if relative.parent.parts == root]:
+        raise DataError(
+            f"{path} holds images in class folders, and beside them {shown(str(loose[0]))}"
+            f"{f' and {len(loose) - 1:,} more' if len(loose) > 1 else ''}. Put each into a class folder, or all into one folder."
+        )
+    depth = len(root)
+    classes = {relative.parts[depth] for relative in files}
+    if empty := sorted(_folders(path, root) - classes):
+        raise DataError(
+            f"{path} has class folders without images: {', '.join(map(shown, empty))}. Fill or delete them."
+        )
+    for relative, read in files.items():
+        yield relative.parts[depth], "/".join(relative.parts[depth + 1 :]), read
+
+
+def _folders(path: Path, root: tuple[str, ...]) -> set[str]:
+    """The folders directly under the one that holds all images; of a tar only those that hold something are known."""
+    if path.is_dir():
+        top = path.joinpath(*root[1:])
+        return {entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if path.name.endswith(TAR_SUFFIXES):
+        return set()
+    with zipfile.ZipFile(path) as archive:
+        folders = [PurePosixPath(member.filename).parts for member in archive.infolist() if member.is_dir()]
+    return {parts[-1] for parts in folders if parts[:-1] == root and parts[-1] != "__MACOSX"}
+
+
+def _by_table(
+    path: Path, table: PurePosixPath, read: Callable[[], bytes], files: dict[PurePosixPath, Callable[[], bytes]]
+) -> Labelled:
+    try:
+        rows = list(csv.DictReader(io.StringIO(read().decode("utf-8-sig"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: {METADATA} is no table in UTF-8 ({error}).") from error
+    columns = list(rows[0]) if rows else []
+    file_column = next((name for name in FILE_COLUMNS if name in columns), None)
+    label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    if file_column is None:
+        raise DataError(
+            f"{path}: {METADATA} has no column with files: it must be called one of {', '.join(FILE_COLUMNS)}, and the one "
+            f"with classes, if there are any, one of {', '.join(LABEL_COLUMNS)}."
+        )
+    for number, row in enumerate(rows, start=2):
+        file = table.parent / (row[file_column] or "")
+        label = (row[label_column] or "") if label_column else ""
+        if file not in files:
+            raise DataError(
+                f"{path}: line {number} of {METADATA} names {shown(str(row[file_column]))}, which is not there."
+            )
+        if label_column and not label:
+            raise DataError(f"{path}: line {number} of {METADATA} names no class.")
+        yield label, row[file_column], files[file]

@@ -1,0 +1,175 @@
+"""Tars that lie elsewhere, on S3 or the web: copied here once, and again only where they have changed there."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+
+from diffusion.data.sources.download import CONNECT_AND_READ_SECONDS, DOWNLOAD_ERRORS, chunks
+from diffusion.data.store import S3Store
+from diffusion.errors import DataError, StoreError
+from diffusion.trust.redaction import shown
+
+MOST_TARS = 100_000
+TAR_BYTES = 64 << 30
+REFUSED = {401: "you may not read it", 403: "you may not read it", 404: "there is none", 410: "there is none"}
+"""Answers after which trying again helps nobody."""
+_RANGE = re.compile(r"\{([^{},]+)\.\.([^{},]+?)(?:\.\.[^{},]+)?\}")
+_LETTERS = 52
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes that are here, and those in all where that is known."""
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a brace pattern stands for. Raises DataError if they are too many to be meant, or it is no pattern."""
+    import braceexpand
+
+    # The library holds all names in memory, and a range of a few bytes can stand for gigabytes.
+    if _at_most(pattern) > MOST_TARS:
+        raise DataError(f"{shown(pattern)} stands for more than {MOST_TARS:,} tars.")
+    try:
+        return list(braceexpand.braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise DataError(f"{shown(pattern)} is no pattern of names: {error}.") from error
+
+
+def _at_most(pattern: str) -> int:
+    """How many names a pattern can stand for: the product of its braces' choices."""
+    product, commas = 1, [0]
+    for first, last in _RANGE.findall(pattern):
+        try:
+            product *= abs(int(last) - int(first)) + 1
+        except ValueError:
+            product *= _LETTERS
+    for character in pattern:
+        if character == "{":
+            commas.append(0)
+        elif character == ",":
+            commas[-1] += 1
+        elif character == "}" and len(commas) > 1:
+            product *= commas.pop() + 1
+        if product > MOST_TARS:
+            break
+    return product
+
+
+def copy_tars(addresses: list[str], folder: Path, progress: Progress | None = None) -> list[Path]:
+    """Copies of these tars in `folder`: those that are there and have not changed are not fetched again.
+
+    Raises DataError if one is not to be had, StoreError if a server fails meanwhile (the next call goes on with that tar).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done, copies = 0, []
+    for address in addresses:
+        copy = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:24]}.tar"
+        before = done
+
+        def report(here: int, before: int = before) -> None:
+            if progress:
+                progress(before + here, None)
+
+        (_copy_s3 if address.startswith("s3://") else _copy_web)(address, copy, report)
+        done += copy.stat().st_size
+        copies.append(copy)
+    return copies
+
+
+def check_address(address: str) -> None:
+    """Raises DataError if it is no address that tars are read from, or shows a password to whoever sees it."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("s3", "https", "http") or not parts.netloc:
+        raise DataError(f"{shown(address)} can't be read: tars are read from this machine, s3:// and https://.")
+    if "@" in parts.netloc:
+        raise DataError(
+            f"The address of {shown(parts.path)} has a user or password in it, where logs and pages would show it."
+        )
+
+
+def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    parts = urlsplit(address)
+    bucket, key, part = parts.netloc, parts.path.lstrip("/"), copy.with_suffix(".part")
+    try:
+        client = S3Store(bucket, "").client
+        head = client.head_object(Bucket=bucket, Key=key)
+        if head["ContentLength"] > TAR_BYTES:
+            raise _too_large(address)
+        if _is_copied(copy, head["ETag"]):
+            return
+        # Of this version alone: what replaces it meanwhile is refused, and fetched by the next try.
+        body = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])["Body"]
+        _write(part, iter(lambda: body.read(1 << 20), b""), address, report)
+    except ClientError as error:
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        if status in REFUSED:
+            raise DataError(
+                f"{shown(address)} is not to be had: {REFUSED[status]}. Check the name, AWS_ENDPOINT_URL_S3 and the credentials "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or a profile) of the worker."
+            ) from error
+        raise StoreError(f"{shown(address)} can't be read now ({error}).") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StoreError(
+            f"{shown(address)} can't be read now ({error}). Check AWS_ENDPOINT_URL_S3 and the credentials."
+        ) from error
+    _keep(part, copy, head["ETag"])
+
+
+def _copy_web(address: str, copy: Path, report: Callable[[int], None]) -> None:
+    tag, part = copy.with_suffix(".etag"), copy.with_suffix(".part")
+    # Not packed on the way: a few bytes could become very many.
+    headers = {"Accept-Encoding": "identity"}
+    if copy.exists() and tag.exists():
+        headers["If-None-Match"] = tag.read_text()
+    try:
+        with requests.get(address, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
+            if response.status_code == 304:
+                return
+            if response.status_code in REFUSED:
+                raise DataError(f"{shown(address)} is not to be had: {REFUSED[response.status_code]}.")
+            response.raise_for_status()
+            length = response.headers.get("Content-Length")
+            _write(part, chunks(response), address, report, int(length) if length else None)
+            etag = response.headers.get("ETag", "")
+    except DOWNLOAD_ERRORS as error:
+        raise StoreError(f"{shown(address)} can't be read now ({error}).") from error
+    _keep(part, copy, etag)
+
+
+def _is_copied(copy: Path, etag: str) -> bool:
+    tag = copy.with_suffix(".etag")
+    return copy.exists() and tag.exists() and tag.read_text() == etag
+
+
+def _write(
+    part: Path, content: Iterator[bytes], address: str, report: Callable[[int], None], expected: int | None = None
+) -> None:
+    here = 0
+    with part.open("wb") as file:
+        for chunk in content:
+            here += len(chunk)
+            if here > TAR_BYTES:
+                raise _too_large(address)
+            file.write(chunk)
+            report(here)
+    if expected is not None and here < expected:
+        raise StoreError(f"{shown(address)}: the transfer stopped after {here:,} of {expected:,} bytes.")
+
+
+def _keep(part: Path, copy: Path, etag: str) -> None:
+    """The tag last: it says that the copy beside it is whole."""
+    copy.with_suffix(".etag").unlink(missing_ok=True)
+    part.replace(copy)
+    if etag:
+        copy.with_suffix(".etag").write_text(etag)
+
+
+def _too_large(address: str) -> DataError:
+    return DataError(f"{shown(address)} has more than {TAR_BYTES:,} bytes: cut it into more tars.")

@@ -1,0 +1,151 @@
+"""Images in WebDataset tars, read by the `webdataset` library, and in Parquet tables as Hugging Face lays them out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffusion.data.codecs import SUFFIXES, file_format
+from diffusion.data.sources.files import Limits, Meter, Spool
+from diffusion.data.sources.own import LABEL_COLUMNS, name_of
+from diffusion.data.sources.remote import Progress, check_address, copy_tars, expand
+from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
+from diffusion.errors import DataError
+from diffusion.trust.reading import parse_json
+from diffusion.trust.redaction import shown
+
+WEBDATASET = "webdataset:"
+"""How a source begins that is WebDataset tars of this machine: `webdataset:/data/train-{000..012}.tar`."""
+IMAGE_COLUMNS = ("image", "img")
+LIMITS = Limits()
+ROWS = 256
+"""Of a table, read at once."""
+
+
+def is_webdataset(source: str) -> bool:
+    """Whether a source means WebDataset tars: by its beginning, or because it lies elsewhere."""
+    return source.startswith(WEBDATASET) or "://" in source
+
+
+def find_tars(source: str, folder: Path, progress: Progress | None = None) -> list[Path]:
+    """The tars that a source means, those of other machines copied into `folder`. Raises DataError if one is missing."""
+    names = expand(source.removeprefix(WEBDATASET))
+    if any("://" in name for name in names):
+        for name in names:
+            check_address(name)
+        return copy_tars(names, folder, progress)
+    tars = [Path(name).expanduser().absolute() for name in names]
+    for tar in tars:
+        if not tar.is_file():  # nor a pipe: the library would run a command
+            raise DataError(f"There is no tar at {shown(str(tar))}.")
+    return tars
+
+
+def tars_name(source: str) -> str:
+    """What a dataset of these tars is called: as they are, without their numbers."""
+    return name_of(Path(re.sub(r"[-_.]?(\{.*|\d+)$", "", source.rpartition("/")[2].removesuffix(".tar")) or "tars"))
+
+
+def read_webdataset(tars: list[Path], name: str, options: SourceOptions) -> Source:
+    """The images of WebDataset tars, with classes from `cls`, `txt` or `json` where there are any.
+
+    Raises DataError if a tar is cut off, or a sample has no image.
+    """
+    return make_source(options.name or name, options.licence, _of_tars(tars), options)
+
+
+def _of_tars(tars: list[Path]) -> Iterator[SourceImage]:
+    import webdataset
+
+    meter, spool = Meter(tars[0], LIMITS), Spool()
+    for tar in tars:
+        try:
+            for sample in webdataset.WebDataset([str(tar)], shardshuffle=False, empty_check=False):
+                key = str(sample["__key__"])
+                found = [name for name in sample if f".{name.lower().rpartition('.')[2]}" in SUFFIXES]
+                if len(found) != 1:
+                    raise DataError(f"{tar}: the sample {shown(key)} has {len(found)} images: one is needed.")
+                content = meter.read(lambda sample=sample, found=found: sample[found[0]])  # type: ignore[misc]
+                yield _kept(spool, _label(sample, tar), f"{key.rpartition('/')[2]}.{found[0]}", content)
+        except (DataError, GeneratorExit):
+            raise
+        except Exception as error:  # whatever tarfile and the library make of it
+            raise DataError(f"{tar} is not a whole WebDataset tar ({error}). Get it again.") from error
+
+
+def _label(sample: dict[str, Any], tar: Path) -> str:
+    for name in ("cls", "txt"):
+        if name in sample:
+            return str(sample[name].decode("utf-8")).strip()
+    if "json" in sample:
+        fields = parse_json(sample["json"])
+        for name in LABEL_COLUMNS:
+            if isinstance(fields, dict) and name in fields:
+                return str(fields[name])
+        raise DataError(f"{tar}: {shown(str(sample['__key__']))}.json has none of {', '.join(LABEL_COLUMNS)}.")
+    return ""
+
+
+def read_parquet(path: Path, options: SourceOptions) -> Source:
+    """The images of a Parquet file, or of all in a folder. Raises DataError if one is damaged or has no column of images."""
+    files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
+    return make_source(options.name or name_of(path), options.licence, _of_tables(files), options)
+
+
+def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    meter, spool = Meter(files[0], LIMITS), Spool()
+    for file in files:
+        try:
+            table = parquet.ParquetFile(file)
+            image, label, names = _columns(file, table.schema_arrow)
+            number = 0
+            for batch in table.iter_batches(ROWS, columns=[image] + ([label] if label else [])):
+                for row in batch.to_pylist():
+                    cell = row[image]
+                    content = cell["bytes"] if isinstance(cell, dict) else cell
+                    if not isinstance(content, bytes):
+                        raise DataError(f"{file}: row {number} holds no image, only where one is.")
+                    path = cell.get("path") if isinstance(cell, dict) else None
+                    file_name = Path(path).name if path else f"{file.stem}-{number:08d}.{file_format(content)}"
+                    class_name = "" if label is None else _class(row[label], names)
+                    meter.read(lambda content=content: content)  # type: ignore[misc]
+                    yield _kept(spool, class_name, file_name, content)
+                    number += 1
+        except (pyarrow.ArrowException, OSError, KeyError, IndexError, TypeError) as error:
+            raise DataError(f"{file} is not a whole Parquet table of images ({error}). Get it again.") from error
+
+
+def _columns(file: Path, schema: Any) -> tuple[str, str | None, list[str]]:
+    """The columns of images and classes, and the names of these if the table's metadata has them."""
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    if image is None:
+        raise DataError(
+            f"{file} has no column of images: one called {' or '.join(IMAGE_COLUMNS)} is needed, and for classes one called "
+            f"{' or '.join(LABEL_COLUMNS)}. It has: {', '.join(map(shown, schema.names))}."
+        )
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        names = [str(name) for name in features[label]["names"]]
+    except (ValueError, KeyError, TypeError):
+        names = []
+    return image, label, names
+
+
+def _class(value: Any, names: list[str]) -> str:
+    if isinstance(value, int) and names:
+        if not 0 <= value < len(names):
+            raise DataError(f"A row has the label {value}, and there are {len(names)} classes.")
+        return names[value]
+    return str(value)
+
+
+def _kept(spool: Spool, class_name: str, file_name: str, content: bytes) -> SourceImage:
+    return SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), spool.keep(content))

@@ -1,0 +1,158 @@
+"""WebDataset tars of a real S3 server and a real web server are the dataset that they are on the disk."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion.data.ingest import ingest
+from diffusion.data.sources.find import find_archive, read_source
+from diffusion.data.sources.source import Source
+from diffusion.data.sources.tables import WEBDATASET
+from diffusion.data.store import FolderStore
+from diffusion.errors import DataError, StoreError
+from diffusion.settings import Settings, settings
+
+BRACES = "{000..001}.tar"
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """A folder with two tars, of 30 images of three bands and their classes in JSON."""
+    rng, folder = np.random.default_rng(0), tmp_path / "here"
+    folder.mkdir()
+    for part in range(2):
+        with tarfile.open(folder / f"lakes-{part:03d}.tar", "w") as file:
+            for number in range(15):
+                image = io.BytesIO()
+                np.save(image, rng.integers(0, 5000, (16, 16, 3), np.uint16))
+                label = b'{"label": "%s"}' % (b"deep", b"flat")[number % 2]
+                for extension, content in (("npy", image.getvalue()), ("json", label)):
+                    header = tarfile.TarInfo(f"{part}-{number}.{extension}")
+                    header.size = len(content)
+                    file.addfile(header, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Settings:
+    return settings().model_copy(update={"home": tmp_path / "home"})
+
+
+def read(source: str, environment: Settings) -> Source:
+    return read_source(source, find_archive(source, environment))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the tars with ETags, and breaks one transfer off."""
+
+    folder: Path
+    sent: list[str]
+    broken = False
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        path = self.folder / self.path.strip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        body = path.read_bytes()
+        etag = f'"{len(body)}-{body[:600].count(0)}"'
+        if self.headers.get("If-None-Match") == etag:
+            self.send_response(304)
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", etag)
+        self.end_headers()
+        cls.sent.append(self.path)
+        if self.path.endswith("001.tar") and not cls.broken:
+            cls.broken = True
+            self.wfile.write(body[:1000])
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the test's output is not the place."""
+
+
+@pytest.fixture
+def web(tars: Path) -> Iterator[tuple[str, list[str]]]:
+    """The tars' address, and which were sent."""
+    handler = type("OwnHandler", (Handler,), {"folder": tars, "sent": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/lakes-{BRACES}", handler.sent  # type: ignore[attr-defined]
+    server.shutdown()
+
+
+def test_on_the_web_they_are_fetched_once(
+    tars: Path, web: tuple[str, list[str]], here: Settings, tmp_path: Path
+) -> None:
+    source, sent = web
+    expected = read(f"{WEBDATASET}{tars}/lakes-{BRACES}", here)
+    with pytest.raises(
+        StoreError, match=r"1,000 of|IncompleteRead|broken"
+    ):  # worth another try, unlike what is missing
+        find_archive(source, here)
+    found = read(source, here)
+    assert (found.digest, found.name, found.classes) == (expected.digest, "lakes", ("deep", "flat"))
+    assert sent == ["/lakes-000.tar", "/lakes-001.tar", "/lakes-001.tar"]
+    manifest = ingest(found, FolderStore(tmp_path / "store"))
+    assert (manifest.images.dtype, sum(manifest.splits.values())) == ("uint16", 30)
+    # What changes there is fetched again.
+    (tars / "lakes-000.tar").write_bytes((tars / "lakes-001.tar").read_bytes() + bytes(512))
+    with pytest.raises(DataError, match="two images deep/1-0"):
+        read(source, here)
+    assert sent[-1] == "/lakes-000.tar"
+    with pytest.raises(DataError, match=r"lakes-007.tar is not to be had: there is none"):
+        find_archive(source.replace(BRACES, "007.tar"), here)
+
+
+def test_on_s3_they_need_a_permission(
+    tars: Path, s3: dict[str, str], here: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.session.Session().client("s3")
+    for tar in tars.iterdir():
+        client.upload_file(str(tar), "tests", f"images/{tar.name}")
+    source = f"s3://tests/images/lakes-{BRACES}"
+    assert read(source, here).digest == read(f"{WEBDATASET}{tars}/lakes-{BRACES}", here).digest
+    copies = {path: path.stat().st_mtime_ns for path in (here.downloads / "tars").iterdir()}
+    read(source, here)
+    assert copies == {path: path.stat().st_mtime_ns for path in (here.downloads / "tars").iterdir()}
+    with pytest.raises(DataError, match=r"lakes-007.tar is not to be had: there is none"):
+        find_archive(source.replace(BRACES, "007.tar"), here)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(DataError, match=r"you may not read it.*AWS_ACCESS_KEY_ID"):
+        find_archive(source, here)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("https://me:secret@host/a.tar", "user or password"),
+        ("ftp://host/a.tar", "read from this machine, s3:// and https://"),
+        ("s3://bucket/{0..999999999}.tar", "more than 100,000 tars"),
+        (f"s3://bucket/{'{a..z}' * 9}.tar", "more than 100,000 tars"),
+        (f"s3://bucket/{'{a,b}' * 60}.tar", "more than 100,000 tars"),
+        ("s3://bucket/{0..9", "no pattern"),
+        (f"{WEBDATASET}/a.tar,https://pipe:touch /tmp/x", "tars are read from this machine"),
+    ],
+)
+def test_addresses_are_looked_at_first(source: str, said: str, here: Settings) -> None:
+    with pytest.raises(DataError, match=said) as raised:
+        find_archive(source, here)
+    assert "secret" not in str(raised.value)

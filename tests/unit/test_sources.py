@@ -1,0 +1,441 @@
+"""Images of one's own: every way in gives the same dataset, and each kind of bad input a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from diffusion.data.codecs import to_npy
+from diffusion.data.ingest import ingest
+from diffusion.data.loader import ShardImages
+from diffusion.data.manifest import Manifest
+from diffusion.data.sources.find import find_archive, read_source
+from diffusion.data.sources.own import read_own
+from diffusion.data.sources.source import AS_IT_IS, Source, SourceImage, SourceOptions, make_source, parse_options
+from diffusion.data.sources.tables import WEBDATASET
+from diffusion.data.store import FolderStore
+from diffusion.errors import DataError, RecipeError
+from diffusion.settings import settings
+
+CLASSES = ("field", "lake")
+
+
+def picture(seed: int, size: tuple[int, int] = (16, 16), mode: str = "RGB", kind: str = "PNG") -> bytes:
+    rng = np.random.default_rng(seed)
+    shape = size[::-1] if mode == "L" else (*size[::-1], len(mode))
+    data = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode).save(data, kind)
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of 12 PNGs of 16 x 16."""
+    for label, name in enumerate(CLASSES):
+        place = tmp_path / "patches" / name
+        place.mkdir(parents=True)
+        for number in range(12):
+            (place / f"{name}{number}.png").write_bytes(picture(100 * label + number))
+    return tmp_path / "patches"
+
+
+def read(path: Path, **options: Any) -> Source:
+    return read_source(str(path), path, parse_options(options))
+
+
+def made(path: Path, tmp_path: Path, **options: Any) -> tuple[Manifest, np.ndarray]:
+    """The dataset of a source, and its training images."""
+    store = FolderStore(tmp_path / "store")
+    manifest = ingest(read(path, **options), store)
+    images = ShardImages(store, manifest, "train", manifest.images.size, tmp_path / "copies")
+    return manifest, np.concatenate([pixels for pixels, _ in images.all()])
+
+
+def as_zip(folder: Path, target: Path) -> Path:
+    with zipfile.ZipFile(target, "w") as file:
+        for path in sorted(folder.rglob("*.png"), reverse=True):
+            file.write(path, path.relative_to(folder.parent))
+    return target
+
+
+def as_tar(folder: Path, target: Path) -> Path:
+    with tarfile.open(target, "w:gz" if target.name.endswith("gz") else "w") as file:
+        file.add(folder, folder.name)
+    return target
+
+
+def as_webdataset(folder: Path, target: Path) -> Path:
+    for part in range(2):
+        with tarfile.open(target / f"{part:03d}.tar", "w") as file:
+            for path in sorted(folder.rglob("*.png"))[part::2]:
+                for name, content in ((path.name, path.read_bytes()), (f"{path.stem}.txt", path.parent.name.encode())):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(content)
+                    file.addfile(header, io.BytesIO(content))
+    return Path(f"{WEBDATASET}{target}/{{000..001}}.tar")
+
+
+def as_parquet(folder: Path, target: Path) -> Path:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    paths = sorted(folder.rglob("*.png"))
+    table = pyarrow.table(
+        {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+            "label": [CLASSES.index(path.parent.name) for path in paths],
+        }
+    )
+    features = {"info": {"features": {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}}}
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), target)
+    return target
+
+
+def test_the_same_images_are_one_dataset_whatever_they_came_in(folder: Path, tmp_path: Path) -> None:
+    expected = read(folder)
+    assert expected.classes == CLASSES
+    assert expected.name == "patches"
+    containers = [
+        as_zip(folder, tmp_path / "patches.zip"),
+        as_tar(folder, tmp_path / "patches.tar"),
+        as_tar(folder, tmp_path / "patches.tar.gz"),
+        as_webdataset(folder, tmp_path),
+        as_parquet(folder, tmp_path / "patches.parquet"),
+    ]
+    for container in containers:
+        source = read(container)
+        assert source.digest == expected.digest, container
+        assert ingest(source, FolderStore(tmp_path / f"store-of-{container.name}")).images.classes == CLASSES
+
+
+def test_images_keep_their_bytes_where_nothing_is_to_be_changed(folder: Path, tmp_path: Path) -> None:
+    manifest, images = made(folder, tmp_path)
+    assert (manifest.images.size, manifest.images.bands, manifest.images.dtype) == (
+        16,
+        ("red", "green", "blue"),
+        "uint8",
+    )
+    assert manifest.splits == {"train": 22, "test": 2}
+    originals = {np.asarray(Image.open(path)).tobytes() for path in folder.rglob("*.png")}
+    assert {image.tobytes() for image in images} < originals
+
+
+def test_one_folder_has_no_classes(folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in folder.rglob("*.png"):
+        path.rename(flat / path.name)
+    manifest, images = made(flat, tmp_path)
+    assert manifest.images.classes == ()
+    assert len(images) == 22
+
+
+def test_a_table_names_the_classes(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        f"{path.relative_to(folder)},{'wet' if path.parent.name == 'lake' else 'dry'}" for path in folder.rglob("*.png")
+    ]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert made(folder, tmp_path)[0].images.classes == ("dry", "wet")
+    (folder / "metadata.csv").write_text("file_name,label\nlake/nothing.png,wet")
+    with pytest.raises(DataError, match=r"line 2 of metadata.csv names lake/nothing.png"):
+        read(folder)
+    (folder / "metadata.csv").write_text("name,label\nlake/lake1.png,wet")
+    with pytest.raises(DataError, match="no column with files"):
+        read(folder)
+
+
+def test_images_of_other_shapes_are_brought_to_one_size_if_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    (folder / "lake/lake0.png").write_bytes(picture(7, (24, 16)))
+    (folder / "lake/lake1.png").write_bytes(picture(8, (40, 40)))
+    with pytest.raises(DataError, match=r"pixels, expected 16 x 16.*fit"):
+        made(folder, tmp_path)
+    assert not [name for name in FolderStore(tmp_path / "store").names("") if name.endswith("manifest.json")]
+    digests = {read(folder, size=16, fit=fit).digest for fit in ("crop", "stretch")} | {read(folder).digest}
+    assert len(digests) == 3, "how images are fitted is part of what the dataset is"
+    manifest, images = made(folder, tmp_path, size=16, fit="crop")
+    assert images.shape[1:] == (16, 16, 3)
+    assert manifest.images.size == 16
+
+
+def test_cropping_takes_the_middle_and_stretching_all() -> None:
+    from diffusion.data.ingest import Form, _fitted
+    from diffusion.data.sources.source import SourceImage
+
+    image = SourceImage("", "x.png", "0" * 64, 0, bytes)
+    array = np.zeros((16, 32, 1), np.uint16)
+    array[:, :8], array[:, 24:] = 1000, 1000
+    form = Form(16, 1, "uint16", None)
+    for fit, outer in (("crop", 0), ("stretch", 1000)):
+        source = Source("x", "", (), "0" * 64, SourceOptions(size=16, fit=fit))  # type: ignore[arg-type]
+        fitted = _fitted(array, image, source, form)
+        assert fitted.shape == (16, 16, 1)
+        assert fitted[0, 0, 0] == outer
+
+
+@pytest.mark.parametrize(
+    ("bands", "dtype"), [(1, "uint8"), (4, "uint8"), (13, "uint16"), (2, "float32"), (16, "uint16")]
+)
+@pytest.mark.parametrize("kind", ["tif", "npy"])
+def test_bands_and_dtypes_come_back_as_they_were(tmp_path: Path, bands: int, dtype: str, kind: str) -> None:
+    rng, written = np.random.default_rng(0), set()
+    place = tmp_path / "bands"
+    place.mkdir()
+    for number in range(24):
+        levels = rng.integers(0, 200, (16, 16, bands)).astype(dtype) / (7 if dtype == "float32" else 1)
+        levels = levels.astype(dtype)
+        if kind == "tif":
+            layout: dict[str, Any] = {"planarconfig": "contig"} if bands > 1 else {}
+            plane = levels if bands > 1 else levels[..., 0]
+            tifffile.imwrite(place / f"{number}.tif", plane, photometric="minisblack", **layout)
+        else:
+            np.save(place / f"{number}.npy", levels)
+        written.add(levels.tobytes())
+    manifest, images = made(place, tmp_path)
+    assert (len(manifest.images.bands), manifest.images.dtype) == (bands, dtype)
+    assert {image.tobytes() for image in images} < written
+    assert manifest.images.display(images).shape == (22, 16, 16, 3)
+    assert manifest.images.counted == (dtype != "float32")
+
+
+def test_a_geotiff_of_thirteen_bands_is_shown_by_its_red_green_and_blue(tmp_path: Path) -> None:
+    """As EuroSAT's patches with all bands are: pixel-interleaved, 16 bits, with the tags of a place."""
+    from diffusion.data.sources.eurosat import CLASSES as EUROSAT_CLASSES
+
+    rng = np.random.default_rng(0)
+    for name in EUROSAT_CLASSES:
+        (tmp_path / "EuroSAT_MS" / name).mkdir(parents=True)
+        for number in range(10):
+            levels = rng.integers(500, 3000, (64, 64, 13), np.uint16)
+            place = (33550, "d", 3, (10.0, 10.0, 0.0), True)
+            path = tmp_path / "EuroSAT_MS" / name / f"{name}_{number}.tif"
+            tifffile.imwrite(path, levels, photometric="minisblack", planarconfig="contig", extratags=[place])
+    manifest, images = made(tmp_path / "EuroSAT_MS", tmp_path)
+    spec = manifest.images
+    assert (manifest.source, spec.bands[-1], [spec.bands[b] for b in spec.shown]) == (
+        "EuroSAT-MS",
+        "B8A",
+        ["B04", "B03", "B02"],
+    )
+    assert spec.classes == EUROSAT_CLASSES
+    shown, red = spec.display(images), images[..., 3].astype(float)
+    np.testing.assert_allclose(
+        shown[..., 0], np.clip((red - spec.black[0]) / (spec.white[0] - spec.black[0]), 0, 1) * 255, atol=0.5
+    )
+
+
+def test_real_geotiffs_are_read(tmp_path: Path) -> None:
+    archive = Path(__file__).resolve().parents[3] / "shared/data/EuroSAT_MS_270.zip"
+    if not archive.exists():
+        pytest.skip("the real 13-band patches are not here: the test above has drawn ones")
+    manifest, _ = made(archive, tmp_path)
+    assert (manifest.source, len(manifest.images.bands), sum(manifest.splits.values())) == ("EuroSAT-MS", 13, 270)
+
+
+def bad_class_folder(folder: Path) -> None:
+    (folder / "desert").mkdir()
+
+
+def bad_band_count(folder: Path) -> None:
+    (folder / "lake/lake0.png").write_bytes(picture(1, mode="L"))
+
+
+def bad_image(folder: Path) -> None:
+    for number in (0, 1):
+        (folder / f"lake/lake{number}.png").write_bytes(b"hello")
+
+
+def bad_sixteen_bit_colour(folder: Path) -> None:
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x10\0\0\0\x10\x10\x02\0\0\0"
+    (folder / "lake/lake0.png").write_bytes(header + bytes(100))
+
+
+def bad_loose_image(folder: Path) -> None:
+    (folder / "loose.png").write_bytes(picture(1))
+
+
+def bad_two_of_one_key(folder: Path) -> None:
+    (folder / "lake/lake0.webp").write_bytes(picture(1, kind="WEBP"))
+
+
+def bad_name(folder: Path) -> None:
+    with open(os.fsencode(folder / "lake") + b"/\xff\xfe.png", "wb") as file:
+        file.write(picture(1))
+
+
+def bad_empty(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        path.unlink()
+
+
+def bad_nan(folder: Path) -> None:
+    for path in list(folder.rglob("*.png")):
+        levels = np.full((16, 16, 1), 0.5, np.float32)
+        levels[0, 0] = np.nan
+        path.unlink()
+        np.save(path.with_suffix(".npy"), levels)
+
+
+def bad_one_image(folder: Path) -> None:
+    for path in list(folder.rglob("*.png"))[1:]:
+        path.unlink()
+    (folder / "field").rmdir() if not any((folder / "field").iterdir()) else (folder / "lake").rmdir()
+
+
+def bad_pickle(folder: Path) -> None:
+    for path in list(folder.rglob("*.png")):
+        path.unlink()
+        np.save(path.with_suffix(".npy"), np.array([{"code": 1}], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (bad_class_folder, "class folders without images: desert"),
+        (bad_band_count, r"lake/lake0.png has 1 bands of uint8, and the first one 3|and the first one 1"),
+        (bad_image, r"lake/lake[01].png does not decode.*1 more.*skip"),
+        (bad_sixteen_bit_colour, "16 bits a colour"),
+        (bad_loose_image, r"beside them patches/loose.png"),
+        (bad_two_of_one_key, "two images lake/lake0"),
+        (bad_name, r"not UTF-8: patches/lake/\\udcff\\udcfe.png"),
+        (bad_empty, "holds no images"),
+        (bad_nan, "NaN or infinity"),
+        (bad_one_image, "1 images in 1 classes"),
+        (bad_pickle, "does not decode as NPY"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_no_dataset(
+    folder: Path, tmp_path: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    spoil(folder)
+    with pytest.raises(DataError, match=said):
+        made(folder, tmp_path)
+    assert not [name for name in FolderStore(tmp_path / "store").names("") if name.endswith("manifest.json")]
+
+
+def test_a_class_with_one_image_is_trained_on(folder: Path, tmp_path: Path) -> None:
+    (folder / "bog").mkdir()
+    (folder / "bog/only.png").write_bytes(picture(99))
+    manifest, images = made(folder, tmp_path)
+    assert manifest.images.classes == ("bog", *CLASSES)
+    assert len(images) == 23
+
+
+def test_what_does_not_decode_is_left_out_and_counted_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    bad_image(folder)
+    with pytest.raises(DataError, match=r"2 images of patches do not decode: more than 5.0%"):
+        made(folder, tmp_path, on_error="skip", most_skipped=0.05)
+    manifest, images = made(folder, tmp_path, on_error="skip", most_skipped=0.1)
+    assert manifest.skipped == 2
+    assert sum(manifest.splits.values()) == 22
+    assert len(images) == manifest.splits["train"]
+
+
+def test_damaged_tables_and_tars_are_named(folder: Path, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    tar = as_tar(folder, tmp_path / "cut.tar")
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"cut.tar is not a whole tar"):
+        read(tar)
+    pattern = as_webdataset(folder, tmp_path)
+    second = tmp_path / "001.tar"
+    second.write_bytes(second.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"001.tar is not a whole WebDataset tar"):
+        read(pattern)
+    with pytest.raises(DataError, match="no tar at"):
+        read(Path(f"{WEBDATASET}pipe:touch {tmp_path}/ran"))
+    assert not (tmp_path / "ran").exists()
+    table = as_parquet(folder, tmp_path / "cut.parquet")
+    table.write_bytes(table.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"cut.parquet is not a whole Parquet table"):
+        read(table)
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(DataError, match="no column of images"):
+        read(tmp_path / "text.parquet")
+
+
+def test_a_tar_that_leads_out_of_its_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "out.tar", "w") as file:
+        file.add(folder / "lake/lake0.png", "../out.png")
+    with pytest.raises(DataError, match="points outside its folder"):
+        read(tmp_path / "out.tar")
+
+
+def test_options_are_checked(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no source option 'sise': did you mean 'size'"):
+        parse_options({"sise": 64})
+    with pytest.raises(RecipeError, match="size: "):
+        parse_options({"size": 4})
+    with pytest.raises(RecipeError, match="name the size"):
+        parse_options({"fit": "crop"})
+    with pytest.raises(DataError, match="name 2 bands, and the images have 3"):
+        made(folder, tmp_path, bands=["a", "b"])
+    with pytest.raises(DataError, match="has no options"):
+        read_source("generated", folder, SourceOptions(size=32))
+    with pytest.raises(DataError, match="There are no images at /no/such"):
+        find_archive("/no/such", settings())
+    assert read(folder, name="mine", licence="CC0").digest == read(folder).digest, "names change no image"
+
+
+def test_an_ingestion_that_was_killed_goes_on_and_ends_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    whole, again = FolderStore(tmp_path / "whole"), FolderStore(tmp_path / "again")
+    expected = ingest(read(folder), whole, shard_bytes=6_000)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ingest(read(folder), again, kill, shard_bytes=6_000)
+    written = {
+        name: (tmp_path / "again" / name).stat().st_mtime_ns for name in again.names("") if name.endswith(".tar")
+    }
+    assert 0 < len(written) < len(expected.shards)
+    assert ingest(read(folder), again, shard_bytes=6_000) == expected
+    assert again.names("") == whole.names("")
+    assert all(again.read(name) == whole.read(name) for name in whole.names(""))
+    assert all((tmp_path / "again" / name).stat().st_mtime_ns == before for name, before in written.items())
+
+
+def test_no_more_than_a_few_shards_are_in_memory(tmp_path: Path) -> None:
+    """100 MB of images, made as they are asked for."""
+
+    def content(number: int) -> bytes:
+        return to_npy(np.random.default_rng(number).integers(0, 9000, (64, 64, 8), np.uint16))
+
+    images = []
+    for number in range(1500):
+        data = content(number)
+        digest = hashlib.sha256(data).hexdigest()
+        images.append(SourceImage("", f"{number}.npy", digest, len(data), partial(content, number)))
+    source = make_source("streamed", "CC0", images)
+    tracemalloc.start()
+    manifest = ingest(source, FolderStore(tmp_path / "store"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(shard.bytes for shard in manifest.shards) > 98e6
+    assert peak < 64e6
+
+
+def test_a_dataset_s_own_options_are_its_name_and_licence(folder: Path, tmp_path: Path) -> None:
+    manifest, _ = made(folder, tmp_path, name="mine", licence="CC0")
+    assert (manifest.source, manifest.licence) == ("mine", "CC0")
+    assert read_own(folder, AS_IT_IS).licence == "not stated"
