@@ -92,7 +92,17 @@ def ingest(source: Source, store: Store, progress: Progress | None = None, shard
     found = find_dataset(store, source.digest)
     if found is not None:
         return found
-    folder = manifest_path(source.digest).rpartition("/")[0]
+    try:
+        return _ingest(source, store, progress, shard_bytes)
+    except DataError:  # these images never become a dataset: what was written of them is of no use
+        if find_dataset(store, source.digest) is None:
+            for name in store.names(f"{_folder(source)}/"):
+                store.delete(name)
+        raise
+
+
+def _ingest(source: Source, store: Store, progress: Progress | None, shard_bytes: int) -> Manifest:
+    folder = _folder(source)
     splits = split_by_hash(source)
     form, low, high, black, white = _measure(source, splits)
     total, done = len(source.images), 0
@@ -115,6 +125,8 @@ def ingest(source: Source, store: Store, progress: Progress | None = None, shard
                     progress(done, total)
         for upload in pending:
             upload.result()
+    counts = {split: sum(r.shard.samples for r in receipts if r.shard.split == split) for split in splits}
+    _check_counts(source, counts, sum(receipt.skipped for receipt in receipts))
     train = [receipt for receipt in receipts if receipt.shard.split == "train"]
     pixels = sum(receipt.shard.samples for receipt in train) * form.size**2
     mean = np.sum([receipt.sums for receipt in train], axis=0) / pixels
@@ -139,7 +151,7 @@ def ingest(source: Source, store: Store, progress: Progress | None = None, shard
             white=_numbers(white),
             classes=source.classes,
         ),
-        splits={s: sum(r.shard.samples for r in receipts if r.shard.split == s) for s in splits},
+        splits=counts,
         skipped=sum(receipt.skipped for receipt in receipts),
         shards=tuple(receipt.shard for receipt in receipts if receipt.shard.samples),
     )
@@ -170,14 +182,23 @@ def split_by_hash(source: Source) -> dict[Split, list[Chosen]]:
         parts: dict[Split, list[SourceImage]] = {"test": images[:cut], "train": images[cut:]}
         for split, chosen in parts.items():
             splits[split] += [Chosen(key_of(image), image, label if source.classes else None) for image in chosen]
-    if len(splits["test"]) < 2:
-        raise DataError(
-            f"{source.name} has {len(source.images):,} images in {max(1, len(source.classes)):,} classes: a tenth of each class is "
-            "kept for testing, and that must be 2 images at least. Add images, or put all into one folder, without classes."
-        )
+    _check_counts(source, {split: len(chosen) for split, chosen in splits.items()})
     for whole in splits.values():
         whole.sort(key=lambda one: hashlib.sha256(f"{one.key}.jpg".encode()).hexdigest())
     return splits
+
+
+def _check_counts(source: Source, counts: dict[Split, int], skipped: int = 0) -> None:
+    if counts["test"] < 2 or counts["train"] < 1:
+        left_out = f", of which {skipped:,} do not decode" if skipped else ""
+        raise DataError(
+            f"{source.name} has {len(source.images):,} images in {max(1, len(source.classes)):,} classes{left_out}: a tenth of each "
+            "class is kept for testing, and that must be 2 images at least. Add images, or put all into one folder, without classes."
+        )
+
+
+def _folder(source: Source) -> str:
+    return manifest_path(source.digest).rpartition("/")[0]
 
 
 def _keys(source: Source) -> Callable[[SourceImage], str]:
@@ -205,13 +226,12 @@ def _measure(
     """What the first image that decodes is like; levels, and what pictures show as black and white, by a part of the images."""
     options, first, kept = source.options, None, b""
     for one in splits["train"]:
+        kept = one.image.read()
         try:
-            kept = one.image.read()
-            first = _decoded(one.image, kept, source)
+            first = _decoded(one.image, kept)
             break
-        except DataError:
-            if options.on_error != "skip":
-                raise
+        except DataError as error:
+            _stop_unless_skipped(source, error)
     if first is None:
         raise DataError(f"None of the images of {source.name} decodes.")
     height, width, bands = first.shape
@@ -259,12 +279,14 @@ def _percentiles(source: Source, chosen: list[Chosen], form: Form):  # type: ign
     places = stream(0, "measured pixels").permutation(form.size**2)[:MEASURED_PIXELS]
     some = []
     for one in chosen[:MEASURED_IMAGES]:
+        content = one.image.read()
         try:
-            image = _fitted(_decoded(one.image, one.image.read(), source), one.image, source, form)
+            image = _fitted(_decoded(one.image, content), one.image, source, form)
             some.append(image.reshape(-1, form.bands)[places])
-        except DataError:
-            if source.options.on_error != "skip":
-                raise
+        except DataError as error:
+            _stop_unless_skipped(source, error)
+    if not some:
+        raise DataError(f"None of the first {MEASURED_IMAGES:,} images of {source.name} decodes.")
     pixels = np.concatenate(some)
     quantiles = [np.quantile(pixels[:, band], (OUTSIDE, DARK, BRIGHT, 1 - OUTSIDE)) for band in range(form.bands)]
     low, dark, bright, high = np.array(quantiles, np.float64).T
@@ -274,7 +296,13 @@ def _percentiles(source: Source, chosen: list[Chosen], form: Form):  # type: ign
     return (low, high), dark, bright
 
 
-def _decoded(image: SourceImage, content: bytes, source: Source) -> Images:
+def _stop_unless_skipped(source: Source, error: DataError, more: str = "") -> None:
+    if source.options.on_error == "stop":
+        hint = 'To leave out and count what does not decode: -p source_options=\'{"on_error": "skip"}\'.'
+        raise DataError(f"{error}{more} {hint}") from error
+
+
+def _decoded(image: SourceImage, content: bytes) -> Images:
     return codecs.decode(content, f"{image.class_name}/{image.file_name}" if image.class_name else image.file_name)
 
 
@@ -316,7 +344,7 @@ def _make_shard(
         if hashlib.sha256(content).hexdigest() != one.image.sha256:
             raise DataError(f"{shown(one.image.file_name)} of {source.name} changed while it was read. Start again.")
         try:
-            array = _decoded(one.image, content, source)
+            array = _decoded(one.image, content)
             fitted = _fitted(array, one.image, source, form)
         except DataError as error:
             return error
@@ -328,11 +356,9 @@ def _make_shard(
     with ThreadPoolExecutor() as pool:
         made = list(pool.map(prepare, chunk))
     failed = [error for error in made if isinstance(error, DataError)]
-    if failed and source.options.on_error == "stop":
+    if failed:
         more = f" {len(failed) - 1:,} more of the {len(chunk):,} beside it are bad, too." if len(failed) > 1 else ""
-        raise DataError(
-            f'{failed[0]}{more} To leave out and count what does not decode: -p source_options=\'{{"on_error": "skip"}}\'.'
-        )
+        _stop_unless_skipped(source, failed[0], more)
     good = [sample for sample in made if not isinstance(sample, DataError)]
     low, high = levels
     sums, squares = np.zeros(form.bands), np.zeros(form.bands)

@@ -29,7 +29,8 @@ from diffusion.evaluation.names import (
     SHIPPED_WEIGHTS,
     Known,
     find_own,
-    own_extractor_name,
+    own_document,
+    own_weights,
     required_inception,
 )
 from diffusion.model.placement import place
@@ -75,12 +76,12 @@ def shipped(device: torch.device) -> Extractor:
 
 
 def _own(known: Known, store: Store, dataset: Manifest, device: torch.device) -> Extractor:
-    name = own_extractor_name(dataset.digest)
+    name = own_weights(dataset.digest, known.sha256)
     try:
         content = store.read(name)
     except KeyError:
         raise RecipeError(
-            f"The extractor {store.uri}/{name} is missing, and its document is there: delete that."
+            f"The extractor {store.uri}/{name} is missing, and its document {own_document(dataset.digest)} is there: delete that."
         ) from None
     own, pixels = find_own(store, dataset.digest), Pixels(dataset.images)
     content = _verified(content, known.sha256, f"{store.uri}/{name}")

@@ -68,15 +68,20 @@ def accepts(kind: ExtractorName, spec: ImageSpec) -> bool:
     return rgb and (kind == "inception" or spec.classes == CLASSES)
 
 
-def own_extractor_name(dataset: str) -> str:
-    """Where the weights of a dataset's own extractor lie in the store; its document ends with .json."""
-    return f"extractors/{dataset}/own-{OWN_VERSION}.safetensors"
+def own_document(dataset: str) -> str:
+    """Where the document of a dataset's own extractor lies in the store."""
+    return f"extractors/{dataset}/own-{OWN_VERSION}.json"
+
+
+def own_weights(dataset: str, sha256: str) -> str:
+    """Where its weights lie: by their digest, since two runs may train it at once, and the first document counts."""
+    return f"extractors/{dataset}/own-{OWN_VERSION}-{sha256[:16]}.safetensors"
 
 
 def find_own(store: Store, dataset: str) -> OwnExtractor | None:
     """What is known of a dataset's own extractor; None if it has not been trained, or its document is damaged."""
     try:
-        return unseal(OwnExtractor, store.read(own_extractor_name(dataset).replace(".safetensors", ".json")))
+        return unseal(OwnExtractor, store.read(own_document(dataset)))
     except (KeyError, ValueError):
         return None
 

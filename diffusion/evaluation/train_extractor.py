@@ -33,7 +33,7 @@ from diffusion.data.store import FolderStore, Store, open_store
 from diffusion.denoiser import Pixels
 from diffusion.errors import DataError
 from diffusion.evaluation.classifier import Classifier, fuse
-from diffusion.evaluation.names import SHIPPED_WEIGHTS, OwnExtractor, own_extractor_name
+from diffusion.evaluation.names import SHIPPED_WEIGHTS, OwnExtractor, find_own, own_document, own_weights
 from diffusion.job import ExtractorJob, ProgressFile, Rank, run_job
 from diffusion.model.placement import place
 
@@ -174,9 +174,9 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
         accuracy=accuracy(network, images, labels),
         chance=chance,
     )
-    name = own_extractor_name(dataset.digest)
-    store.write(name, data)
-    store.write(name.replace(".safetensors", ".json"), seal(own))
+    store.write(own_weights(dataset.digest, own.sha256), data)
+    if not store.create(own_document(dataset.digest), seal(own)) and find_own(store, dataset.digest) is None:
+        store.write(own_document(dataset.digest), seal(own))  # over a damaged one
 
 
 def _read(store: Store, dataset: Manifest, split: Split, copies: Path) -> Data:

@@ -20,7 +20,7 @@ import tifffile
 from PIL import Image
 
 from diffusion.data.codecs import to_npy
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest import ingest, split_by_hash
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.find import find_archive, read_source
@@ -310,7 +310,7 @@ def bad_pickle(folder: Path) -> None:
         (bad_sixteen_bit_colour, "16 bits a colour"),
         (bad_loose_image, r"beside them patches/loose.png"),
         (bad_two_of_one_key, "two images lake/lake0"),
-        (bad_name, r"not UTF-8: patches/lake/\\udcff\\udcfe.png"),
+        (bad_name, r"not UTF-8: lake/\\udcff\\udcfe.png"),
         (bad_empty, "holds no images"),
         (bad_nan, "NaN or infinity"),
         (bad_one_image, "1 images in 1 classes"),
@@ -323,7 +323,7 @@ def test_bad_input_is_named_and_leaves_no_dataset(
     spoil(folder)
     with pytest.raises(DataError, match=said):
         made(folder, tmp_path)
-    assert not [name for name in FolderStore(tmp_path / "store").names("") if name.endswith("manifest.json")]
+    assert not FolderStore(tmp_path / "store").names("")
 
 
 def test_a_class_with_one_image_is_trained_on(folder: Path, tmp_path: Path) -> None:
@@ -344,19 +344,23 @@ def test_what_does_not_decode_is_left_out_and_counted_where_that_is_asked_for(fo
     assert len(images) == manifest.splits["train"]
 
 
+def test_where_too_few_decode_there_is_no_dataset(folder: Path, tmp_path: Path) -> None:
+    """The two test images are among those that do not decode."""
+    for one in split_by_hash(read(folder))["test"]:
+        (folder / one.image.class_name / one.image.file_name).write_bytes(b"hello")
+    again = {one.image.file_name for one in split_by_hash(read(folder))["test"]}
+    assert len(again) == 2, "which images are for testing is decided by their names alone"
+    with pytest.raises(
+        DataError, match=r"24 images in 2 classes, of which 2 do not decode: .* must be 2 images at least"
+    ):
+        made(folder, tmp_path, on_error="skip", most_skipped=0.5)
+    assert not FolderStore(tmp_path / "store").names("")
+
+
 def test_damaged_tables_and_tars_are_named(folder: Path, tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    tar = as_tar(folder, tmp_path / "cut.tar")
-    tar.write_bytes(tar.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"cut.tar is not a whole tar"):
-        read(tar)
-    pattern = as_webdataset(folder, tmp_path)
-    second = tmp_path / "001.tar"
-    second.write_bytes(second.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"001.tar is not a whole WebDataset tar"):
-        read(pattern)
     with pytest.raises(DataError, match="no tar at"):
         read(Path(f"{WEBDATASET}pipe:touch {tmp_path}/ran"))
     assert not (tmp_path / "ran").exists()
@@ -369,11 +373,78 @@ def test_damaged_tables_and_tars_are_named(folder: Path, tmp_path: Path) -> None
         read(tmp_path / "text.parquet")
 
 
+@pytest.mark.parametrize("kind", ["cut.tar", "cut.tar.gz", "001.tar"])
+def test_a_tar_that_was_cut_off_is_refused_wherever_the_cut_is(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Also between two members, where it could be taken for a smaller one."""
+    source = as_webdataset(folder, tmp_path) if kind == "001.tar" else as_tar(folder, tmp_path / kind)
+    whole, cut = (tmp_path / kind).read_bytes(), tmp_path / kind
+    expected = read(source).digest
+    content = len(whole.rstrip(b"\0"))  # a tar ends with zeros, a part of which is enough
+    places = [*range(0, content, 256), content - 1] if kind != "cut.tar.gz" else range(0, content - 64, 97)
+    spoilt = [whole[:place] for place in places]
+    if kind != "cut.tar.gz":
+        with tarfile.open(cut) as archive:
+            header = archive.getmembers()[4].offset
+        spoilt.append(whole[:header] + b"x" * 512 + whole[header + 512 :])
+    for data in spoilt:
+        cut.write_bytes(data)
+        with pytest.raises(DataError, match=f"{kind} is not a whole (WebDataset )?tar"):
+            read(source)
+    cut.write_bytes(whole)
+    assert read(source).digest == expected
+
+
 def test_a_tar_that_leads_out_of_its_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out.tar", "w") as file:
         file.add(folder / "lake/lake0.png", "../out.png")
     with pytest.raises(DataError, match="points outside its folder"):
         read(tmp_path / "out.tar")
+
+
+def tar_of(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as file:
+        for number, sample in enumerate(samples):
+            for suffix, content in sample.items():
+                header = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                header.size = len(content)
+                file.addfile(header, io.BytesIO(content))
+    return Path(f"{WEBDATASET}{path}")
+
+
+def test_labels_are_text_or_whole_numbers_and_null_is_none(tmp_path: Path) -> None:
+    def labelled(labels: list[Any]) -> Source:
+        samples = [{"png": picture(n), "json": json.dumps({"label": x}).encode()} for n, x in enumerate(labels)]
+        return read(tar_of(tmp_path / "labels.tar", samples))
+
+    assert labelled(["wet", "dry"]).classes == ("dry", "wet")
+    assert labelled([3, 4]).classes == ("3", "4")
+    assert labelled([3.0, 4.0]).classes == ("3", "4")
+    assert labelled([None, None]).classes == ()
+    with pytest.raises(DataError, match="has no class, and others have one"):
+        split_by_hash(labelled(["wet", None]))
+    for wrong in (["wet"], {"a": 1}, 2.5):
+        with pytest.raises(DataError, match="neither text nor a whole number"):
+            labelled(["dry", wrong])
+    with pytest.raises(DataError, match=r"a line break: a\\nb/001.png"):
+        labelled(["dry", "a\nb"])
+    with pytest.raises(DataError, match=r"not UTF-8: \\udc80/001.png"):
+        labelled(["dry", "\udc80"])
+
+
+def test_names_that_are_not_utf_8_are_said_in_tars_too(tmp_path: Path) -> None:
+    path = tmp_path / "names.tar"
+    tar_of(path, [{"png": picture(0)}, {"png": picture(1)}])
+    data = path.read_bytes()
+    with tarfile.open(path) as archive:
+        member = archive.getmembers()[1]
+    header = bytearray(data[member.offset : member.offset + 512])
+    header[:3] = b"\xff\xfe\xfd"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data[: member.offset] + header + data[member.offset + 512 :])
+    for source in (path, Path(f"{WEBDATASET}{path}")):
+        with pytest.raises(DataError, match=r"not UTF-8: \\udcff"):
+            read(source)
 
 
 def test_options_are_checked(folder: Path, tmp_path: Path) -> None:

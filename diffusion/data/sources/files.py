@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
+from typing import Self
 
 from diffusion.errors import DataError
 from diffusion.trust.reading import read_at_most, read_file
@@ -132,11 +133,37 @@ def _zip_files(path: Path, limits: Limits) -> Iterator[File]:
             yield PurePosixPath(member.filename), partial(_read_member, path, archive, member, limits)
 
 
+class WholeHeader(tarfile.TarInfo):
+    """A member's header that must be whole: `tarfile` takes half a one, or none, for the end of an archive that was cut off."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the block of zeros that ends an archive
+                raise
+            raise ValueError("it does not end as a tar does") from error
+
+
+def check_tar(path: Path) -> None:
+    """Go through a tar's headers to its end. Raises an error if it was cut off."""
+    with tarfile.open(path, "r:*", tarinfo=WholeHeader) as archive:
+        for _ in _members(archive):
+            pass
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+        yield member
+
+
 def _tar_files(path: Path, limits: Limits) -> Iterator[File]:
     """Of a tar in one pass: a compressed one has no order but its own."""
     spool = Spool()
-    with _archive_errors(path, "tar"), tarfile.open(path, "r|*") as archive:
-        for member in archive:
+    with _archive_errors(path, "tar"), tarfile.open(path, "r|*", tarinfo=WholeHeader) as archive:
+        for member in _members(archive):
             if member.isfile():
                 name = check_member(path, member.name)
                 stream = archive.extractfile(member)

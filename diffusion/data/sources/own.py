@@ -44,7 +44,6 @@ def _images(path: Path) -> Iterator[SourceImage]:
     files: dict[PurePosixPath, Callable[[], bytes]] = {}
     tables: list[File] = []
     for relative, read in read_files(path, LIMITS):
-        _check_name(path, relative)
         if relative.name == METADATA:
             tables.append((relative, read))
         elif (
@@ -60,15 +59,6 @@ def _images(path: Path) -> Iterator[SourceImage]:
     for class_name, file_name, read in labelled:
         content = meter.read(read)
         yield SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), read)
-
-
-def _check_name(path: Path, relative: PurePosixPath) -> None:
-    try:
-        str(relative).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{path} holds a file whose name is not UTF-8: {shown(str(relative))}. Rename it.") from None
-    if "\n" in str(relative):
-        raise DataError(f"{path} holds a file whose name has a line break: {shown(str(relative))}. Rename it.")
 
 
 Labelled = Iterator[tuple[str, str, Callable[[], bytes]]]

@@ -107,7 +107,7 @@ def make_source(
     options: SourceOptions = AS_IT_IS,
     classes: tuple[str, ...] | None = None,
 ) -> Source:
-    """A source of these images. Raises DataError if two of a class have the same name, whatever their kind.
+    """A source of these images. Raises DataError if two of a class have the same name, whatever their kind, or one is no text.
 
     Args:
         classes: their names in order, where that is not the alphabet's.
@@ -115,6 +115,7 @@ def make_source(
     found = tuple(sorted(images, key=lambda image: (image.class_name, image.file_name)))
     seen = set[tuple[str, str]]()
     for image in found:
+        _check_names(name, image)
         key = (image.class_name, image.file_name.rpartition(".")[0])
         if key in seen:
             raise DataError(f"{name} holds two images {shown('/'.join(key).lstrip('/'))}. Keep one, or rename it.")
@@ -122,6 +123,17 @@ def make_source(
     if classes is None:
         classes = tuple(sorted({image.class_name for image in found if image.class_name}))
     return Source(name, licence, found, content_digest(found, options), options, classes)
+
+
+def _check_names(name: str, image: SourceImage) -> None:
+    """Names are lines of what the digest is made of: each must be one, in UTF-8."""
+    whole = f"{image.class_name}/{image.file_name}".lstrip("/")
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} holds a name that is not UTF-8: {shown(whole)}. Rename it.") from None
+    if "\n" in whole:
+        raise DataError(f"{name} holds a name with a line break: {shown(whole)}. Rename it.")
 
 
 def content_digest(images: tuple[SourceImage, ...], options: SourceOptions = AS_IT_IS) -> str:

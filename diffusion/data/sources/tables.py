@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.data.codecs import SUFFIXES, file_format
-from diffusion.data.sources.files import Limits, Meter, Spool
+from diffusion.data.sources.files import Limits, Meter, Spool, check_tar
 from diffusion.data.sources.own import LABEL_COLUMNS, name_of
 from diffusion.data.sources.remote import Progress, check_address, copy_tars, expand
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
@@ -64,6 +64,7 @@ def _of_tars(tars: list[Path]) -> Iterator[SourceImage]:
     meter, spool = Meter(tars[0], LIMITS), Spool()
     for tar in tars:
         try:
+            check_tar(tar)
             for sample in webdataset.WebDataset([str(tar)], shardshuffle=False, empty_check=False):
                 key = str(sample["__key__"])
                 found = [name for name in sample if f".{name.lower().rpartition('.')[2]}" in SUFFIXES]
@@ -85,7 +86,7 @@ def _label(sample: dict[str, Any], tar: Path) -> str:
         fields = parse_json(sample["json"])
         for name in LABEL_COLUMNS:
             if isinstance(fields, dict) and name in fields:
-                return str(fields[name])
+                return _class(fields[name], [], tar)
         raise DataError(f"{tar}: {shown(str(sample['__key__']))}.json has none of {', '.join(LABEL_COLUMNS)}.")
     return ""
 
@@ -114,7 +115,7 @@ def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
                         raise DataError(f"{file}: row {number} holds no image, only where one is.")
                     path = cell.get("path") if isinstance(cell, dict) else None
                     file_name = Path(path).name if path else f"{file.stem}-{number:08d}.{file_format(content)}"
-                    class_name = "" if label is None else _class(row[label], names)
+                    class_name = "" if label is None else _class(row[label], names, file)
                     meter.read(lambda content=content: content)  # type: ignore[misc]
                     yield _kept(spool, class_name, file_name, content)
                     number += 1
@@ -139,10 +140,17 @@ def _columns(file: Path, schema: Any) -> tuple[str, str | None, list[str]]:
     return image, label, names
 
 
-def _class(value: Any, names: list[str]) -> str:
+def _class(value: Any, names: list[str], where: Path) -> str:
+    """The name of a class, from a label: text, or a number that counts the names; null: none."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():  # as tables have whole numbers with gaps between them
+        value = int(value)
+    if not isinstance(value, (str, int)):
+        raise DataError(f"{where}: a label is neither text nor a whole number: {shown(repr(value))}.")
     if isinstance(value, int) and names:
         if not 0 <= value < len(names):
-            raise DataError(f"A row has the label {value}, and there are {len(names)} classes.")
+            raise DataError(f"{where}: a row has the label {value}, and there are {len(names)} classes.")
         return names[value]
     return str(value)
 
