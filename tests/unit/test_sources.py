@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import tracemalloc
 import zipfile
@@ -24,7 +25,7 @@ from diffusion.data.ingest import ingest, split_by_hash
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.find import find_archive, read_source
-from diffusion.data.sources.own import read_own
+from diffusion.data.sources.own import name_of, read_own
 from diffusion.data.sources.source import AS_IT_IS, Source, SourceImage, SourceOptions, make_source, parse_options
 from diffusion.data.sources.tables import WEBDATASET
 from diffusion.data.store import FolderStore
@@ -399,6 +400,27 @@ def test_a_tar_that_leads_out_of_its_folder_is_refused(folder: Path, tmp_path: P
         file.add(folder / "lake/lake0.png", "../out.png")
     with pytest.raises(DataError, match="points outside its folder"):
         read(tmp_path / "out.tar")
+
+
+@pytest.mark.parametrize("called", ["EuroSAT", "EuroSAT-MS", "Generated fields and water"])
+def test_other_images_never_get_the_name_of_a_known_dataset(folder: Path, tmp_path: Path, called: str) -> None:
+    """Their models would stand among that dataset's."""
+    source = read(folder.rename(tmp_path / called))
+    assert re.fullmatch(rf"{name_of(Path(called))}-{source.digest[:8]}", source.name)
+    for container in (
+        as_parquet(tmp_path / called, tmp_path / f"{called}.parquet"),
+        as_webdataset_called(tmp_path, called),
+    ):
+        assert read(container).name == source.name
+    with pytest.raises(DataError, match="is that of a dataset which these images are not"):
+        read(tmp_path / called, name=name_of(Path(called)).upper())
+
+
+def as_webdataset_called(folder: Path, called: str) -> Path:
+    pattern = as_webdataset(folder / called, folder)
+    for tar in sorted(folder.glob("0*.tar")):
+        tar.rename(folder / f"{called}-{tar.name}")
+    return Path(str(pattern).replace("/{", f"/{called}-{{"))
 
 
 def tar_of(path: Path, samples: list[dict[str, bytes]]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from diffusion.data.sources import generated
@@ -25,6 +26,8 @@ from diffusion.settings import Settings
 from diffusion.trust.redaction import shown
 
 GENERATED, EUROSAT, EUROSAT_MS = "generated", "eurosat", "eurosat-ms"
+KNOWN_NAMES = (EUROSAT, EUROSAT_MS, generated.NAME.lower())
+"""Of the datasets that this package knows."""
 
 
 def find_archive(source: str, settings: Settings, progress: Progress | None = None) -> Path:
@@ -86,12 +89,12 @@ def read_source(source: str, path: Path, options: SourceOptions = AS_IT_IS) -> S
     if source == EUROSAT_MS:
         return read_eurosat_ms(path, options)
     if is_webdataset(source):
-        return read_webdataset(find_tars(source, path), tars_name(source), options)
+        return _with_own_name(read_webdataset(find_tars(source, path), tars_name(source), options))
     if path.suffix == ".parquet" or (path.is_dir() and next(path.glob("*.parquet"), None)):
-        return read_parquet(path, options)
+        return _with_own_name(read_parquet(path, options))
     found = read_own(path, options)
     if found.classes != CLASSES or options != AS_IT_IS:
-        return found
+        return _with_own_name(found)
     if found.images[0].file_name.endswith(".tif"):
         return read_eurosat_ms(path, options)
     if found.digest == EUROSAT_DIGEST:
@@ -102,4 +105,19 @@ def read_source(source: str, path: Path, options: SourceOptions = AS_IT_IS) -> S
             f"{EUROSAT_DIGEST[:16]}…. Get the archive again, or give these images a name of their own: "
             '-p source_options=\'{"name": "…"}\'.'
         )
-    return found
+    return _with_own_name(found)
+
+
+def _with_own_name(found: Source) -> Source:
+    """Models compete under their dataset's name: images that are not one of the known datasets never have its name.
+
+    Raises DataError if the user gave them one.
+    """
+    if found.name.lower() not in KNOWN_NAMES or found.digest == EUROSAT_DIGEST:
+        return found
+    if found.options.name:
+        raise DataError(
+            f"The name '{found.name}' is that of a dataset which these images are not. Give them another: "
+            '-p source_options=\'{"name": "…"}\'.'
+        )
+    return replace(found, name=f"{found.name}-{found.digest[:8]}")
