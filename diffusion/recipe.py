@@ -173,7 +173,7 @@ class Evaluation(Part):
     """A milestone, with an evaluation, each time this many images have been seen (and at the end)."""
     samples: int = Field(default=10_000, ge=2, le=10**6)
     """Images generated at each milestone; the same everywhere, since FID depends on it."""
-    likelihood_images: int = Field(default=512, ge=1, le=10**6)
+    likelihood_images: int = Field(default=512, ge=2, le=10**6)
     """Held-out images whose bound is measured."""
     likelihood_timesteps: int = Field(default=8, ge=1, le=10**6)
     """Transitions of the chain that are measured for each of them; process.steps - 1 or more: all, the exact sum."""

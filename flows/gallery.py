@@ -56,7 +56,8 @@ def gallery(title: str, run: Run, state: State, scores: Scores, decision: Decisi
     sections = [
         Section(
             "Samples and real images",
-            "The same classes in the same order, drawn by the model and taken from the test split.",
+            ("The same classes in the same order, d" if run.recipe.network.class_conditional else "D")
+            + "rawn by the model and taken from the test split.",
             (picture("grid", "Generated"), picture("real", "Real")),
         ),
         Section("Over training", "The same noise at every milestone, newest first.", tuple(grids), series=True),

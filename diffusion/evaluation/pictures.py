@@ -27,6 +27,11 @@ def row_names(spec: ImageSpec, conditional: bool) -> list[str]:
     return [""] * PLAIN_ROWS
 
 
+def grid_caption(spec: ImageSpec, conditional: bool) -> str:
+    """What to say of a grid of samples."""
+    return "Samples, a row a class" if any(row_names(spec, conditional)) else "Samples"
+
+
 def class_grid(samples: NDArray[np.uint8], rows: list[str], at_least: int = CELL) -> Image.Image:
     """A grid with a labelled row a class: sample i lies in row i % len(rows), column i // len(rows).
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from diffusion.evaluation.figures import FIGURES
+from diffusion.tracking.markdown import markdown_table
 
 METRICS: dict[str, dict[str, str]] = {
     "score": {one.name: one.legend for one in FIGURES.values() if one.place in ("headline", "score")},
@@ -32,14 +31,10 @@ METRICS: dict[str, dict[str, str]] = {
 """Section of the pages, metric, meaning. What depends on an extractor has its name at the end: `fid_eurosat`."""
 
 
+LEGEND_TITLE = "Metrics, in the order in which to read them."
+
+
 def legend() -> str:
     """All of it as Markdown, for the experiment's page."""
-    return "\n".join(["Metrics, in the order in which to read them.", "", *_rows()])
-
-
-def _rows() -> Iterator[str]:
-    yield "| metric | meaning |"
-    yield "| --- | --- |"
-    for section, metrics in METRICS.items():
-        for name, meaning in metrics.items():
-            yield f"| {section}/{name} | {meaning} |"
+    rows = ((f"{section}/{name}", meaning) for section, names in METRICS.items() for name, meaning in names.items())
+    return f"{LEGEND_TITLE}\n\n" + markdown_table(("metric", "meaning"), rows) + "\n"

@@ -22,6 +22,8 @@ from diffusion.evaluation.figures import FIGURES, full_name, with_error
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.scores import DEVIATIONS, Scores
+from diffusion.tracking.markdown import markdown_table
+from diffusion.tracking.scores_tag import scores_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
 
@@ -214,7 +216,11 @@ def _decision(model: str, entry: Promotion) -> Decision:
 def _judge(
     store: Store, challenger: ModelVersion, champion: ModelVersion | None, margins: Margins
 ) -> tuple[str, str, tuple[Gate, ...]]:
-    new = Scores.model_validate_json(challenger.tags["scores"])
+    new = scores_of(challenger, store)
+    if new is None:
+        raise DataError(
+            f"Version {challenger.version} of {challenger.name} has no scores that can be read: it can't be judged."
+        )
     if champion is None:
         dataset = find_dataset(store, challenger.tags["dataset.digest"])
         opening = "It is the first version"
@@ -235,7 +241,7 @@ def _against(
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if their figures can't be compared."""
     different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-    old, by = scores_of(champion), new.extractors[0]
+    old, by = scores_of(champion, store), new.extractors[0]
     if old is None:
         different.append("the form of their scores")
     else:
@@ -260,14 +266,6 @@ def _number(version: ModelVersion | None) -> str | None:
     return str(version.version) if version is not None else None
 
 
-def scores_of(version: ModelVersion) -> Scores | None:
-    """A version's scores; None if it has none that this code can read."""
-    try:
-        return Scores.model_validate_json(version.tags["scores"])
-    except (KeyError, ValidationError):
-        return None
-
-
 def _tell(client: MlflowClient, decision: Decision) -> None:
     """Keep the decision on the version: as tags, and in its card."""
     client.set_model_version_tag(decision.model, decision.version, "decision", decision.reason)
@@ -275,11 +273,16 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
         text = f"{'passed' if gate.passed else 'FAILED'}: {gate.figures}"
         client.set_model_version_tag(decision.model, decision.version, f"gate.{gate.name}", text)
     card = client.get_model_version(decision.model, decision.version).description or ""
-    rows = "".join(f"| {gate.name} | {'yes' if gate.passed else 'NO'} | {gate.figures} |\n" for gate in decision.gates)
-    table = f"\n| gate | passed | figures |\n| --- | --- | --- |\n{rows}" if rows else ""
+    table = f"\n{gates_table(decision.gates)}\n" if decision.gates else ""
     section = f"## Decision\n\n{decision.reason}\n{table}\n"
     card, found = DECISION_SECTION.subn(lambda _: section, card)
     client.update_model_version(decision.model, decision.version, card if found else f"{card}\n{section}")
+
+
+def gates_table(gates: tuple[Gate, ...]) -> str:
+    """The gates of a decision as Markdown."""
+    rows = ((gate.name, "yes" if gate.passed else "**no**", gate.figures) for gate in gates)
+    return markdown_table(("gate", "passed", "figures"), rows)
 
 
 def _complete(client: MlflowClient, store: Store, model: str, entries: list[Promotion]) -> None:

@@ -15,10 +15,13 @@ from diffusion.data.spec import ImageSpec
 from diffusion.data.store import Store
 from diffusion.errors import UserError
 from diffusion.evaluation.figures import Figure, full_name, in_order, metrics, with_interval
+from diffusion.evaluation.names import OwnExtractor, find_own
+from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
 from diffusion.recipe import Evaluation
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.run import TrackedRun
+from diffusion.tracking.scores_tag import scores_tags
 from diffusion.training.state import State, checkpoint_file
 from diffusion.trust.private import close_to_others
 from diffusion.trust.redaction import shown
@@ -66,7 +69,7 @@ def publish(
     The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
 
     Args:
-        pictures: PNGs by name: `grid`, a row a class, and `closest`, the samples nearest to training images.
+        pictures: PNGs by name: `grid`, samples, and `closest`, the samples nearest to training images.
         compute: what the training took, for the card.
     """
     import mlflow.pyfunc
@@ -92,7 +95,7 @@ def publish(
             _tell_start(client, name, state, str(version.version))
             return str(version.version)
     _ensure_registered(client, name, dataset)
-    card = model_card(state, scores, dataset, tags, run.run_id, compute)
+    card = model_card(state, scores, dataset, tags, run.run_id, compute, find_own(store, dataset.digest))
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
     )
@@ -136,7 +139,7 @@ def publish(
         source=f"models:/{logged.model_id}",
         run_id=run.run_id,
         model_id=logged.model_id,
-        tags={**tags, FILES_TAG: files, "scores": scores.model_dump_json()},
+        tags={**tags, FILES_TAG: files, **scores_tags(scores)},
         description=card,
         await_creation_for=0,
     )
@@ -218,12 +221,10 @@ def _listed(classes: tuple[str, ...], most: int = 40) -> str:
     return f"{names} and {len(classes) - most:,} more" if len(classes) > most else names
 
 
-def _about(extractor: str) -> str:
+def _about(extractor: str, own: OwnExtractor | None) -> str:
     if extractor.startswith("own-"):
-        return (
-            f"`{extractor}` is a small network that was trained on this dataset itself, to tell its classes or, where it has none, "
-            "quarter turns"
-        )
+        found = f": {own.task}, {own.accuracy:.1%} of test images right, by guessing {own.chance:.1%}" if own else ""
+        return f"`{extractor}` is a small network that was trained on this dataset itself{found}"
     return f"`{extractor}` is the same network for every model that it judges"
 
 
@@ -239,7 +240,15 @@ def _limits(dataset: Manifest) -> str:
     )
 
 
-def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, str], run_id: str, compute: str) -> str:
+def model_card(
+    state: State,
+    scores: Scores,
+    dataset: Manifest,
+    tags: dict[str, str],
+    run_id: str,
+    compute: str,
+    own: OwnExtractor | None,
+) -> str:
     """The card of a version, as Markdown."""
     template = ASSETS / "model_card.md"
     if not template.exists():
@@ -264,13 +273,14 @@ def model_card(state: State, scores: Scores, dataset: Manifest, tags: dict[str, 
         steps=f"{state.step:,}",
         scores="\n".join(rows),
         meanings="\n".join(f"- `{one.name}`: {one.legend}." for one in dict(shown_figures)),
+        grid=grid_caption(spec, recipe.network.class_conditional),
         samples=f"{scores.samples:,}",
         real_samples=f"{scores.real_samples:,}",
         classes=_listed(spec.classes) if recipe.network.class_conditional else "none: the model is unconditional",
         dtype=spec.dtype,
         count=len(spec.bands),
         bands=", ".join(spec.bands),
-        extractors="; ".join(_about(extractor.name) for extractor in scores.extractors),
+        extractors="; ".join(_about(extractor.name, own) for extractor in scores.extractors),
         limits=_limits(dataset),
         sampler=f"{recipe.evaluation.sampler}, {recipe.evaluation.sampler_steps} steps",
         commit=tags["git.commit"],

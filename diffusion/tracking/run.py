@@ -19,7 +19,7 @@ from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.recipe_files import load_recipe, preset_names
-from diffusion.tracking.legend import legend
+from diffusion.tracking.legend import LEGEND_TITLE, legend
 from diffusion.tracking.plots import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.promotion import Decision
 from diffusion.trust.identifiers import RunName
@@ -120,18 +120,26 @@ class TrackedRun:
         return self
 
     def _log_dataset(self, dataset: Manifest, store_uri: str) -> None:
+        import numpy as np
+        from mlflow.data.schema import TensorDatasetSchema
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.types import Schema, TensorSpec
 
-        columns = [("binary", "jpg"), ("long", "cls")]
+        spec = dataset.images
+        schema = TensorDatasetSchema(
+            Schema([TensorSpec(np.dtype(spec.dtype), (-1, *spec.shape(spec.size)), "images")]),
+            Schema([TensorSpec(np.dtype(np.int64), (-1,), "labels")]) if spec.classes else None,
+        )
         where = f"{store_uri}/{manifest_path(dataset.digest)}"
         entity = Dataset(
             name=dataset.source,
             digest=dataset.digest[:MLFLOW_DIGEST_LENGTH],
             source_type="s3" if store_uri.startswith("s3://") else "local",
             source=json.dumps({"uri": where}),
-            schema=json.dumps({"mlflow_colspec": [{"type": t, "name": n, "required": True} for t, n in columns]}),
+            schema=json.dumps(schema.to_dict()),
             profile=json.dumps(
-                {**{f"{k} images": n for k, n in dataset.splits.items()}, "shards": len(dataset.shards)}
+                {f"{split} images": count for split, count in dataset.splits.items()}
+                | {"classes": len(spec.classes), "bands": len(spec.bands), "shards": len(dataset.shards)}
             ),
         )
         tags = [InputTag("mlflow.data.context", "training"), InputTag("digest", dataset.digest)]
@@ -272,7 +280,10 @@ def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
-    if NOTE not in found.tags:
+    note = found.tags.get(NOTE, "")
+    if note != legend() and (
+        not note or note.startswith(LEGEND_TITLE)
+    ):  # an older one; not what somebody has written there
         client.set_experiment_tag(found.experiment_id, NOTE, legend())
     return found.experiment_id
 

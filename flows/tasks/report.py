@@ -10,9 +10,11 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
 from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
-from diffusion.evaluation.pictures import thumbnail
+from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
-from diffusion.tracking.promotion import Decision, scores_of
+from diffusion.tracking.markdown import markdown_table
+from diffusion.tracking.promotion import Decision, gates_table
+from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
 from flows.gallery import gallery
@@ -78,20 +80,19 @@ def _mlflow_page(run: Run) -> str:
     return run_page if uri.startswith("http") else ""
 
 
-def _comparison(run: Run, scores: Scores, decision: Decision) -> list[str]:
+def _comparison(run: Run, scores: Scores, decision: Decision) -> str:
     """The figures beside those of the version that was champion, as a Markdown table."""
     champion: dict[str, str] = {}
     query = f"name = '{decision.model}' and version_number = {decision.against}"
     for version in run.tracked.client.search_model_versions(query) if decision.against else ():  # it may be gone since
-        before = scores_of(version)
+        before = scores_of(version, run.store)
         champion = {name: _figure(value, error) for name, value, error, _ in table(before)} if before else {}
     heading = f"version {decision.against}, champion then" if decision.against else "no champion yet"
-    lines = [f"| figure | this run | {heading} | real images |", "| --- | --- | --- | --- |"]
-    for name, value, error, real in table(scores):
-        lines.append(
-            f"| {name.replace('|', '/')} | {_figure(value, error)} | {champion.get(name, '')} | {_figure(real, None)} |"
-        )
-    return lines
+    rows = (
+        (name, _figure(value, error), champion.get(name, ""), _figure(real, None))
+        for name, value, error, real in table(scores)
+    )
+    return markdown_table(("figure", "this run", heading, f"real images (n = {scores.real_samples:,})"), rows)
 
 
 def _figure(value: float | None, error: float | None) -> str:
@@ -103,11 +104,10 @@ def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], deci
     parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {decision.reason}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({link}/artifacts/{GALLERY})")
-    lines = [f"| {key} | {text} |" for key, text in rows.items() if key != GRID]
-    parts.append("\n".join(["| what | value |", "| --- | --- |", *lines]))
-    parts.append("\n".join(_comparison(run, scores, decision)))
+    parts.append(markdown_table(("what", "value"), ((key, text) for key, text in rows.items() if key != GRID)))
+    parts.append(_comparison(run, scores, decision))
     if decision.gates:
-        gates = (f"| {gate.name} | {'yes' if gate.passed else '**no**'} | {gate.figures} |" for gate in decision.gates)
-        parts.append("\n".join(["| gate | passed | figures |", "| --- | --- | --- |", *gates]))
-    parts.append(f"![Samples, a row a class](data:image/webp;base64,{grid})")
+        parts.append(gates_table(decision.gates))
+    caption = grid_caption(run.dataset.images, run.recipe.network.class_conditional)
+    parts.append(f"![{caption}](data:image/webp;base64,{grid})")
     return "\n\n".join(parts) + "\n"

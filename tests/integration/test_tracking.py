@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 import mlflow
+from diffusion.data.sealed import seal
 from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
@@ -33,14 +35,15 @@ from diffusion.evaluation import reference
 from diffusion.evaluation.comparison import Evidence, evidence_name
 from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.pictures import class_grid, png
-from diffusion.evaluation.scores import Scores
+from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.evaluation.statistics import Moments
 from diffusion.recipe import Recipe, Start
 from diffusion.tracking.connection import connect
+from diffusion.tracking.legend import LEGEND_TITLE, legend
 from diffusion.tracking.plots import loss_by_noise_level
 from diffusion.tracking.promotion import champion_version, promote
 from diffusion.tracking.registry import publish
-from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
+from diffusion.tracking.run import NOTE, Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
@@ -105,6 +108,20 @@ def test_a_run_holds_recipe_lineage_and_dataset(run: TrackedRun, ingested: Inges
     (dataset,) = logged.inputs.dataset_inputs
     assert dataset.dataset.name == "generated-fields-and-water"
     assert dataset.dataset.digest == ingested.manifest.digest[:36]
+    (images,) = json.loads(json.loads(dataset.dataset.schema)["mlflow_tensorspec"]["features"])
+    assert images["tensor-spec"] == {"dtype": "uint8", "shape": [-1, 64, 64, 3]}
+
+
+def test_the_experiments_legend_follows_the_code_and_never_replaces_what_somebody_wrote(client: MlflowClient) -> None:
+    experiment_id = open_experiment(client, None)
+
+    def note_after(text: str) -> str:
+        client.set_experiment_tag(experiment_id, NOTE, text)
+        assert open_experiment(client, None) == experiment_id
+        return str(client.get_experiment(experiment_id).tags[NOTE])
+
+    assert note_after("Ours. Ask Ada.") == "Ours. Ask Ada."
+    assert note_after(f"{LEGEND_TITLE}\n\nfid: of an older version") == legend()
 
 
 def test_a_retry_finds_the_run_of_its_flow_run(
@@ -280,6 +297,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     evidence = evidence_of(fields.get("fid", 10.0), fields.get("samples", 80)).to_bytes()
     store.write(evidence_name(name, 2), evidence)
     made = scores(checkpoint=state.digest, evidence_sha256=hashlib.sha256(evidence).hexdigest(), **fields)
+    store.write(f"{evaluation_folder(name, 2)}/scores.json", seal(made))
     return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags, "")
 
 
@@ -368,6 +386,20 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     late = make_version(run, ingested, store, "late", seed=21, fid=2.0)
     decision = promote(client, MovedMeanwhile(store.folder), MODEL, late)
     assert (decision.alias, decision.against) == ("champion", first)
+    client.set_registered_model_alias(MODEL, "champion", better)
+
+    # More classes than a tag has room for, with names that would begin a cell of a table: each of them is judged all the same.
+    classes = {f"class {number:04d}, which has a long name | with a bar": 20.0 for number in range(1500)}
+    many = make_version(run, ingested, store, "many", seed=22, fid=4.0, fid_of_class=classes)
+    assert promote(client, store, MODEL, many).alias == "champion"
+    worst = next(reversed(classes))
+    collapsed = make_version(run, ingested, store, "more", seed=23, fid=1.0, fid_of_class=classes | {worst: 90.0})
+    assert "fails 'no class has collapsed' (class 1499" in promote(client, store, MODEL, collapsed).reason
+    (row,) = re.findall(r"^\| no class.*$", client.get_model_version(MODEL, collapsed).description, re.MULTILINE)
+    assert row.count("|") == 4
+    store.delete(f"{evaluation_folder('many', 2)}/scores.json")
+    lost = make_version(run, ingested, store, "lost", seed=24, fid=0.5, fid_of_class=classes)
+    assert "differ in the form of their scores" in promote(client, store, MODEL, lost).reason
     client.set_registered_model_alias(MODEL, "champion", better)
 
     # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder. And of these
