@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,14 @@ from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
-from diffusion.data.store import Store, open_store
+from diffusion.data.store import OBJECT_BYTES, Store, open_store
 from diffusion.errors import DataError, TrackingError, UserError
 from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
-from diffusion.trust.reading import parse_json
+from diffusion.trust.reading import parse_json, read_file
 from diffusion.trust.redaction import redact_logs
 from flows.credentials import use_block
 from flows.launcher import run_job
@@ -94,9 +95,14 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Original:
 
     name = f"{version.name} {version.version}"
     uri = f"models:/{version.name}/{version.version}/artifacts"
-    load = lambda file: Path(  # noqa: E731
-        mlflow.artifacts.download_artifacts(f"{uri}/{file}", tracking_uri=client.tracking_uri)
-    ).read_bytes()
+
+    def load(file: str) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = mlflow.artifacts.download_artifacts(
+                f"{uri}/{file}", dst_path=folder, tracking_uri=client.tracking_uri
+            )
+            return read_file(Path(copy), OBJECT_BYTES)
+
     try:
         text = load("recipe.json")
         # Of the file as it stands: today's recipes may have values that those of then had not.

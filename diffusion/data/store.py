@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from diffusion.errors import DataError, StoreError
 from diffusion.trust.identifiers import check_object_path
+from diffusion.trust.private import put
 from diffusion.trust.reading import read_file
 
 if TYPE_CHECKING:
@@ -110,24 +111,16 @@ class FolderStore:
 
     def create(self, name: str, data: bytes) -> bool:
         try:
-            self._put(name, data, lambda part, target: os.link(part, target))
+            self._put(name, data, os.link)
         except FileExistsError:
             return self.read(name) == data
         return True
 
     def _put(self, name: str, data: bytes, publish: Callable[[Path, Path], object]) -> None:
         target = self.path(name)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with part.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                publish(part, target)
-            finally:
-                part.unlink(missing_ok=True)
+            put(target, data, publish)
             _sync_folder(target.parent)
         except FileExistsError as error:
             if Path(str(error.filename2 or "")) == target:

@@ -16,6 +16,7 @@ from pathlib import Path
 from diffusion.errors import UserError
 
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
+PRIVATE = stat.S_IRUSR | stat.S_IWUSR
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 FOLDERS = ("downloads", "matplotlib", "mlflow", "prefect", "runs", "shards", "stack", "store")
 """What this project makes in its home."""
@@ -75,21 +76,26 @@ def close_to_others(folder: Path) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read: whole, or not at all."""
-    _put(path, text, Path.replace)
+    put(path, text.encode(), Path.replace, PRIVATE)
 
 
 def create_private(path: Path, text: str) -> None:
     """The same, unless a file of that name is there already."""
     with contextlib.suppress(FileExistsError):
-        _put(path, text, lambda part, target: os.link(part, target))
+        put(path, text.encode(), os.link, PRIVATE)
 
 
-def _put(path: Path, text: str, publish: Callable[[Path, Path], object]) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
+def put(path: Path, data: bytes, publish: Callable[[Path, Path], object], mode: int = 0o666) -> None:
+    """Write a file whole, or not at all: under another name first, which `publish` (Path.replace, or os.link) then makes its own.
+
+    Args:
+        mode: who may do what with it, less what the umask takes away.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         publish(part, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -139,13 +140,17 @@ def test_clean_up_deletes_no_path_out_of_a_tag_and_only_what_a_dry_run_lists(
     assert (victim / "deep" / "thesis.tex").read_text() == "mine"
 
 
-def test_a_version_s_files_elsewhere_are_left(home: Path) -> None:
-    from types import SimpleNamespace
-
+def test_a_version_s_files_elsewhere_are_left(home_with_mlflow: Path) -> None:
     from flows.clean_up import version_remains
 
+    home = home_with_mlflow
+    client, experiment = open_tracking(settings())
+    model = client.create_logged_model(experiment, name="sampler")
+    client.create_registered_model("m")
+    version = client.create_model_version("m", source=f"models:/{model.model_id}")
+    database = settings().tracking_uri.removeprefix("sqlite:///")
     root, local = f"file://{home}/mlflow/artifacts/1", home / "mlflow" / "artifacts"
-    local.mkdir(parents=True)
+    local.mkdir(parents=True, exist_ok=True)
     (local / "out").symlink_to("/etc")
     for location, ours in {
         f"{root}/models/m-1/artifacts": True,
@@ -156,11 +161,9 @@ def test_a_version_s_files_elsewhere_are_left(home: Path) -> None:
         f"file://{local}/out/x": False,
         "s3://somebody/else": False,
     }.items():
-        client = SimpleNamespace(  # what MLflow's database says, in place of an edited database
-            get_model_version=lambda *_: SimpleNamespace(source="models:/m-1"),
-            get_logged_model=lambda _, at=location: SimpleNamespace(artifact_location=at, model_id="m-1"),
-        )
-        assert (version_remains(client, "m", "1", root, local) is not None) == ours, location
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE logged_models SET artifact_location = ?", (location,))
+        assert (version_remains(client, "m", str(version.version), root, local) is not None) == ours, location
 
 
 def test_one_bad_tag_stops_no_later_run(hostile: tuple[MlflowClient, str, Path], ingested: Ingested) -> None:
