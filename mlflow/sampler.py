@@ -131,7 +131,8 @@ class Sampler(PythonModel):
         if kind == "png":
             Image.fromarray(self.spec.display(image)).save(buffer, "PNG")
         elif kind == "npy":
-            np.save(buffer, image, allow_pickle=False)
+            fields = np.dtype([(band, image.dtype) for band in self.spec.bands])
+            np.save(buffer, np.ascontiguousarray(image).view(fields)[..., 0], allow_pickle=False)
         else:
             import tifffile
 

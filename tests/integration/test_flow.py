@@ -140,7 +140,8 @@ def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> No
         assert opened.asarray().shape == (16, 16, 4)
         assert json.loads(opened.pages.first.description)["bands"] == bands
     (npy,) = model.predict([], params={"n": 1, "steps": 2, "format": "npy"})
-    assert np.load(io.BytesIO(base64.b64decode(npy))).shape == (16, 16, 4)
+    by_band = np.load(io.BytesIO(base64.b64decode(npy)))
+    assert (by_band.shape, by_band.dtype.names) == ((16, 16), tuple(bands))
     (png,) = model.predict([], params={"n": 1, "steps": 2, "format": "png"})
     assert Image.open(io.BytesIO(base64.b64decode(png))).mode == "RGB"
 
