@@ -17,7 +17,7 @@ Powers = NDArray[np.float64]
 
 REAL_IMAGES = 2000
 """Of each split, that are looked at."""
-BLOCK = 64  # images that are transformed at once
+BLOCK_VALUES = 1 << 21  # that are transformed at once, of images of any size and number of bands: 16 MB, and 32 of coefficients
 FAINTEST = 1e-6  # of a band's mean power: what lies below it is rounding
 
 
@@ -41,11 +41,12 @@ def powers(images: Images) -> Powers:
     ring = np.hypot(*np.meshgrid(frequencies, frequencies)).round().astype(int)
     rings = [np.flatnonzero(ring == radius) for radius in range(1, size // 2 + 1)]
     found = np.empty((len(images), bands, len(rings)))
-    for start in range(0, len(images), BLOCK):
-        block = np.moveaxis(images[start : start + BLOCK].astype(np.float64), 3, 1)
+    many = max(1, BLOCK_VALUES // (size * size * bands))
+    for start in range(0, len(images), many):
+        block = np.moveaxis(images[start : start + many].astype(np.float64), 3, 1)
         power = np.square(np.abs(np.fft.fft2(block))).reshape(len(block), bands, -1) / size**4
         for number, members in enumerate(rings):
-            found[start : start + BLOCK, :, number] = power[:, :, members].mean(axis=2)
+            found[start : start + many, :, number] = power[:, :, members].mean(axis=2)
     return found
 
 
