@@ -70,6 +70,15 @@ class Form:
     """Bytes of an image in a shard, where it is not kept as it is."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """An image as its shard holds it, with the sums of its levels and of their squares, by band."""
+
+    sample: Sample
+    sums: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+
 class Receipt(BaseModel):
     """What is remembered of a shard that has been written: beside it, until the manifest is."""
 
@@ -339,7 +348,7 @@ def _fitted(array: Images, image: SourceImage, source: Source, form: Form) -> Im
 def _make_shard(
     name: str, split: Split, chunk: list[Chosen], source: Source, form: Form, levels: tuple[NDArray[np.float64], ...]
 ) -> tuple[Receipt, bytes]:
-    def prepare(one: Chosen) -> tuple[Sample, Images] | DataError:
+    def prepare(one: Chosen) -> Prepared | DataError:
         content = one.image.read()
         if hashlib.sha256(content).hexdigest() != one.image.sha256:
             raise DataError(f"{shown(one.image.file_name)} of {source.name} changed while it was read. Start again.")
@@ -349,9 +358,10 @@ def _make_shard(
         except DataError as error:
             return error
         kind = codecs.file_format(content)
-        if fitted is array and kind in codecs.PILLOW and codecs.plain(content):
-            return Sample(one.key, content, one.label, kind), array
-        return Sample(one.key, codecs.to_npy(fitted), one.label, "npy"), fitted
+        if fitted is not array or kind not in codecs.PILLOW or not codecs.plain(content):
+            content, kind = codecs.to_npy(fitted), "npy"
+        pixels = np.clip(fitted.reshape(-1, form.bands).astype(np.float64), *levels)
+        return Prepared(Sample(one.key, content, one.label, kind), pixels.sum(axis=0), np.square(pixels).sum(axis=0))
 
     with ThreadPoolExecutor() as pool:
         made = list(pool.map(prepare, chunk))
@@ -359,13 +369,10 @@ def _make_shard(
     if failed:
         more = f" {len(failed) - 1:,} more of the {len(chunk):,} beside it are bad, too." if len(failed) > 1 else ""
         _stop_unless_skipped(source, failed[0], more)
-    good = [sample for sample in made if not isinstance(sample, DataError)]
-    low, high = levels
-    sums, squares = np.zeros(form.bands), np.zeros(form.bands)
-    if good:
-        pixels = np.clip(np.stack([image for _, image in good]).astype(np.float64).reshape(-1, form.bands), low, high)
-        sums, squares = pixels.sum(axis=0), np.square(pixels).sum(axis=0)
-    data = write_shard(sample for sample, _ in good)
+    good = [one for one in made if not isinstance(one, DataError)]
+    none = np.zeros(form.bands)
+    sums, squares = sum((one.sums for one in good), none), sum((one.squares for one in good), none)
+    data = write_shard(one.sample for one in good)
     digest = hashlib.sha256(data).hexdigest()
     shard = Shard(name=name, split=split, samples=len(good), bytes=len(data), sha256=digest)
     return Receipt(shard=shard, skipped=len(failed), sums=tuple(sums.tolist()), squares=tuple(squares.tolist())), data

@@ -17,7 +17,7 @@ Powers = NDArray[np.float64]
 
 REAL_IMAGES = 2000
 """Of each split, that are looked at."""
-BLOCK_VALUES = 1 << 21  # that are transformed at once, of images of any size and number of bands: 16 MB, and 32 of coefficients
+BLOCK_VALUES = 1 << 21  # that are transformed at once: 16 MB of levels, 32 of coefficients
 FAINTEST = 1e-6  # of a band's mean power: what lies below it is rounding
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ class Archive:
     digest: str
 
 
+_read_source = functools.lru_cache(maxsize=1)(read_source)
+"""What was proved is read again image by image, by its digests: the whole need not be proved twice."""
+
+
 @task(
     name="find source",
     task_run_name="find source",
@@ -43,7 +48,7 @@ def find_source(source: str, options: SourceOptions) -> Archive:
     """Find the images, or download them, and prove by their content what they are."""
     with Stage("Finding the source images", "download") as stage, stopwatch.part("ingest"):
         path = find_archive(source, settings(), lambda done, total: stage.update(done, total, f"{done / 1e6:.0f} MB"))
-        return Archive(source, options, str(path), read_source(source, path, options).digest)
+        return Archive(source, options, str(path), _read_source(source, path, options).digest)
 
 
 def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -65,7 +70,7 @@ def _ingest(archive: Archive, store_uri: str) -> str:
     store = open_store(store_uri)
     check_writable(store)
     with Stage("Writing shards", "ingest") as stage, stopwatch.part("ingest"):
-        source = read_source(archive.source, Path(archive.path), archive.options)
+        source = _read_source(archive.source, Path(archive.path), archive.options)
         return ingest(source, store, lambda done, total: stage.update(done, total, f"{done:,} images")).digest
 
 
@@ -73,7 +78,10 @@ def ingest_archive(archive: Archive, store_uri: str) -> Manifest:
     """The dataset of the archive's images in the store; a cache hit if these images have been ingested there before."""
     # A hit must point to something: somebody may have emptied the store since.
     gone = find_dataset(open_store(store_uri), archive.digest) is None
-    digest = _ingest.with_options(refresh_cache=gone)(archive, store_uri)
+    try:
+        digest = _ingest.with_options(refresh_cache=gone)(archive, store_uri)
+    finally:
+        _read_source.cache_clear()
     manifest = find_dataset(open_store(store_uri), digest)
     if manifest is None:
         raise DataError(f"The dataset {digest} has vanished from the store {store_uri}. Start the flow again.")
