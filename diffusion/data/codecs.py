@@ -42,7 +42,7 @@ def file_format(content: bytes) -> str:
 def decode(content: bytes, where: str) -> Array:
     """The image of a file. Raises DataError, which names `where`, if it holds none that can be trained on."""
     kind = file_format(content)
-    with decoder_errors(shown(where), kind.upper() or "any of JPEG, PNG, WebP, TIFF, NPY"):
+    with decoder_errors(where, kind.upper() or "any of JPEG, PNG, WebP, TIFF, NPY"):
         if kind in PILLOW:
             return _from_pillow(content, kind)
         if kind == "tif":
@@ -59,7 +59,7 @@ def decoder_errors(where: str, kind: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise DataError(
-            f"The image {where} does not decode as {kind} ({error}). Replace it by a whole copy."
+            f"The image {shown(where)} does not decode as {kind} ({error}). Replace it by a whole copy."
         ) from error
 
 

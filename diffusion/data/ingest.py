@@ -34,6 +34,8 @@ MEASURED_IMAGES, MEASURED_PIXELS = 2000, 1024
 """Images, and pixels of each, by which levels are measured where they are not given."""
 OUTSIDE, DARK, BRIGHT = 0.0005, 0.02, 0.98
 """Shares of pixels: beyond either end of the levels; below what pictures show as black, and as white."""
+THREADED_BYTES = 32_000
+"""Of an image's file, from which on threads help to decode; with smaller ones, most of it Python, they halve the speed."""
 SMALLEST_STD = 1e-6
 """Of a band that is the same everywhere."""
 
@@ -348,6 +350,8 @@ def _fitted(array: Images, image: SourceImage, source: Source, form: Form) -> Im
 def _make_shard(
     name: str, split: Split, chunk: list[Chosen], source: Source, form: Form, levels: tuple[NDArray[np.float64], ...]
 ) -> tuple[Receipt, bytes]:
+    low, high = (level[:, None] for level in levels)
+
     def prepare(one: Chosen) -> Prepared | DataError:
         content = one.image.read()
         if hashlib.sha256(content).hexdigest() != one.image.sha256:
@@ -360,11 +364,17 @@ def _make_shard(
         kind = codecs.file_format(content)
         if fitted is not array or kind not in codecs.PILLOW or not codecs.plain(content):
             content, kind = codecs.to_npy(fitted), "npy"
-        pixels = np.clip(fitted.reshape(-1, form.bands).astype(np.float64), *levels)
-        return Prepared(Sample(one.key, content, one.label, kind), pixels.sum(axis=0), np.square(pixels).sum(axis=0))
+        # A row a band: sums along rows are ten times as fast as sums across them.
+        pixels = fitted.reshape(-1, form.bands).T.astype(np.float64, order="C")
+        np.clip(pixels, low, high, out=pixels)
+        sums = pixels.sum(axis=1)
+        return Prepared(Sample(one.key, content, one.label, kind), sums, np.square(pixels, out=pixels).sum(axis=1))
 
-    with ThreadPoolExecutor() as pool:
-        made = list(pool.map(prepare, chunk))
+    if sum(one.image.size for one in chunk) < THREADED_BYTES * len(chunk):
+        made = list(map(prepare, chunk))
+    else:
+        with ThreadPoolExecutor() as pool:
+            made = list(pool.map(prepare, chunk))
     failed = [error for error in made if isinstance(error, DataError)]
     if failed:
         more = f" {len(failed) - 1:,} more of the {len(chunk):,} beside it are bad, too." if len(failed) > 1 else ""

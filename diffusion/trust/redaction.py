@@ -40,6 +40,8 @@ def _secrets() -> list[str]:
 def shown(name: str, limit: int = 120) -> str:
     """A name that somebody else has chosen, fit to be shown on one line: what does not print is escaped, the end is cut."""
     cut = name if len(name) <= limit else f"{name[: limit - 1]}…"
+    if cut.isprintable():
+        return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
 
 
