@@ -94,9 +94,17 @@ class ShardImages:
         labels = np.empty(len(shards), np.int64)
         for index in np.unique(shards):
             chosen = shards == index
-            shard_images, shard_labels = self.shard(int(index))
-            images[chosen], labels[chosen] = shard_images[places[chosen]], shard_labels[places[chosen]]
+            images[chosen], labels[chosen] = self._some(int(index), places[chosen])
         return images, labels
+
+    def _some(self, index: int, places: NDArray[np.int64]) -> tuple[Images, Labels]:
+        if self.memory_bytes or index in self._decoded or index in self._pending:
+            images, labels = self.shard(index)
+            return images[places], labels[places]
+        # Nothing is kept: the others would be decoded for nothing.
+        samples = self._samples(index)
+        some = [samples[place] for place in places]
+        return decode_all(some, self.spec, self.image_size), _labels(some)
 
     def all(self) -> Iterator[tuple[Images, Labels]]:
         """Every shard's images and labels, in the manifest's order."""

@@ -88,20 +88,15 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
     if spec.counted:
         bound, bits_of_images = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
+    where = evaluation_folder(job.run, job.step, job.name)
+    final = job.step == recipe.total_steps and not job.name
+    scores = None
     if accelerator.is_main_process:
-        where = evaluation_folder(job.run, job.step, job.name)
         subjects = [
             Features(features, labels, reference, spec.classes, extractor.classify)
             for extractor, features, reference in zip(extractors, embedded, references, strict=True)
         ]
         deciding = subjects[0]
-        names = row_names(spec, recipe.network.class_conditional)
-        # The columns are fixed by the samples' indices: the same noise at every milestone.
-        shown = GRID_COLUMNS * len(names)
-        store.write(f"{where}/grid.png", png(class_grid(spec.display(images[:shown]), names)))
-        if job.step == recipe.milestones[0] and not job.name:
-            noise = denoiser.pixels.decode(denoiser.start(range(shown), SEED))
-            store.write(f"{where}/noise.png", png(class_grid(spec.display(noise), names)))
         train = ShardImages(store, manifest, "train", size, job.shard_copies, memory_bytes=0)
         store.write(f"{where}/closest.png", png(closest_pairs(images, deciding.copies, train)))
         real = [first_powers(spec.clipped(real) for real, _ in split.all()) for split in (train, test)]
@@ -111,16 +106,9 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
         if bound is not None:
             rows += measured(bound)
         evidence = None
-        if job.step == recipe.total_steps and not job.name:
+        if final:
             evidence = Evidence(deciding.samples, deciding.copies.close, bits_of_images).to_bytes()
             store.write(evidence_name(job.run, job.step), evidence)
-            row_labels = sample_labels(recipe, manifest, range(len(names)))
-            for name, picture in (
-                ("trajectory", trajectory(denoiser, row_labels, names)),
-                ("interpolation", interpolation(denoiser, row_labels, names)),
-                ("real", real_images(test, names)),
-            ):
-                store.write(f"{where}/{name}.png", png(picture))
         scores = Scores(
             step=job.step,
             images_seen=state.images_seen,
@@ -134,8 +122,34 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
             bound=bound,
             evidence_sha256=hashlib.sha256(evidence).hexdigest() if evidence else None,
         )
+    if accelerator.is_last_process:  # while the first one, where there are several, counts
+        with_noise = job.step == recipe.milestones[0] and not job.name
+        for name, picture in pictures(denoiser, manifest, images, test, with_noise, final).items():
+            store.write(f"{where}/{name}.png", png(picture))
+    accelerator.wait_for_everyone()
+    if scores is not None:
         store.write(f"{where}/scores.json", seal(scores))
     accelerator.wait_for_everyone()
+
+
+def pictures(
+    denoiser: Denoiser, manifest: Manifest, images: Images, test: ShardImages, with_noise: bool, final: bool
+) -> dict[str, Image.Image]:
+    """What people look at, by name: a grid of the samples; the noise that they began as; at the end the showpieces."""
+    spec, recipe = manifest.images, denoiser.recipe
+    names = row_names(spec, recipe.network.class_conditional)
+    # The columns are fixed by the samples' indices: the same noise at every milestone.
+    shown = GRID_COLUMNS * len(names)
+    found = {"grid": class_grid(spec.display(images[:shown]), names)}
+    if with_noise:
+        noise = denoiser.pixels.decode(denoiser.start(range(shown), SEED))
+        found["noise"] = class_grid(spec.display(noise), names)
+    if final:
+        labels = sample_labels(recipe, manifest, range(len(names)))
+        found["trajectory"] = trajectory(denoiser, labels, names)
+        found["interpolation"] = interpolation(denoiser, labels, names)
+        found["real"] = real_images(test, names)
+    return found
 
 
 def weights_to_try(state: State) -> list[str]:

@@ -224,8 +224,11 @@ def nearest_copies(train: Features, held_out: Features, samples: Features) -> Me
 
 
 def _distances(a: Features, b: Features) -> NDArray[np.float64]:
-    squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :] - 2 * a @ b.T
-    return np.sqrt(np.clip(squared, 0, None))
+    # In place: a matrix of this size is slower to make than to compute.
+    squared = np.add.outer(np.square(a).sum(1), np.square(b).sum(1))
+    squared -= 2 * a @ b.T
+    np.maximum(squared, 0, out=squared)
+    return np.sqrt(squared, out=squared)
 
 
 def _nearest(queries: Features, points: Features, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -233,8 +236,11 @@ def _nearest(queries: Features, points: Features, count: int) -> tuple[NDArray[n
     distances, indices = [], []
     for start in range(0, len(queries), ROWS):
         block = _distances(queries[start : start + ROWS], points)
-        found = np.argpartition(block, count - 1, axis=1)[:, :count]
-        found = np.take_along_axis(found, np.take_along_axis(block, found, 1).argsort(axis=1), 1)
+        if count == 1:
+            found = block.argmin(axis=1, keepdims=True)
+        else:
+            found = np.argpartition(block, count - 1, axis=1)[:, :count]
+            found = np.take_along_axis(found, np.take_along_axis(block, found, 1).argsort(axis=1), 1)
         indices.append(found)
         distances.append(np.take_along_axis(block, found, 1))
     return np.concatenate(distances), np.concatenate(indices)
