@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from diffusion.settings import Settings, settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
-from diffusion.tracking.system import SystemMetrics
+from diffusion.tracking.system import Hosts, Machine, SystemMetrics
 from flows.engines.placement import Placement, Workers
 from flows.launcher import run_job, run_on_cluster
 from flows.owner import close_abandoned, this_process
@@ -140,7 +141,9 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         owner=this_process(),
     )
     tracked = TrackedRun.open(client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
-    with lock, SystemMetrics(tracked), MetricsSender(tracked, environment.runs / lineage.run) as sender:
+    folder = environment.runs / lineage.run
+    machines = partial(Hosts, folder) if environment.engine == "ray" else Machine
+    with lock, SystemMetrics(tracked, machines), MetricsSender(tracked, folder) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run

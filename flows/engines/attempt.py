@@ -19,8 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from diffusion.data.store import Store
 from diffusion.errors import ClusterError, StoreError
 from diffusion.job import SPEC, ProgressFile
+from diffusion.tracking.system import HOSTS
 from diffusion.training.journal import JOURNAL, TIMING, Journal, commit, committed_step, records
 from diffusion.training.state import checkpoint_file, load_state
+from diffusion.trust.private import put
 from flows.engines.placement import Capacity, Host, Placement
 from flows.engines.worker import Mailbox, Worker
 
@@ -94,6 +96,7 @@ class Attempt:
         self.listens = False
         """Whether the job would take a request to stop as one, and can go on from where it is."""
         self._progress = ProgressFile(folder, active=True)
+        self._hosts: dict[str, dict[str, float]] = {}
         self._behind = 0
         """The step of a checkpoint whose journal is not here yet."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -116,8 +119,12 @@ class Attempt:
             options = {"num_cpus": float(placement.threads), "num_gpus": float(placement.gpu)}
             self._ranks.append(worker.options(**options, scheduling_strategy=within).remote())
         try:
-            meeting, *_ = ray.get([rank.meet.remote() for rank in self._ranks], timeout=START_SECONDS)
-            self._running = [one.run.remote(told, rank, place.workers, meeting) for rank, one in enumerate(self._ranks)]
+            places = ray.get([rank.meet.remote() for rank in self._ranks], timeout=START_SECONDS)
+            first = {address: rank for rank, (address, _) in reversed(list(enumerate(places)))}
+            told["watchers"] = list(first.values())  # one on each host
+            self._running = [
+                one.run.remote(told, rank, place.workers, places[0]) for rank, one in enumerate(self._ranks)
+            ]
         except (RuntimeEnvSetupError, ActorDiedError) as error:
             if isinstance(error, ActorDiedError) and not error.actor_init_failed:
                 self.failure = error  # its host has just been lost
@@ -161,6 +168,9 @@ class Attempt:
                 self._progress.write(**message["progress"])
             if "timing" in message:
                 self._keep_timing(message["timing"])
+            if "machine" in message:
+                self._hosts |= message["machine"]
+                put(self.folder / HOSTS, json.dumps(self._hosts).encode(), Path.replace)
             self._behind = max(self._behind, message.get("committed", 0))
         if self._behind > committed_step(self.folder):
             self._keep_journal(self._behind)

@@ -92,9 +92,12 @@ def run(folder: Path, stop: threading.Event) -> bool:
                 grown = follow(attempt, placement, stop)
             finally:
                 attempt.end()
-            known = [error for error in map(error_from, attempt.reports) if not isinstance(error, RuntimeError)]
-            if known:
-                raise known[0]
+            for report in attempt.reports:
+                error = error_from(report)
+                if isinstance(error, StoreError):  # other hosts may reach it
+                    raise StoreError(f"{error} (on {report['host']})")
+                if not isinstance(error, RuntimeError):
+                    raise error
             if stop.is_set():
                 return False
             if attempt.failure is None and not grown:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from diffusion.data.store import open_store
 from diffusion.errors import DataError
 from diffusion.job import ProgressFile, Rank, RankOutput, make_accelerator, report_of, use_deterministic_algorithms
+from diffusion.tracking.system import SAMPLE_SECONDS, Machine
 from diffusion.training.journal import TIMING, commit, committed_step
 from diffusion.trust.redaction import redact_logs
 
@@ -34,6 +35,7 @@ FOLDERS = f"train-diffusion-{socket.gethostname()}-"
 POLL_SECONDS = 0.3
 LINK_SECONDS = 1800
 """That ranks wait for one another: the first may have much to do alone. Dead hosts are found by Ray, far earlier."""
+FIRST_LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 """That a worker waits for the driver's answer before it takes it for lost."""
 
@@ -83,7 +85,8 @@ class Worker:
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def run(self, told: dict[str, Any], rank: int, ranks: int, meeting: tuple[str, int]) -> None:
-        """A rank's main. `told`: the job's module and spec, the mailbox, a marker in the store, the step that is committed."""
+        """A rank's main. `told`: the job's module and spec, the mailbox, a marker in the store, the step that is committed, and the
+        ranks that say what their hosts do."""
         mailbox = told["mailbox"]
         host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
         redact_logs()
@@ -98,6 +101,7 @@ class Worker:
                 tempfile.TemporaryDirectory(prefix=f"{FOLDERS}{os.getpid()}-") as name,
                 _logging_as(rank),
                 _messenger(mailbox, rank, Path(name)) as listen,
+                _watching(mailbox, rank, rank in told["watchers"]),
             ):
                 if rank == 0:
                     commit(Path(name), told["committed"])
@@ -168,6 +172,29 @@ def _cache() -> Path:
     """Where this host keeps copies of shards, whose digests are checked whenever they are read."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "train-diffusion"
+
+
+@contextmanager
+def _watching(mailbox: Any, rank: int, active: bool) -> Iterator[None]:
+    """A thread that says what this host does, while the body runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        machine, wait = Machine(), FIRST_LOOK_SECONDS
+        while not ended.wait(wait):
+            wait = SAMPLE_SECONDS
+            try:
+                seen = {socket.gethostname(): dict(machine.look())}
+                ray.get(mailbox.tell.remote({"rank": rank, "machine": seen}), timeout=PATIENCE_SECONDS)
+            except Exception as error:  # no reason to end: a driver's trouble, or the network's
+                print(f"no metrics of this host for a moment ({type(error).__name__})", flush=True)
+
+    if active:
+        threading.Thread(target=watch, name="system-metrics", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextmanager

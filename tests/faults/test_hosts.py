@@ -26,7 +26,7 @@ from diffusion.training.state import load_state, steps_with_checkpoint
 from flows.launcher import run_job
 from tests.conftest import TINY, start_s3, tiny_recipe
 from tests.faults.report import Kill
-from tests.hosts import HERE, Cluster, hosts, wait_until
+from tests.hosts import HERE, Cluster, hosts, sh, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -217,6 +217,12 @@ def test_the_flow_trains_on_the_hosts_what_it_trains_here(machines: Machines, tm
             machines.first.name,
             machines.second.name,
         }
+    from diffusion.tracking.connection import connect
+
+    client = connect(f"sqlite:///{tmp_path}/hosts/mlflow.db")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("train-diffusion").experiment_id])
+    seen = {name.split("/")[1] for name in tracked.data.metrics if name.startswith("system/")}
+    assert seen == {machines.first.name, machines.second.name}, "what the hosts do, not what the flow's machine does"
 
 
 def test_a_rank_is_killed(machines: Machines, tmp_path: Path, tell: Tell) -> None:
@@ -329,6 +335,35 @@ def test_what_is_wrong_is_said_once(machines: Machines, tmp_path: Path) -> None:
     assert "does not see what the flow's machine writes to the store" in trial.log
     assert "Going on" not in trial.log
     trial.nothing_is_left()
+
+
+def test_a_host_without_the_environment_is_said_once(machines: Machines, tmp_path: Path) -> None:
+    torch = Path(sys.executable).parent.parent / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    torch = torch / "site-packages" / "torch"
+    assert machines.second.start("mount", "-t", "tmpfs", "tmpfs", str(torch)).wait() == 0
+    try:
+        trial = Trial(machines, tmp_path, "without-torch")
+        caller = trial.begin()
+        assert caller.wait(240) == 1
+        assert "can't run a worker" in trial.log
+        assert "Every host needs this project's environment: make ray." in trial.log
+        assert "Going on" not in trial.log
+        trial.nothing_is_left()
+    finally:
+        assert machines.second.start("umount", str(torch)).wait() == 0
+
+
+def test_a_store_that_one_host_does_not_reach_is_said_with_its_name(machines: Machines, tmp_path: Path) -> None:
+    sh("ip", "-n", machines.second.name, "route", "add", "unreachable", f"{HERE}/32")
+    try:
+        trial = Trial(machines, tmp_path, "unreachable")
+        caller = trial.begin()
+        assert caller.wait(240) == 1
+        assert f"(on {machines.second.name} ({machines.second.address}))" in trial.log
+        assert "Going on" not in trial.log
+        trial.nothing_is_left()
+    finally:
+        sh("ip", "-n", machines.second.name, "route", "del", "unreachable", f"{HERE}/32")
 
 
 @pytest.mark.parametrize(
