@@ -43,7 +43,7 @@ lock: .venv/installed-dev ## Write the lock files from constraints.txt and pypro
 audit: .venv/installed-dev ## Ask a database of vulnerabilities about every package (needs a network)
 	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-ray.lock -r requirements-dev.lock -r requirements-torch.lock
 
-demo: install ## Train, score and register a small model on this machine, in about ten minutes
+demo: install ## Train, score and register a small model on this machine, in five to ten minutes
 	@$(BIN)/python -m flows.demo
 
 check: lint ## Style, types and unit tests: whether a change holds, within a minute or two
