@@ -63,8 +63,8 @@ lint: .venv/installed-dev ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-up: install ## Prefect server, MLflow server and worker here, with the deployments registered
-	@$(BIN)/python infra/stack.py up
+up: $(if $(filter ray,$(ENGINE)),ray,install) ## Prefect server, MLflow server and worker here, deployments registered; ENGINE=ray: and Ray
+	@$(if $(ENGINE),TRAIN_DIFFUSION_ENGINE=$(ENGINE)) $(BIN)/python infra/stack.py up
 
 down: install ## Stop what make up started
 	@$(BIN)/python infra/stack.py down

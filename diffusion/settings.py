@@ -76,12 +76,14 @@ class Settings(BaseSettings):
     """Compute on GPUs by deterministic algorithms alone, slower, so that a resume gives the same bits there too."""
 
     engine: Literal["local", "ray"] = Field(default="local", validation_alias="TRAIN_DIFFUSION_ENGINE")
-    """Where jobs run: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names."""
+    """Where jobs run: local, as processes of this machine; ray, on the Ray cluster that RAY_ADDRESS names."""
 
     prefect_port: int = Field(default=4200, ge=1, le=65535, validation_alias="PREFECT_PORT")
     """Where the Prefect server of make up listens."""
     mlflow_port: int = Field(default=5000, ge=1, le=65535, validation_alias="MLFLOW_PORT")
     """Where the MLflow server of make up listens."""
+    ray_port: int = Field(default=6379, ge=1, le=65535, validation_alias="RAY_PORT")
+    """Where Ray listens that make up ENGINE=ray starts."""
     auth: Literal["on", "off"] = Field(default="on", validation_alias="AUTH")
     """off: the servers of make up ask for no password."""
 

@@ -1,21 +1,26 @@
 """The servers on this machine, without containers: `python infra/stack.py up | down | status | password`.
 
 up starts a Prefect server, an MLflow server and a worker on the loopback interface, with credentials of their own
-(AUTH=off: without), and registers the deployments of prefect.yaml. down stops these processes and no others. password
-makes a new password and has everything here follow it.
+(AUTH=off: without), and registers the deployments of prefect.yaml. With TRAIN_DIFFUSION_ENGINE=ray, and no RAY_ADDRESS, it starts
+Ray as well, a head that computes on this machine. down stops these processes and no others. password makes a new password and
+has everything here follow it.
 
-Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000). Databases: SQLite under var/, or what
+Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000), RAY_PORT (6379). Databases: SQLite under var/, or what
 PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,7 +32,7 @@ import psutil
 
 from diffusion.errors import SettingsError, UserError
 from diffusion.settings import settings
-from diffusion.trust.private import use_private_home, write_private
+from diffusion.trust.private import create_private, read_private, use_private_home, write_private
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -39,6 +44,10 @@ except SettingsError as error:
 STACK = HOME / "stack"
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 MLFLOW_USERS = STACK / "mlflow-auth.db"
+CLUSTER_SECRET = "ray-token"  # noqa: S105  a file's name
+RAY_FOLDER = "ray-folder"
+NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
+"""What there may be of it, in the order in which it is stopped."""
 BIN = Path(sys.executable).parent
 READY_SECONDS = 120
 STOP_SECONDS = 30
@@ -137,18 +146,27 @@ def stop(name: str) -> None:
     (STACK / f"{name}.pid").unlink(missing_ok=True)
 
 
-def wait_until_ready(name: str, url: str) -> None:
-    """Wait until the server answers; end with the last lines of its log if it dies or takes too long."""
-    deadline = time.monotonic() + READY_SECONDS
+def wait_until_ready(name: str, address: str, path: str = "") -> None:
+    """Wait until the server answers; end with the last lines of its log if it dies or takes too long.
+
+    Args:
+        path: what it is asked for, if it speaks HTTP.
+    """
+    deadline, (host, _, port) = time.monotonic() + READY_SECONDS, urlsplit(address).netloc.partition(":")
     while time.monotonic() < deadline and find(name) is not None:
         try:
-            with urllib.request.urlopen(url, timeout=2):  # noqa: S310  our own loopback address
-                return
+            if path:
+                urllib.request.urlopen(f"{address}{path}", timeout=2).close()  # noqa: S310  our own loopback address
+            else:
+                socket.create_connection((host, int(port)), timeout=2).close()
+            return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     log = (STACK / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
     down()
-    raise SystemExit(f"{name} did not become ready at {url}. The end of {STACK / f'{name}.log'}:\n" + "\n".join(log))
+    raise SystemExit(
+        f"{name} did not become ready at {address}. The end of {STACK / f'{name}.log'}:\n" + "\n".join(log)
+    )
 
 
 def check_port(port: int, name: str, variable: str) -> None:
@@ -211,6 +229,36 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     start("mlflow-server", command, env)
 
 
+def start_ray(port: int) -> dict[str, str]:
+    """Ray on this machine, for this user alone; returns what a client of it needs to know."""
+    if importlib.util.find_spec("ray") is None:
+        raise SystemExit("TRAIN_DIFFUSION_ENGINE is ray, which is not installed: make ray")
+    create_private(STACK / CLUSTER_SECRET, secrets.token_hex(32))
+    own = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": read_private(STACK / CLUSTER_SECRET),
+        # For other systems than Linux it would say so by itself: no cluster with other machines. Else it takes the machine's
+        # address for 127.0.0.1, and listens everywhere.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    # It opens its own folder, where its sockets are, to everybody; and their paths may not be long. So: within a private one.
+    remove_ray_folder()
+    folder = tempfile.mkdtemp(prefix="ray-")
+    write_private(STACK / RAY_FOLDER, folder)
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false", "--disable-usage-stats"]
+    command += [f"--temp-dir={folder}/s"]
+    start("ray", command, {**base_environment(STORE_KEYS, CLUSTER, PREFECT_OWN, MLFLOW_OWN), **own})
+    return {**own, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+
+
+def remove_ray_folder() -> None:
+    """What Ray has left: its logs and sockets."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(read_private(STACK / RAY_FOLDER))
+    (STACK / RAY_FOLDER).unlink(missing_ok=True)
+
+
 def follow_password(password: str) -> None:
     """Have MLflow's user database, where it is there, know the password: it keeps the one that it was made with."""
     if not MLFLOW_USERS.exists():
@@ -251,21 +299,28 @@ def up(register: bool = True) -> None:
         )
     STACK.mkdir(parents=True, exist_ok=True)
     (HOME / "prefect").mkdir(parents=True, exist_ok=True)
-    if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
+    if any(map(find, NAMES)):
         down()
-    prefect_port, mlflow_port = settings().prefect_port, settings().mlflow_port
+    prefect_port, mlflow_port, ray_port = settings().prefect_port, settings().mlflow_port, settings().ray_port
+    own_cluster = settings().engine == "ray" and os.environ.get("RAY_ADDRESS") in (None, f"127.0.0.1:{ray_port}")
     check_port(prefect_port, "Prefect", "PREFECT_PORT")
     check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
+    if own_cluster:
+        check_port(ray_port, "Ray", "RAY_PORT")
     password = None if settings().auth == "off" else known_password(STACK)
     addresses = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}", password)
 
-    print("starting the Prefect server and the MLflow server …", flush=True)
+    print(f"starting the Prefect server and the MLflow server{', and Ray' if own_cluster else ''} …", flush=True)
     start_prefect(prefect_port, addresses)
     start_mlflow(mlflow_port, addresses)
-    wait_until_ready("prefect-server", f"{addresses.prefect}/api/health")
-    wait_until_ready("mlflow-server", f"{addresses.mlflow}/health")
+    cluster = start_ray(ray_port) if own_cluster else {}
+    wait_until_ready("prefect-server", addresses.prefect, "/api/health")
+    wait_until_ready("mlflow-server", addresses.mlflow, "/health")
+    if own_cluster:
+        wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
     # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
-    env = {**base_environment("PREFECT_SERVER_", "MLFLOW_BACKEND_", "MLFLOW_AUTH_"), **addresses.client_environment()}
+    own = base_environment("PREFECT_SERVER_", "MLFLOW_BACKEND_", "MLFLOW_AUTH_")
+    env = {**own, **addresses.client_environment(), **cluster}
     if register:
         print("registering the deployments …", flush=True)
         register_deployments(env)
@@ -286,8 +341,9 @@ def up(register: bool = True) -> None:
 
 def down() -> None:
     """Stop what `up` started."""
-    for name in ("worker", "mlflow-server", "prefect-server"):
+    for name in NAMES:
         stop(name)
+    remove_ray_folder()
     profile("withdraw")  # which looks whose address it has
     SERVERS.unlink(missing_ok=True)
 
@@ -312,12 +368,12 @@ def password() -> None:
         running = json.loads(SERVERS.read_text())
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
-    for process in filter(None, map(find, ("prefect-server", "mlflow-server", "worker"))):  # and with the same settings
+    for process in filter(None, map(find, NAMES)):  # and with the same settings
         for variable, value in process.environ().items():
             if variable.startswith(KEPT):
                 os.environ.setdefault(variable, value)
     made = new_password(STACK)
-    if any(find(name) for name in ("prefect-server", "mlflow-server", "worker")):
+    if any(map(find, NAMES)):
         up(register=False)
     else:
         follow_password(made)
@@ -326,8 +382,10 @@ def password() -> None:
 
 def status() -> None:
     """Say what is running."""
-    for name in ("prefect-server", "mlflow-server", "worker"):
+    for name in reversed(NAMES):
         process = find(name)
+        if process is None and name == "ray" and not (STACK / CLUSTER_SECRET).exists():
+            continue
         print(f"{name:15} {f'running, pid {process.pid}' if process else 'not running'}")
     if SERVERS.exists() and "PREFECT_API_AUTH_STRING" not in json.loads(SERVERS.read_text()):
         print(OPEN_TO_ALL)

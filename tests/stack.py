@@ -66,9 +66,11 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
         **environment,
     }
     made = Project(folder, env, "")
-    up = made.stack("up")
-    assert up.returncode == 0, up.stdout + up.stderr
-    for port in ("PREFECT_PORT", "MLFLOW_PORT"):
-        del env[port]  # a fresh shell knows nothing of them
-    yield Project(folder, env, up.stdout)
-    made.stack("down")
+    try:
+        up = made.stack("up")
+        assert up.returncode == 0, up.stdout + up.stderr
+        for port in ("PREFECT_PORT", "MLFLOW_PORT"):
+            del env[port]  # a fresh shell knows nothing of them
+        yield Project(folder, env, up.stdout)
+    finally:
+        made.stack("down")

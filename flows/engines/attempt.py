@@ -192,6 +192,11 @@ class Attempt:
             log.warning("The journal up to step %d is not here yet: %s", step, error)
 
     @property
+    def reasons(self) -> frozenset[str]:
+        """What ranks said of why, whichever of them did."""
+        return frozenset(_last_line(one["message"]) for one in self.reports)
+
+    @property
     def why(self) -> str:
         """Why it failed, in a line."""
         lines = [f"rank {one['rank']} on {one['host']}: {_last_line(one['message'])}" for one in self.reports]

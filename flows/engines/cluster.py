@@ -24,6 +24,8 @@ from pathlib import Path
 
 import ray
 
+import diffusion
+import flows
 from diffusion.data.store import open_store
 from diffusion.errors import ClusterError, StoreError
 from diffusion.job import (
@@ -41,7 +43,7 @@ from diffusion.trust.redaction import redact_logs
 from flows.engines.attempt import Attempt, capacity, growth, reserve
 from flows.engines.placement import PLACEMENT, Placement
 
-PACKAGES = [str(Path(__file__).resolve().parents[2] / name) for name in ("diffusion", "flows")]
+PACKAGES = [str(Path(package.__path__[0]).resolve()) for package in (diffusion, flows)]
 """What workers get from here: the code that the flow has, whatever lies on their hosts."""
 ANSWER_SECONDS = 10.0
 POLL_SECONDS = 0.3
@@ -85,7 +87,7 @@ def run(folder: Path, stop: threading.Event) -> bool:
     store, marker = open_store(spec["store"]), f"runs/{spec['run']}/seen-{uuid.uuid4().hex}"
     store.write(marker, b"")
     try:
-        losses, last = 0, (0, "")
+        losses, last = 0, (0, frozenset[str]())
         while (place := reserve(placement, stop)) is not None:
             attempt = Attempt(folder, placement, store, marker, place)
             try:
@@ -105,8 +107,8 @@ def run(folder: Path, stop: threading.Event) -> bool:
             if attempt.failure is not None:
                 losses += 1
                 # A loss names ports or processes. What ends two starts in a row alike, at the same step, is none.
-                before, last = last, (committed_step(folder), attempt.why)
-                if attempt.reports and last == before:
+                before, last = last, (committed_step(folder), attempt.reasons)
+                if attempt.reports and last[0] == before[0] and last[1] & before[1]:
                     raise error_from(attempt.reports[0])
                 if losses > MOST_LOSSES:
                     raise RuntimeError(f"The job was begun {losses} times, and lost workers each time: {attempt.why}")

@@ -80,9 +80,9 @@ class Worker:
     """One rank: a process that Ray starts for it on one of the hosts."""
 
     def meet(self) -> tuple[str, int]:
-        """Where the ranks may meet, if this is the first of them."""
-        with socket.create_server(("", 0)) as free:
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        """Where the ranks may meet, if this is the first of them: on the cluster's network, and on no other."""
+        self._door = socket.create_server((ray.util.get_node_ip_address(), 0))
+        return self._door.getsockname()
 
     def run(self, told: dict[str, Any], rank: int, ranks: int, meeting: tuple[str, int]) -> None:
         """A rank's main. `told`: the job's module and spec, the mailbox, a marker in the store, the step that is committed, and the
@@ -105,7 +105,7 @@ class Worker:
             ):
                 if rank == 0:
                     commit(Path(name), told["committed"])
-                _join(rank, ranks, meeting)
+                _join(rank, ranks, meeting, self._door)
                 if spec.deterministic:
                     use_deterministic_algorithms()
                 accelerator = make_accelerator()
@@ -118,10 +118,10 @@ class Worker:
             raise
 
 
-def _join(rank: int, ranks: int, meeting: tuple[str, int]) -> None:
+def _join(rank: int, ranks: int, meeting: tuple[str, int], door: socket.socket) -> None:
     """Meet the other ranks. Ray gives each at most one GPU, and shows it no other."""
     address, port = meeting
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # Accelerate asks for them
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if ranks > 1:
         # Else gloo takes the address of the host's name, which often is one of loopback.
@@ -131,7 +131,10 @@ def _join(rank: int, ranks: int, meeting: tuple[str, int]) -> None:
             os.environ |= {"GLOO_SOCKET_IFNAME": own[0], "NCCL_SOCKET_IFNAME": own[0]}
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         waits = timedelta(seconds=LINK_SECONDS)
-        dist.init_process_group(backend, timeout=waits)
+        # By itself the first rank would open a port of its own, on all of the host's networks.
+        first: dict[str, Any] = {"is_master": True, "master_listen_fd": door.detach()} if rank == 0 else {}
+        store = dist.TCPStore(address, port, ranks, timeout=waits, use_libuv=False, **first)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waits)
 
 
 def _find_marker(uri: str, marker: str, host: str) -> None:
