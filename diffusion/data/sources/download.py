@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -18,11 +26,16 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 3
+"""In a row that bring nothing."""
+MOST_ATTEMPTS = 1000
 CONNECT_AND_READ_SECONDS = (10, 30)
 MAX_ARCHIVE_BYTES = 256 << 20
 """The public archives have 90 to 95 MB."""
 MAX_SECONDS = 3600.0
 """For one try: a server that trickles is given up, and what came is kept for the next call."""
+BUSY = (429, 503)
+BUSY_TIMES, BUSY_SECONDS, MOST_BUSY_SECONDS = 5, 10.0, 300.0
+"""How often a server may say that it is busy; the wait where it names none, and the longest that is granted."""
 
 DOWNLOAD_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What requests raises, and what it lets through: of urllib3, of the disk, of addresses that are none."""
@@ -31,25 +44,53 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes that are here and the bytes in all (None where the server does not tell)."""
 
 
+class _Busy(Exception):
+    """A server wants to be asked later."""
+
+    def __init__(self, status: int, seconds: float) -> None:
+        super().__init__(f"HTTP {status}, busy")
+        self.seconds = seconds
+
+
 def download_eurosat(folder: Path, mirrors: Sequence[Mirror] = MIRRORS, progress: Progress | None = None) -> Path:
     """Download the first mirror that answers into `folder` and return the archive's path.
 
-    A broken transfer is continued where it stopped, also by the next call. Raises DataError if no mirror gives the
-    archive with its known md5.
+    A broken transfer is continued where it stopped, also by the next call, as long as it moves on. A mirror that is busy is
+    asked again when it says, the others meanwhile. Of several calls at once one downloads, and the others wait for it.
+    Raises DataError if no mirror gives the archive with its known md5, or the disk takes no more.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    reasons = []
-    for mirror in mirrors:
-        target = folder / mirror.file_name
-        try:
-            _fetch(mirror, target, progress)
-            return target
-        except (*DOWNLOAD_ERRORS, DataError) as error:
-            reasons.append(f"{mirror.url}: {_reason(error)}")
-            log.warning("EuroSAT is not to be had from %s", reasons[-1])
+    with one_at_a_time(folder):
+        for mirror in mirrors:
+            if (folder / mirror.file_name).exists():
+                return folder / mirror.file_name
+        reasons: dict[str, str] = {}
+        ready = dict.fromkeys(mirrors, 0.0)
+        times = dict.fromkeys(mirrors, 0)
+        while ready:
+            mirror = min(ready, key=lambda one: max(ready[one], time.monotonic()))
+            time.sleep(max(0.0, ready[mirror] - time.monotonic()))
+            target = folder / mirror.file_name
+            try:
+                _fetch(mirror, target, progress)
+                return target
+            except _Busy as error:
+                times[mirror] += 1
+                reasons[mirror.url] = str(error)
+                ready[mirror] = time.monotonic() + error.seconds
+                if times[mirror] == BUSY_TIMES:
+                    del ready[mirror]
+                else:
+                    log.warning("%s is busy: asked again in %.0f s", mirror.url, error.seconds)
+            except (*DOWNLOAD_ERRORS, DataError) as error:
+                del ready[mirror]
+                reasons[mirror.url] = reason(error)
+                _stop_if_the_disk_is_full(error, folder)
+                log.warning("EuroSAT is not to be had from %s: %s", mirror.url, reasons[mirror.url])
+    told = "\n  ".join(f"{url}: {why}" for url, why in reasons.items())
     raise DataError(
-        "EuroSAT could not be downloaded:\n  " + "\n  ".join(reasons) + "\nDownload EuroSAT_RGB.zip on a machine that "
-        "can (https://zenodo.org/records/7711810) and set EUROSAT_ARCHIVE to its path."
+        f"EuroSAT could not be downloaded:\n  {told}\nDownload EuroSAT_RGB.zip on a machine that can "
+        "(https://zenodo.org/records/7711810) and set EUROSAT_ARCHIVE to its path."
     )
 
 
@@ -69,30 +110,112 @@ def download(url: str, limit: int) -> bytes:
                     )
             return bytes(content)
     except DOWNLOAD_ERRORS as error:
-        raise DataError(f"{url} can't be downloaded: {_reason(error)}") from error
+        raise DataError(f"{url} can't be downloaded: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    return "no connection" if isinstance(error, requests.ConnectionError) else str(error)
+def reason(error: Exception) -> str:
+    """Why something is not to be had, and what to set."""
+    text = str(error)
+    if isinstance(error, requests.exceptions.ProxyError):
+        return f"the proxy {_proxy()} does not answer. Set HTTPS_PROXY right, or name the host in NO_PROXY"
+    if isinstance(error, requests.exceptions.SSLError):
+        if "expired" in text or "not yet valid" in text:
+            return "its certificate has expired, or this machine's clock is wrong"
+        if "match" in text:
+            return "its certificate is for another name"
+        return "its certificate is of an authority that this machine does not know. Set REQUESTS_CA_BUNDLE to a file that has it"
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return (
+            f"no answer within {CONNECT_AND_READ_SECONDS[0]} s. Where the way out is a proxy, set HTTPS_PROXY"
+            if _proxy() is None
+            else f"no answer within {CONNECT_AND_READ_SECONDS[0]} s by the proxy {_proxy()} (HTTPS_PROXY)"
+        )
+    if isinstance(error, requests.exceptions.ReadTimeout) or "timed out" in text:
+        by = f" by the proxy {_proxy()} (HTTPS_PROXY)" if _proxy() else ""
+        return f"silence for {CONNECT_AND_READ_SECONDS[1]} s{by}"
+    if isinstance(error, requests.ConnectionError):
+        if "NameResolution" in text or "getaddrinfo" in text or "resolve" in text:
+            return "its name is not known here: there is no network, or no name server"
+        return "connection refused" if "refused" in text else f"no connection ({_innermost(error)})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'here'})"
+    if isinstance(error, OSError) and "TLS CA certificate bundle" in text:
+        return f"the file of certificates that REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names is not there ({text.rpartition(' ')[2]})"
+    return text
+
+
+def _proxy() -> str | None:
+    """The proxy of https addresses, without a password that may be in it."""
+    address = next((value for name in ("HTTPS_PROXY", "https_proxy") if (value := os.environ.get(name))), None)
+    return None if address is None else urlsplit(address).netloc.rpartition("@")[2] or address.rpartition("@")[2]
+
+
+def _innermost(error: BaseException) -> str:
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    return str(error.args[-1]) if error.args else type(error).__name__
+
+
+def _stop_if_the_disk_is_full(error: Exception, folder: Path) -> None:
+    """No other mirror helps then."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        raise DataError(
+            f"{folder} takes no more ({error.strerror}). EuroSAT needs 100 MB there; what came is kept, and gone on with. Or set "
+            "TRAIN_DIFFUSION_HOME, or EUROSAT_ARCHIVE to an archive that you have."
+        ) from error
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep others from downloading into a folder: two that write one file would delete each other's.
+
+    Where the file system knows no locks, there are none.
+    """
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("Another download into %s is under way: waiting for it.", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.info("no lock in %s: %s", folder, error)
+        yield
 
 
 def _fetch(mirror: Mirror, target: Path, progress: Progress | None) -> None:
     part = target.with_name(target.name + ".part")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _continue(mirror.url, part, progress)
-            break
-        except requests.RequestException:
-            # A server that was never reached is not worth waiting for; a transfer that broke is worth continuing.
-            if attempt == ATTEMPTS or not part.exists():
-                raise
-            time.sleep(attempt)
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != mirror.md5:
+    begun_before = part.exists()
+    while True:
+        _bring(mirror.url, part, progress)
+        with part.open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if found == mirror.md5:
+            part.rename(target)
+            return
         part.unlink()
-        raise DataError(f"the file that came has md5 {found}, expected {mirror.md5}; it was deleted")
-    part.rename(target)
+        if not begun_before:
+            raise DataError(f"the file that came has md5 {found}, expected {mirror.md5}; it was deleted")
+        log.warning("What lay in %s was of another file: it was deleted, and the download begins anew.", part)
+        begun_before = False
+
+
+def _bring(url: str, part: Path, progress: Progress | None) -> None:
+    in_vain = 0
+    for _ in range(MOST_ATTEMPTS):
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            return _continue(url, part, progress)
+        except requests.HTTPError:
+            raise
+        except requests.RequestException as error:
+            # A server that was never reached is not worth waiting for; a transfer that broke is worth continuing.
+            if not part.exists() or isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
+                raise
+            in_vain = 0 if part.stat().st_size > before else in_vain + 1
+            if in_vain == ATTEMPTS:
+                raise
+            time.sleep(in_vain)
+    raise DataError(f"the transfer broke off {MOST_ATTEMPTS:,} times")
 
 
 def _continue(url: str, part: Path, progress: Progress | None) -> None:
@@ -102,6 +225,8 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
     with requests.get(url, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
         if response.status_code == 416:  # nothing is left to send: the md5 decides whether the file is right
             return
+        if response.status_code in BUSY:
+            raise _Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
         response.raise_for_status()
         if response.status_code != 206:  # the server does not know ranges and starts from the beginning
             here = 0
@@ -121,6 +246,20 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
                     progress(here, total)
     if total is not None and here < total:
         raise requests.ConnectionError(f"the transfer stopped after {here:,} of {total:,} bytes")
+
+
+def retry_after(said: str | None) -> float:
+    """The seconds that a server's `Retry-After` means, a number or a date; within what is granted."""
+    seconds = BUSY_SECONDS
+    if said is not None:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = float(said) if said.strip().isdigit() else _seconds_until(said)
+    return min(max(seconds, 0.0), MOST_BUSY_SECONDS)
+
+
+def _seconds_until(date: str) -> float:
+    when = parsedate_to_datetime(date)
+    return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
 
 
 def chunks(response: requests.Response) -> Iterator[bytes]:

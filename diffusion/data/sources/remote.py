@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from diffusion.data.sources.download import CONNECT_AND_READ_SECONDS, DOWNLOAD_ERRORS, chunks
+from diffusion.data.sources.download import CONNECT_AND_READ_SECONDS, DOWNLOAD_ERRORS, chunks, one_at_a_time, reason
 from diffusion.data.store import S3Store
 from diffusion.errors import DataError, StoreError
 from diffusion.trust.redaction import shown
@@ -65,6 +65,11 @@ def copy_tars(addresses: list[str], folder: Path, progress: Progress | None = No
     Raises DataError if one is not to be had, StoreError if a server fails meanwhile (the next call goes on with that tar).
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):
+        return _copy_all(addresses, folder, progress)
+
+
+def _copy_all(addresses: list[str], folder: Path, progress: Progress | None) -> list[Path]:
     done, copies = 0, []
     for address in addresses:
         copy = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:24]}.tar"
@@ -139,7 +144,7 @@ def _copy_web(address: str, copy: Path, report: Callable[[int], None]) -> None:
             _write(part, chunks(response), address, report, int(length) if length else None)
             etag = response.headers.get("ETag", "")
     except DOWNLOAD_ERRORS as error:
-        raise StoreError(f"{shown(address)} can't be read now ({error}).") from error
+        raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
     _keep(part, copy, etag)
 
 
