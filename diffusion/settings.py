@@ -17,6 +17,7 @@ from diffusion.errors import SettingsError, nearest
 from diffusion.trust.redaction import redacted, shown
 
 PREFIX = "TRAIN_DIFFUSION_"
+LOOPBACK = ("127.0.0.1", "localhost")
 OF_TESTS = ("TRAIN_DIFFUSION_TEST_INSTALL",)
 SECRETS = (
     *(
@@ -140,6 +141,14 @@ class Settings(BaseSettings):
     def artifacts(self) -> Path:
         """MLflow's artifacts where there is no MLflow server."""
         return self.home / "mlflow" / "artifacts"
+
+
+def reach_loopback_directly() -> None:
+    """From now on this process and its children ask no proxy for what runs on this machine: HTTP_PROXY is for the world outside."""
+    told = {name: os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)}
+    names = [name.strip() for value in told.values() for name in value.split(",") if name.strip()]
+    if "*" not in names:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys([*names, *LOOPBACK]))
 
 
 def settings() -> Settings:

@@ -36,7 +36,7 @@ def main() -> int:
         parser.error(f"--set takes KEY=VALUE, not '{wrong[0]}'")
 
     from diffusion.errors import UserError
-    from diffusion.settings import settings
+    from diffusion.settings import reach_loopback_directly, settings
     from diffusion.trust.private import use_private_home
     from diffusion.trust.redaction import redact_logs
 
@@ -47,8 +47,7 @@ def main() -> int:
         return 1
     os.environ.update(EMBEDDED)
     os.environ.pop("PREFECT_API_URL", None)
-    # A proxy for the world outside is none for the server in this process.
-    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+    reach_loopback_directly()
     os.environ["PREFECT_HOME"] = str(environment.home / "prefect")
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
     try:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from prefect.plugins import HookContext, SetupResult, register_hook
 
 from diffusion.errors import SettingsError, UserError
-from diffusion.settings import settings
+from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import OTHERS_WRITE, read_private
 
 SERVERS = "stack/servers.json"
@@ -37,6 +37,7 @@ SECONDS = 5
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """What is absent from the environment and known here; and, if a deployment is named bare, its full name in sys.argv."""
+    reach_loopback_directly()
     position = bare_name_position(sys.argv)
     try:
         home = settings().home

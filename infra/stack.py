@@ -31,12 +31,13 @@ from urllib.parse import urlsplit
 import psutil
 
 from diffusion.errors import SettingsError, UserError
-from diffusion.settings import settings
+from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import create_private, read_private, use_private_home, write_private
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
+reach_loopback_directly()
 try:
     HOME = settings().home
 except SettingsError as error:

@@ -26,18 +26,21 @@ from tests.conftest import TINY
 from tests.stack import Project, running_project
 
 STORE_KEY = "store-key-of-the-tests"
+PROXY = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+"""Nobody listens there."""
 OLD_KEY = "cfTRZvYHTh8PB0nzlQMgBkPYVVRPMkYzCPS8nTPMLHw="
 
 
 @pytest.fixture(scope="session")
 def stack(archive: Path) -> Iterator[Project]:
-    """The servers of `make up`, in a folder that others could read before, with a store's key in the environment."""
+    """The servers of `make up`, in a folder that others could read before, with a store's key in the environment, on a machine
+    whose way out is a proxy: nothing of what runs here may ask that."""
     # pytest's own folders are closed: here only what the project does is to count.
     parent = Path(tempfile.mkdtemp(prefix="train-diffusion-open-"))
     parent.chmod(0o755)
     try:
         make_old_database(parent / "project" / "var")
-        with running_project(parent, archive, AWS_SECRET_ACCESS_KEY=STORE_KEY) as project:
+        with running_project(parent, archive, AWS_SECRET_ACCESS_KEY=STORE_KEY, **PROXY) as project:
             yield project
     finally:
         shutil.rmtree(parent)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from diffusion.errors import TrackingError
+from diffusion.settings import reach_loopback_directly
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +34,7 @@ def connect(uri: str) -> MlflowClient:
 
     Raises TrackingError within ANSWER_SECONDS if the server is dead, silent or refuses, or the database is unusable.
     """
+    reach_loopback_directly()
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     scheme = urlsplit(uri).scheme

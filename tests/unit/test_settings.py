@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import SettingsError
-from diffusion.settings import settings
+from diffusion.settings import reach_loopback_directly, settings
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +88,24 @@ def test_all_settings_are_printed_and_no_secret(tmp_path: Path) -> None:
     assert f"TRAIN_DIFFUSION_HOME\n    set:     {tmp_path}\n    Folder of everything" in done.stdout
     assert "AWS_SECRET_ACCESS_KEY\n    set:     ***" in done.stdout
     assert "TRAIN_DIFFUSION_DETERMINISTIC\n    default: False\n    Compute on GPUs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "intra.example"}, "intra.example,127.0.0.1,localhost"),
+        ({"no_proxy": "localhost, .example"}, "localhost,.example,127.0.0.1"),
+        ({"NO_PROXY": "a", "no_proxy": "b"}, "b,a,127.0.0.1,localhost"),
+        ({"NO_PROXY": "*", "no_proxy": "*"}, "*"),
+    ],
+)
+def test_loopback_is_reached_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")  # so that it is set back
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    reach_loopback_directly()
+    assert (os.environ["NO_PROXY"], os.environ["no_proxy"]) == (found, found)
