@@ -31,6 +31,7 @@ from diffusion.evaluation.names import ExtractorName
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.settings import InceptionSource
 from diffusion.trust.identifiers import RunName, Sha256
+from diffusion.trust.private import UNSUPPORTED, name_anew, say_once
 from diffusion.trust.redaction import fit_to_leave, redact_logs
 
 if TYPE_CHECKING:
@@ -153,10 +154,10 @@ def run_job(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
         part = folder / f"{ERROR}.{rank}"
         part.write_text(json.dumps(report))
         try:
-            os.link(part, folder / ERROR)
+            name_anew(part, folder / ERROR)
         except FileExistsError:
             logging.getLogger(__name__).info("another rank has already reported an error")
-        part.unlink()
+        part.unlink(missing_ok=True)
         logging.getLogger(__name__).exception("rank %d failed", rank)
         raise SystemExit(1) from error
 
@@ -237,7 +238,12 @@ def lock_folder(folder: Path, seconds: float = LOCK_SECONDS) -> IO[bytes]:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                say_once(folder, "knows no locks: see to it that no two runs write into it")
+                return file
+            if not isinstance(error, BlockingIOError):
+                raise
             if time.monotonic() < deadline:
                 time.sleep(0.1)
                 continue

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from diffusion.errors import DataError, StoreError
 from diffusion.trust.identifiers import check_object_path
-from diffusion.trust.private import put
+from diffusion.trust.private import name_anew, put, sync_folder
 from diffusion.trust.reading import read_file
 
 if TYPE_CHECKING:
@@ -79,8 +79,9 @@ def open_store(uri: str) -> Store:
 
 
 def check_writable(store: Store) -> None:
-    """Write, read back and delete one small object. Raises StoreError if any of that fails."""
+    """Make, replace, read back and delete one small object. Raises StoreError if any of that fails."""
     name, data = f".probe-{uuid.uuid4().hex}", b"can this store be written?"
+    store.create(name, b"")
     store.write(name, data)
     if store.read(name) != data:
         raise StoreError(f"The store {store.uri} gives back other bytes than were written.")
@@ -88,7 +89,7 @@ def check_writable(store: Store) -> None:
 
 
 class FolderStore:
-    """A store in a local folder (or a mounted one, where rename is atomic)."""
+    """A store in a local folder, or a mounted one: what its file system can't do is said once, and done as well as it can."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
@@ -111,7 +112,7 @@ class FolderStore:
 
     def create(self, name: str, data: bytes) -> bool:
         try:
-            self._put(name, data, os.link)
+            self._put(name, data, name_anew)
         except FileExistsError:
             return self.read(name) == data
         return True
@@ -121,7 +122,7 @@ class FolderStore:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             put(target, data, publish)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except FileExistsError as error:
             if Path(str(error.filename2 or "")) == target:
                 raise
@@ -143,15 +144,6 @@ class FolderStore:
 
     def delete(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class S3Store:

@@ -7,6 +7,8 @@ worse than one that they may read: what lies in it decides where passwords are s
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import stat
 import uuid
@@ -15,9 +17,13 @@ from pathlib import Path
 
 from diffusion.errors import UserError
 
+log = logging.getLogger(__name__)
+
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 PRIVATE = stat.S_IRUSR | stat.S_IWUSR
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOLCK)
+"""What file systems answer to what they can't do."""
 FOLDERS = ("downloads", "matplotlib", "mlflow", "prefect", "runs", "shards", "stack", "store")
 """What this project makes in its home."""
 
@@ -82,11 +88,53 @@ def write_private(path: Path, text: str) -> None:
 def create_private(path: Path, text: str) -> None:
     """The same, unless a file of that name is there already."""
     with contextlib.suppress(FileExistsError):
-        put(path, text.encode(), os.link, PRIVATE)
+        put(path, text.encode(), name_anew, PRIVATE)
+
+
+def name_anew(part: Path, path: Path) -> None:
+    """Give a file a name that no other has. Raises FileExistsError if one has it."""
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        say_once(
+            path.parent,
+            "knows no hard links (exFAT, SMB and mounted buckets don't): a power cut may leave an empty file in place of a new one",
+        )
+        try:  # of several, one
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+        except FileExistsError as taken:
+            raise FileExistsError(taken.errno, taken.strerror, str(part), None, str(path)) from None
+        part.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names that were given in a folder survive a power cut, where its file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        say_once(folder, "can't flush folders: after a power cut the newest files may be missing")
+
+
+_said: set[str] = set()
+
+
+def say_once(folder: Path, what: str) -> None:
+    """Tell what a file system can't do; of several folders, for the first."""
+    if what not in _said:
+        _said.add(what)
+        log.warning("The file system of %s %s.", folder, what)
 
 
 def put(path: Path, data: bytes, publish: Callable[[Path, Path], object], mode: int = 0o666) -> None:
-    """Write a file whole, or not at all: under another name first, which `publish` (Path.replace, or os.link) then makes its own.
+    """Write a file whole, or not at all: under another name first, which `publish` (Path.replace, or name_anew) makes its own.
 
     Args:
         mode: who may do what with it, less what the umask takes away.
