@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.manifest import Manifest, manifest_path
+from diffusion.errors import TrackingError
 from diffusion.evaluation.figures import metrics, table
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
@@ -28,6 +30,7 @@ from diffusion.trust.redaction import fit_to_leave
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.entities import Experiment
     from mlflow.entities import Run as MlflowRun
 
     from mlflow import MlflowClient
@@ -265,6 +268,8 @@ def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
 
     Args:
         artifacts: folder for artifacts where there is no server to keep them.
+
+    Raises TrackingError if it was deleted, or its artifacts have no place that this machine sees.
     """
     from mlflow.exceptions import MlflowException
 
@@ -280,12 +285,31 @@ def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
+    _check_usable(found)
     note = found.tags.get(NOTE, "")
     if note != legend() and (
         not note or note.startswith(LEGEND_TITLE)
     ):  # an older one; not what somebody has written there
         client.set_experiment_tag(found.experiment_id, NOTE, legend())
     return found.experiment_id
+
+
+def _check_usable(experiment: Experiment) -> None:
+    number, location = experiment.experiment_id, experiment.artifact_location
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"MLflow's experiment {EXPERIMENT} (id {number}) was deleted. Bring it back (mlflow experiments restore --experiment-id "
+            f"{number}), or remove it for good with all its runs (mlflow gc --experiment-ids {number}), and start again."
+        )
+    parts = urlsplit(location)
+    if parts.scheme in ("", "file"):
+        folder = Path(unquote(parts.path))
+        if not (folder.is_dir() or folder.parent.is_dir()):
+            raise TrackingError(
+                f"MLflow's experiment {EXPERIMENT} (id {number}) keeps its artifacts in {folder}, which this machine does not have: "
+                "it was made on another one, or the folder was moved. Mount it or move it there, or delete the experiment for good "
+                f"(mlflow experiments delete --experiment-id {number}, then mlflow gc --experiment-ids {number})."
+            )
 
 
 def unfinished_run(

@@ -38,6 +38,7 @@ from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.evaluation.statistics import Moments
 from diffusion.recipe import Recipe, Start
+from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.legend import LEGEND_TITLE, legend
 from diffusion.tracking.plots import loss_by_noise_level
@@ -122,6 +123,23 @@ def test_the_experiments_legend_follows_the_code_and_never_replaces_what_somebod
 
     assert note_after("Ours. Ask Ada.") == "Ours. Ask Ada."
     assert note_after(f"{LEGEND_TITLE}\n\nfid: of an older version") == legend()
+
+
+def test_an_experiment_that_was_deleted_or_whose_artifacts_lie_elsewhere_is_said(
+    home_with_mlflow: Path, tmp_path: Path
+) -> None:
+    client, artifacts = connect(settings().tracking_uri), tmp_path / "elsewhere" / "artifacts"
+    number = open_experiment(client, artifacts)
+    client.delete_experiment(number)
+    with pytest.raises(TrackingError, match=f"was deleted. Bring it back .*--experiment-id {number}"):
+        open_experiment(client, artifacts)
+    client.restore_experiment(number)
+    assert open_experiment(client, artifacts) == number
+    artifacts.rmdir()
+    assert open_experiment(client, None) == number, "MLflow makes a folder in one that is there"
+    artifacts.parent.rmdir()
+    with pytest.raises(TrackingError, match=r"keeps its artifacts in .*, which this machine does not have"):
+        open_experiment(client, None)
 
 
 def test_a_retry_finds_the_run_of_its_flow_run(
