@@ -8,6 +8,7 @@ they find each other. On a cluster (flows/engines) the same bodies run in proces
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import io
@@ -222,8 +223,9 @@ class RankOutput(io.TextIOBase):
         """Keep the text until its line is whole."""
         *whole, self._line = (self._line + text).split("\n")
         if whole:
-            self._output.write("".join(f"{self._prefix}{fit_to_leave(line)}\n" for line in whole))
-            self._output.flush()
+            with contextlib.suppress(OSError):  # a full disk: what is said there is not worth the job
+                self._output.write("".join(f"{self._prefix}{fit_to_leave(line)}\n" for line in whole))
+                self._output.flush()
         return len(text)
 
 
@@ -296,5 +298,6 @@ class ProgressFile:
         if self._active and (done == total or now - self._written >= self.SECONDS):
             self._written = now
             part = self._path.with_suffix(".part")
-            part.write_text(json.dumps({"stage": stage, "done": done, "total": total, "note": note}))
-            part.replace(self._path)
+            with contextlib.suppress(OSError):  # a full disk: neither is this
+                part.write_text(json.dumps({"stage": stage, "done": done, "total": total, "note": note}))
+                part.replace(self._path)

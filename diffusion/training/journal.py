@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 JOURNAL, TIMING = "journal.jsonl", "timing.jsonl"
 COMMITTED = "committed.json"
@@ -15,34 +18,46 @@ LOG_SNR_BIN_EDGES = tuple(range(-10, 11, 2))
 
 
 class Journal:
-    """A file of JSON lines that only grows, except when it is rolled back to a checkpoint."""
+    """A file of JSON lines that only grows, except when it is rolled back to a checkpoint.
+
+    A disk that takes no more for a while ends nothing: what is missing in the file is kept, and written with the next record.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        self._content = bytearray(path.read_bytes())
+        self._written = len(self._content)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record; it is on its way to the disk when this returns."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Write one record; it is on its way to the disk when this returns, or that it is not has been said."""
+        self._content += json.dumps(record).encode() + b"\n"
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._written)
+                file.write(self._content[self._written :])
+                file.truncate()
+        except OSError as error:
+            log.error("%s can't be written (%s): its records are kept for later.", self.path, error.strerror)
+        else:
+            self._written = len(self._content)
 
     def read(self) -> bytes:
         """Everything so far."""
-        return self.path.read_bytes()
+        return bytes(self._content)
 
     def roll_back(self, content: bytes) -> None:
         """Replace all of it by what a checkpoint kept."""
         part = self.path.with_suffix(".part")
         part.write_bytes(content)
         part.replace(self.path)
+        self._content, self._written = bytearray(content), len(content)
 
-
-def drop_after(path: Path, step: int) -> None:
-    """Drop the records of a journal that lie after `step`, and a last line that was cut off."""
-    if path.exists():
-        kept = [json.dumps(record) + "\n" for record in records(path.read_bytes()) if record["step"] <= step]
-        Journal(path).roll_back("".join(kept).encode())
+    def drop_after(self, step: int) -> None:
+        """Drop the records that lie after `step`, and a last line that was cut off."""
+        kept = [json.dumps(record) + "\n" for record in records(self.read()) if record["step"] <= step]
+        self.roll_back("".join(kept).encode())
 
 
 def records(content: bytes) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from diffusion.job import Rank, TrainingJob
 from diffusion.recipe import Start
 from diffusion.training.batches import Batches
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
-from diffusion.training.journal import commit, committed_step, drop_after
+from diffusion.training.journal import commit, committed_step
 from diffusion.training.recorder import Recorder
 from diffusion.training.state import FORMAT_VERSION, State, delete_checkpoint, steps_with_checkpoint
 from diffusion.training.trainer import Trainer
@@ -146,7 +146,7 @@ def train(job: TrainingJob, rank: Rank) -> None:
         trainer.restore(recipe.start.step, load_start(store, recipe.start))
     if accelerator.is_main_process:
         recorder.journal.roll_back(content.journal if found else b"")
-        drop_after(recorder.timing.path, trainer.step)
+        recorder.timing.drop_after(trainer.step)
         commit(folder, found[0].step if found else 0)
     accelerator.wait_for_everyone()
 

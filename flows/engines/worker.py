@@ -119,22 +119,27 @@ class Worker:
 
 
 def _join(rank: int, ranks: int, meeting: tuple[str, int], door: socket.socket) -> None:
-    """Meet the other ranks. Ray gives each at most one GPU, and shows it no other."""
+    """Meet the other ranks, if there are any. Ray gives each at most one GPU, and shows it no other."""
+    if rank > 0 or ranks == 1:
+        door.close()
+    if ranks == 1:  # no group: what the host's own environment says of one is not meant
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        return
     address, port = meeting
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # Accelerate asks for them
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    if ranks > 1:
-        # Else gloo takes the address of the host's name, which often is one of loopback.
-        here = ray.util.get_node_ip_address()
-        own = [name for name, found in psutil.net_if_addrs().items() if any(one.address == here for one in found)]
-        if own:
-            os.environ |= {"GLOO_SOCKET_IFNAME": own[0], "NCCL_SOCKET_IFNAME": own[0]}
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        waits = timedelta(seconds=LINK_SECONDS)
-        # By itself the first rank would open a port of its own, on all of the host's networks.
-        first: dict[str, Any] = {"is_master": True, "master_listen_fd": door.detach()} if rank == 0 else {}
-        store = dist.TCPStore(address, port, ranks, timeout=waits, use_libuv=False, **first)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waits)
+    # Else gloo takes the address of the host's name, which often is one of loopback.
+    here = ray.util.get_node_ip_address()
+    own = [name for name, found in psutil.net_if_addrs().items() if any(one.address == here for one in found)]
+    if own:
+        os.environ |= {"GLOO_SOCKET_IFNAME": own[0], "NCCL_SOCKET_IFNAME": own[0]}
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    waits = timedelta(seconds=LINK_SECONDS)
+    # By itself the first rank would open a port of its own, on all of the host's networks.
+    first: dict[str, Any] = {"is_master": True, "master_listen_fd": door.detach()} if rank == 0 else {}
+    store = dist.TCPStore(address, port, ranks, timeout=waits, use_libuv=False, **first)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waits)
 
 
 def _find_marker(uri: str, marker: str, host: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.job import SPEC
+from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
 from tests.conftest import Ingested, tiny_recipe
 from tests.jobs import ONE_THREAD, Trainer, digest
@@ -28,9 +29,13 @@ def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
     assert trainer.train(f"fast-resumed-{unique}", 6, processes=4) == expected
 
 
+@pytest.mark.parametrize(
+    ("room", "said"), [(50_000, b"The checkpoint was not written"), (300, b"its records are kept for later")]
+)
 def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
-    ingested: Ingested, tmp_path: Path, unique: str
+    ingested: Ingested, tmp_path: Path, unique: str, room: int, said: bytes
 ) -> None:
+    """For checkpoints; and so full that the journal takes no line."""
     trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * 400, evaluation__every_images=10**6))
     expected = trainer.train(f"roomy-{unique}", 400, processes=1)
     run = f"full-{unique}"
@@ -42,11 +47,11 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
         env={**os.environ, **ONE_THREAD},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
     )
     assert job.stdout is not None
     for line in job.stdout:
-        if b"The checkpoint was not written" in line and b"can't be written" in line:
+        if said in line and b"can't be written" in line:
             break
     else:
         raise AssertionError("the failure was not said")
@@ -54,4 +59,5 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     job.communicate()
     assert job.returncode == 0
     assert digest(trainer.store, run, 400) == expected
+    assert (where / JOURNAL).read_bytes() == (trainer.folder(f"roomy-{unique}") / JOURNAL).read_bytes()
     assert len(steps_with_checkpoint(trainer.store, run)) == 3, "the saves after the failed one"
