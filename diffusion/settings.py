@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     s3_block: str | None = Field(default=None, validation_alias="TRAIN_DIFFUSION_S3_BLOCK")
     """Name of the Prefect block with the store's credentials. Default: those of the environment."""
     notify: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="TRAIN_DIFFUSION_NOTIFY")
-    """Prefect's notification blocks that are told of failures and promotions, as type/name, with commas between."""
+    """Prefect's notification blocks that are told of failures, nights left out and promotions: type/name, commas between; or none."""
     project: Path | None = Field(default=None, validation_alias="TRAIN_DIFFUSION_PROJECT")
     """Folder of prefect.yaml, where flow runs start. Set by make up and in the containers."""
     deterministic: bool = Field(default=False, validation_alias="TRAIN_DIFFUSION_DETERMINISTIC")

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from uuid import UUID
 
 import psutil
@@ -20,11 +20,15 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffusion.tracking.run import OWNER_TAG
-from diffusion.trust.redaction import shown
+from diffusion.errors import UserError
+from diffusion.tracking.run import OWNER_TAG, run_key
+from diffusion.trust.private import read_private, write_private
+from diffusion.trust.redaction import fit_to_leave, shown
 from flows.progress import say
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+
     from mlflow import MlflowClient
 
 WATCH_SECONDS = 1.0
@@ -48,6 +52,27 @@ class Owner(BaseModel):
     boot: str
     pid: int = Field(gt=0, lt=2**31)
     started: float
+
+
+class Ending(BaseModel):
+    """How a run ended."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    reason: str = ""
+
+
+ENDING = "ending.json"
+"""In a run's folder, until MLflow knows how it ended."""
+
+
+def note_ending(folder: Path, ending: Ending) -> None:
+    """Keep how a run ended where the next start finds it; on a full disk, nowhere."""
+    try:
+        write_private(folder / ENDING, ending.model_dump_json())
+    except OSError as error:
+        log.warning("How the run ended can't be noted in %s (%s).", folder, error)
 
 
 def this_process() -> str:
@@ -80,10 +105,13 @@ def is_dead(owner: Owner) -> bool:
         return True
 
 
-def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str) -> None:
-    """Close the MLflow and Prefect runs that still say they run though their process here has died.
+def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str, runs: Path) -> None:
+    """Close the MLflow and Prefect runs that still say they run though their process here has ended.
 
     The flow run that asks may have died itself before, and be retried: its MLflow run is closed, and found by what follows.
+
+    Args:
+        runs: folder of the runs' folders; in one of them lies how it ended, if MLflow could not be told.
     """
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     for run in running:
@@ -93,12 +121,25 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str)
             say(f"The MLflow run {run.info.run_id} does not say readably whose it is: it is left alone.")
         if owner is None or not is_dead(owner):
             continue
-        reason = f"Its process {owner.pid} on {owner.host} ended without a word; found by flow run {own_flow_run}."
-        client.set_tag(run.info.run_id, "failure", reason)
-        client.set_terminated(run.info.run_id, "FAILED")
-        if flow_run != own_flow_run:
-            _crash_flow_run(flow_run, reason)
-        say(f"Closed the MLflow run {shown(str(run.info.run_name))}: {reason}")
+        dead = f"Its process {owner.pid} on {owner.host} ended without a word; found by flow run {own_flow_run}."
+        ending = _noted_ending(run, runs) or Ending(status="FAILED", reason=dead)
+        if ending.reason:
+            client.set_tag(run.info.run_id, "failure", fit_to_leave(ending.reason)[:5000])
+        client.set_terminated(run.info.run_id, ending.status)
+        if flow_run != own_flow_run and ending.reason == dead:
+            _crash_flow_run(flow_run, dead)
+        say(f"Closed the MLflow run {shown(str(run.info.run_name))}, {ending.status}. {ending.reason}")
+
+
+def _noted_ending(run: MlflowRun, runs: Path) -> Ending | None:
+    key = run_key(run)
+    try:
+        return Ending.model_validate_json(read_private(runs / key / ENDING)) if key else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, UserError) as error:
+        log.warning("How %s ended can't be read: %s", key, error)
+        return None
 
 
 def _crash_flow_run(flow_run: str, reason: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prefect import runtime
 
@@ -18,13 +18,13 @@ from diffusion.errors import RunBusy
 from diffusion.job import JobSpec, lock_folder
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
-from diffusion.tracking.connection import connect
+from diffusion.tracking.connection import connect, when_it_answers
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import Hosts, Machine, SystemMetrics
 from flows.engines.placement import Placement, Workers
 from flows.launcher import run_job, run_on_cluster
-from flows.owner import close_abandoned, this_process
+from flows.owner import ENDING, Ending, close_abandoned, note_ending, this_process
 from flows.progress import Stage, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
@@ -120,12 +120,12 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     """
     environment = settings()
     flow_run_id, name = str(runtime.flow_run.id), str(runtime.flow_run.name)
-    client, experiment_id = open_tracking(environment)
-    close_abandoned(client, experiment_id, flow_run_id)
+    client, experiment_id = when_it_answers(partial(open_tracking, environment))
+    when_it_answers(partial(close_abandoned, client, experiment_id, flow_run_id, environment.runs))
     commit = git_commit()
     # The flow run's name is made anew by a retry; its id is not.
     key, lock = f"{recipe.name}-seed{recipe.seed}-{flow_run_id}", None
-    unfinished = unfinished_run(client, experiment_id, recipe, dataset, commit)
+    unfinished = when_it_answers(partial(unfinished_run, client, experiment_id, recipe, dataset, commit))
     if unfinished is not None:
         try:
             key, lock = unfinished, lock_folder(environment.runs / unfinished / FLOW_FOLDER, seconds=0)
@@ -140,7 +140,9 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
         owner=this_process(),
     )
-    tracked = TrackedRun.open(client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
+    tracked = when_it_answers(
+        partial(TrackedRun.open, client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
+    )
     folder = environment.runs / lineage.run
     machines = partial(Hosts, folder) if environment.engine == "ray" else Machine
     with lock, SystemMetrics(tracked, machines), MetricsSender(tracked, folder) as sender:
@@ -148,19 +150,25 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         try:
             yield run
         except Exception as error:
-            _close(tracked, "FAILED", f"{type(error).__name__}: {error}")
+            close(tracked, folder, Ending(status="FAILED", reason=f"{type(error).__name__}: {error}"))
             raise
         except BaseException as error:  # a cancellation, an interrupt
-            _close(tracked, "KILLED", type(error).__name__)
+            close(tracked, folder, Ending(status="KILLED", reason=type(error).__name__))
             raise
-    tracked.close("FINISHED")
+    close(tracked, folder, Ending(status="FINISHED"))
 
 
-def _close(tracked: TrackedRun, status: Literal["FAILED", "KILLED"], reason: str) -> None:
+def close(tracked: TrackedRun, folder: Path, ending: Ending) -> None:
+    """End the MLflow run. What MLflow can't be told now, the next start here tells it: the flow's own end doesn't depend on it."""
+    end = partial(tracked.close, ending.status, ending.reason)
     try:
-        tracked.close(status, reason)
-    except Exception as error:  # what ended the run matters more than that MLflow could not be told
-        say(f"The MLflow run {tracked.run_id} could not be closed ({type(error).__name__}).")
+        note_ending(folder, ending)
+        end() if ending.status == "KILLED" else when_it_answers(end)  # who cancelled a run does not wait for minutes
+        (folder / ENDING).unlink()
+    except Exception as error:
+        say(
+            f"MLflow could not be told that its run {tracked.run_id} is {ending.status} ({error}): the next start here tells it."
+        )
 
 
 def git_commit() -> str:

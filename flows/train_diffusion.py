@@ -15,6 +15,7 @@ from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
 from flows.checks import check_before_compute
 from flows.credentials import use_block
+from flows.nights import is_night, seed_of
 from flows.owner import end_with_worker
 from flows.progress import attended
 from flows.request import RANGE, StartFrom, TrainingRequest
@@ -35,27 +36,22 @@ PRESETS = rf"^({'|'.join(preset_names())})$|\.ya?ml$"
 
 def _name() -> str:
     parameters = runtime.flow_run.parameters
-    seed = seed_or_date(parameters["seed"])
-    night = "nightly-" if "auto-scheduled" in runtime.flow_run.tags else ""
+    seed = seed_of(parameters["seed"])
+    night = "nightly-" if is_night() else ""
     start = "-from-champion" if parameters["start_from"] == "champion" else ""
     return f"{night}{recipe_name(parameters['preset'])}-seed{seed}{start}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-
-
-def seed_or_date(seed: int | None) -> int:
-    """The seed; none given: the date for which the flow run was scheduled, as 20261124."""
-    return int(f"{runtime.flow_run.scheduled_start_time:%Y%m%d}") if seed is None else seed
 
 
 @flow(name="train-diffusion", flow_run_name=_name)
 def train_diffusion(
     preset: Annotated[str, Field(json_schema_extra={"pattern": PRESETS})] = "eurosat",
     overrides: dict[str, Any] | None = None,
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = 0,
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None,
     source: str = "eurosat",
     source_options: dict[str, Any] | None = None,
     processes: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=f"^{RANGE}$")] | None = None,
     start_from: StartFrom = "scratch",
-    skip_unchanged: bool = False,
+    skip_unchanged: bool | None = None,
     fid_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     bits_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
 ) -> Report | State[None]:
@@ -65,26 +61,26 @@ def train_diffusion(
         preset: The recipe to start from: "demo" (minutes on a CPU), "eurosat" (for GPUs), "seed" (what this project grew from), or the
             path of a file like theirs on the worker's machine: path/to/mine.yaml.
         overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000}.
-        seed: Key of all randomness; empty: the date of the scheduled night, as 20261124.
+        seed: Key of all randomness; empty: a scheduled night's is its date, as 20261124, and 0 by hand.
         source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a folder, zip, tar or Parquet table with images,
             "webdataset:" and tars, "eurosat-ms", or "generated".
         source_options: How these images are meant: {"size": 64, "fit": "crop", "bands": [...], "name": "mine"}.
         processes: Processes of each job: 4; on a cluster also a range, 2-8, of which it takes what there is room for. Empty: one a
             GPU, or what the CPUs allow.
         start_from: "scratch", or "champion": go on with the live model and its optimiser's state, for data.images more.
-        skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed.
+        skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed; empty: on scheduled nights.
         fid_margin: How far below the live model's the FID must be, beyond all doubt (95 %), for the new one to go live.
         bits_margin: How far above the live model's its bits/dim may be, beyond doubt, all the same.
     """
     request = TrainingRequest(
         preset=preset,
         overrides=overrides or {},
-        seed=seed_or_date(seed),
+        seed=seed_of(seed),
         source=source,
         source_options=source_options or {},
         processes=processes,
         start_from=start_from,
-        skip_unchanged=skip_unchanged,
+        skip_unchanged=is_night() if skip_unchanged is None else skip_unchanged,
         fid_margin=fid_margin,
         bits_margin=bits_margin,
     )

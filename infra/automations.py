@@ -1,13 +1,14 @@
 """What the Prefect server must know before `prefect deploy --all`: python infra/automations.py, with its address and credentials in
 the environment. The work pool of prefect.yaml, the automations, this package's types of blocks.
 
-Zombie runs: a flow run that beat and then fell silent is marked as crashed. So a run whose machine is gone does not block
-the next night's, and whoever is notified of crashes hears of it.
+Zombie runs: a flow run that beat and then fell silent, or that a worker took and never started, is marked as crashed. So a run
+whose machine is gone does not block the next night's, and whoever is notified of crashes hears of it.
 
-Notifications: a flow run that failed or crashed, and a promotion, are told to the notification blocks of Prefect that
-TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,smtp-mail/ops.
+Notifications: a flow run that failed or crashed, a night that was not run because another run was under way, and a promotion
+are told to the notification blocks of Prefect that TRAIN_DIFFUSION_NOTIFY names, as type/name: slack-webhook/ops,smtp-mail/ops.
+Others that it named before are told no more; with none, nobody is; where it is not set, all stays as it is.
 
-Deployments that earlier versions had are deleted.
+Automations and deployments that earlier versions had are deleted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from prefect import get_client
-from prefect.automations import Automation
+from prefect.automations import Automation, AutomationCore
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
@@ -29,63 +30,100 @@ from prefect.workers.process import ProcessWorker
 from diffusion.settings import settings
 from flows.credentials import S3Credentials
 from flows.mail import SmtpMail
+from flows.nights import BY_SCHEDULE
 
 WORK_POOL = "train-diffusion"
-ZOMBIES = "train-diffusion: mark silent runs as crashed"
+OWN = "train-diffusion: "  # how the names of these automations begin
+ZOMBIES = f"{OWN}mark silent runs as crashed"
+TELL = f"{OWN}tell "
+NOBODY = ("none",)  # as TRAIN_DIFFUSION_NOTIFY
+NEVER_STARTED = f"{OWN}mark runs that never started as crashed"
 PROMOTED = "train-diffusion.promoted"  # the event of flows/tasks/promote.py
 OF_THE_FLOWS: dict[str, str | list[str]] = {
     "prefect.resource.role": "flow",
     "prefect.resource.name": ["train-diffusion", "clean-up"],
 }
 """Whose events these automations listen to: the server may run flows of others."""
+FLOW_RUNS: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
 RETIRED = ("train-diffusion/nightly",)  # now a schedule of train-diffusion/train-diffusion
 SILENCE = timedelta(seconds=90)  # three heartbeats, of 30 s each (pyproject.toml)
+START = timedelta(minutes=10)
+"""From taking a run to its first state: seconds, but on a busy machine. Prefect holds its slot as long (prefect.yaml)."""
+ONCE = timedelta(minutes=10)
+"""A run that has failed may be called crashed as well by whoever finds it dead: so long it is one failure."""
+TAKEN = ("Pending", "Submitting", "InfrastructurePending")
+STARTED = ("Running", "Retrying", "AwaitingRetry", "Cancelling", "Completed", "Failed", "Cancelled", "Crashed")
 
 
-def zombies() -> Automation:
-    """The automation that catches runs whose process is gone."""
-    beat = "prefect.flow-run.heartbeat"
-    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+def events(*states: str) -> set[str]:
+    """That a flow run came into these states."""
+    return {f"prefect.flow-run.{state}" for state in states}
+
+
+def crash_unless(name: str, after: set[str], expect: set[str], within: timedelta, message: str) -> AutomationCore:
+    """The automation that ends runs of which nothing more is heard."""
     trigger = EventTrigger(
-        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+        match=ResourceSpecification(FLOW_RUNS),
         match_related=ResourceSpecification(OF_THE_FLOWS),
-        after={beat},
-        expect={beat, *ends},
+        after=after,
+        expect=expect,
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
-        within=SILENCE,
+        within=within,
     )
-    crash = ChangeFlowRunState(
-        name="Crashed",
-        state=StateType.CRASHED,
-        message=f"No heartbeat for {SILENCE.seconds} s: its process is gone.",
-        force=False,
-    )
-    return Automation(name=ZOMBIES, description=__doc__ or "", trigger=trigger, actions=[crash])
+    crash = ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=message, force=False)
+    return AutomationCore(name=name, description=__doc__ or "", trigger=trigger, actions=[crash])
 
 
-def notifications(block: str, block_id: UUID) -> list[Automation]:
-    """The automations that tell a block of failures and of promotions."""
+def zombies() -> list[AutomationCore]:
+    """The automations that catch runs whose process is gone, or never was."""
+    beat = events("heartbeat")
+    ends = events("Completed", "Failed", "Cancelled", "Crashed")
+    silent = f"No heartbeat for {SILENCE.seconds} s: its process is gone."
+    never = (
+        f"Taken by a worker, and not started within {START.seconds // 60} minutes: the worker, or its machine, is gone."
+    )
+    return [
+        crash_unless(ZOMBIES, beat, beat | ends, SILENCE, silent),
+        crash_unless(NEVER_STARTED, events(*TAKEN), events(*STARTED), START, never),
+    ]
+
+
+def notifications(block: str, block_id: UUID) -> list[AutomationCore]:
+    """The automations that tell a block of failures, of nights that were not run, and of promotions."""
+    of_the_flows, night = (
+        ResourceSpecification(OF_THE_FLOWS),
+        ResourceSpecification({"prefect.resource.id": f"prefect.tag.{BY_SCHEDULE}"}),
+    )
     failure = EventTrigger(
-        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-        match_related=ResourceSpecification(OF_THE_FLOWS),
-        posture=Posture.Reactive,
-        threshold=1,
-        within=timedelta(0),
+        expect=events("Failed", "Crashed"), match_related=of_the_flows, for_each={"prefect.resource.id"}, within=ONCE
     )
-    promotion = EventTrigger(expect={PROMOTED}, posture=Posture.Reactive, threshold=1, within=timedelta(0))
+    # What Prefect says when the deployment's only slot is taken, with CANCEL_NEW.
+    left_out = EventTrigger(
+        match=ResourceSpecification(FLOW_RUNS | {"prefect.state-message": "Deployment concurrency limit reached*"}),
+        match_related=[of_the_flows, night],
+        expect=events("Cancelled"),
+    )
+    promotion = EventTrigger(expect={PROMOTED})
+    link = "{{ flow_run|ui_url }}"
     told = {
         "failures": (
             failure,
             "{{ flow_run.name }}: {{ flow_run.state.name }}",
-            "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+            "{{ flow_run.state.message }}\n" + link,
+        ),
+        "nights left out": (
+            left_out,
+            "A scheduled run was left out",
+            "{{ flow_run.name }}, due {{ flow_run.expected_start_time }}: another run of its deployment was under way.\n"
+            + link,
         ),
         "promotions": (promotion, "A new model is live", "{{ event.payload['text'] }}"),
     }
     return [
-        Automation(
-            name=f"train-diffusion: tell {block} of {what}",
+        AutomationCore(
+            name=f"{TELL}{block} of {what}",
             description=__doc__ or "",
             trigger=trigger,
             actions=[SendNotification(block_document_id=block_id, subject=subject, body=body)],
@@ -129,30 +167,38 @@ async def make_work_pool() -> None:
 
 
 async def main() -> None:
-    """Make the automations that are not there. Those that are stay: with them the server would forget whom it listens for."""
+    """Make the automations that are not there, renew those that differ, delete those that are wanted no more.
+
+    Others stay as they are: a new one would not know whom it listens for.
+    """
     await make_work_pool()
     for block_type in (S3Credentials, SmtpMail):
         await block_type.register_type_and_schema()
     await remove_retired()
-    wanted = [zombies()]
-    for block in settings().notify:
+    wanted, blocks = zombies(), settings().notify
+    for block in blocks if blocks != NOBODY else ():
         wanted += notifications(block, await find_block(block))
-    for automation in wanted:
-        try:
-            known = await Automation.aread(name=automation.name)
-        except ValueError:
-            known = None
-        if known is not None and _block_of(known) != _block_of(automation):  # the block was made anew
-            await known.adelete()
-            known = None
-        if known is None:
-            await automation.acreate()
-            print(f"made '{automation.name}'")
+    async with get_client() as client:
+        known = {one.name: one for one in await client.read_automations() if one.name.startswith(OWN)}
+        if not blocks:  # it may only have been left out of this command
+            known = {name: one for name, one in known.items() if not name.startswith(TELL)}
+        for automation in wanted:
+            there = known.pop(automation.name, None)
+            if there is None:
+                await client.create_automation(automation)
+                print(f"made '{automation.name}'")
+            elif meaning(there) != meaning(automation):
+                automation.enabled = there.enabled  # whoever switched it off meant it
+                await Automation(id=there.id, **automation.model_dump()).aupdate()
+                print(f"renewed '{automation.name}'")
+        for left in known.values():
+            await client.delete_automation(left.id)
+            print(f"deleted '{left.name}'")
 
 
-def _block_of(automation: Automation) -> UUID | None:
-    (action,) = automation.actions
-    return action.block_document_id if isinstance(action, SendNotification) else None
+def meaning(automation: AutomationCore) -> dict[str, object]:
+    """What an automation does, without what the server adds."""
+    return automation.model_dump(include={"trigger", "actions"})
 
 
 if __name__ == "__main__":

@@ -283,6 +283,8 @@ def register_deployments(env: dict[str, str]) -> None:
         if done.returncode != 0:
             down()
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        if "infra/automations.py" in command:
+            print(done.stdout, end="")
 
 
 def up(register: bool = True) -> None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from diffusion.errors import TrackingError
 from diffusion.settings import reach_loopback_directly
+from diffusion.trust.redaction import fit_to_leave
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 ANSWER_SECONDS = 10
+AGAIN_SECONDS = 5.0
+PATIENCE_SECONDS = 600.0
+"""A server that is restarted, upgraded or moved is away for minutes: what has been computed is worth waiting for it."""
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -29,10 +39,44 @@ QUIET = {
 }
 
 
+class Unreachable(TrackingError):
+    """The tracking server does not answer."""
+
+
+def when_it_answers(call: Callable[[], T]) -> T:
+    """What a call of MLflow returns, however long the server takes to come back. It may be made several times.
+
+    Raises TrackingError after ten minutes; and what the server itself answers, at once.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if _is_an_answer(error):
+                raise
+            said = fit_to_leave((str(error).splitlines() or [type(error).__name__])[0][:300])
+            if time.monotonic() > deadline:
+                raise TrackingError(
+                    f"MLflow has not answered for {PATIENCE_SECONDS / 60:.0f} minutes: {said}"
+                ) from None
+            log.warning("MLflow does not answer (%s); trying again in %.0f s.", said, AGAIN_SECONDS)
+            time.sleep(AGAIN_SECONDS)
+
+
+def _is_an_answer(error: Exception) -> bool:
+    """Whether another try would be answered alike."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):  # of a connection that failed it says 500
+        return error.get_http_status_code() < 500
+    return isinstance(error, TrackingError) and not isinstance(error, Unreachable)
+
+
 def connect(uri: str) -> MlflowClient:
     """A client of the tracking server that is known to answer.
 
-    Raises TrackingError within ANSWER_SECONDS if the server is dead, silent or refuses, or the database is unusable.
+    Raises Unreachable within ANSWER_SECONDS if the server is dead, silent or refuses, TrackingError if the database is unusable.
     """
     reach_loopback_directly()
     for key, value in QUIET.items():
@@ -60,7 +104,7 @@ def connect(uri: str) -> MlflowClient:
             client.search_experiments(max_results=1)
         except Exception as error:  # MLflow lets the errors of requests, urllib3 and SQLAlchemy through
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise TrackingError(
+            raise Unreachable(
                 f"The MLflow server at {uri} does not answer as it should ({reason}). "
                 "Start it (make up), or correct MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             ) from None

@@ -320,7 +320,7 @@ def unfinished_run(
     None if the newest one finished, or if the code is not known exactly.
     """
     newest = _newest_run(client, experiment_id, recipe, dataset, commit)
-    return _key(newest) if newest and newest.info.status in ("FAILED", "KILLED") else None
+    return run_key(newest) if newest and newest.info.status in ("FAILED", "KILLED") else None
 
 
 def finished_run(
@@ -328,10 +328,10 @@ def finished_run(
 ) -> str | None:
     """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished."""
     newest = _newest_run(client, experiment_id, recipe, dataset, commit, " and attributes.status = 'FINISHED'")
-    return _key(newest) if newest else None
+    return run_key(newest) if newest else None
 
 
-def _key(run: MlflowRun) -> str | None:
+def run_key(run: MlflowRun) -> str | None:
     """The run's key, which becomes a path; None if it says none that is ours."""
     try:
         return TypeAdapter(RunName).validate_python(run.data.tags.get(RUN_KEY))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import TrackingError
+from diffusion.tracking.connection import when_it_answers
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.journal import JOURNAL, TIMING, committed_step, records
 from diffusion.trust.redaction import fit_to_leave
@@ -22,7 +21,6 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 RETRY_SECONDS = 5.0
-FLUSH_SECONDS = 600.0
 
 
 class MetricsSender:
@@ -82,19 +80,7 @@ class MetricsSender:
 
     def flush(self) -> None:
         """Send all that is committed, however long the server takes to come back. Raises TrackingError after ten minutes."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while True:
-            try:
-                return self.send_committed()
-            except Exception as error:
-                if time.monotonic() > deadline:
-                    raise TrackingError(
-                        f"MLflow has not taken the metrics for ten minutes: {self._said(error)}"
-                    ) from None
-                log.warning(
-                    "MLflow does not take the metrics (%s); trying again in %.0f s.", self._said(error), RETRY_SECONDS
-                )
-                time.sleep(RETRY_SECONDS)
+        when_it_answers(self.send_committed)
 
 
 def journal_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:

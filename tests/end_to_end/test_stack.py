@@ -110,9 +110,8 @@ asyncio.run(main())
         "fid_margin",
         "bits_margin",
     ]
-    night = {"seed": None, "skip_unchanged": True, "start_from": "scratch"}
     assert found == {
-        "train-diffusion": [[["0 2 * * *", night]], [1, "CANCEL_NEW"], keys],
+        "train-diffusion": [[["0 2 * * *", {}]], [1, "CANCEL_NEW"], keys],
         "clean-up": [
             [["0 12 * * 0", {}]],
             [1, "CANCEL_NEW"],
@@ -139,6 +138,80 @@ asyncio.run(main())
     done = stack.shell(sys.executable, "infra/automations.py", env=env)
     assert "deleted the deployment train-diffusion/nightly" in done.stdout, done.stderr
     assert stack.shell(sys.executable, "-c", code, env=env).stdout == "['clean-up', 'train-diffusion']\n"
+
+
+STATES = """
+import asyncio, sys
+from prefect import get_client
+from prefect.states import Cancelled, Crashed, Failed
+async def main():
+    async with get_client() as client:
+        deployment = await client.read_deployment_by_name("train-diffusion/train-diffusion")
+        async def go_through(*states, tags):
+            run = await client.create_flow_run_from_deployment(deployment.id, state=states[0], tags=tags, name=sys.argv[1])
+            for state in states[1:]:
+                await client.set_flow_run_state(run.id, state, force=True)
+        left_out = Cancelled(message="Deployment concurrency limit reached.")  # as Prefect does it
+        await go_through(left_out, tags=["by hand"])
+        await go_through(Cancelled(), tags=["auto-scheduled"])
+        await go_through(left_out, tags=["auto-scheduled"])
+        await go_through(Failed(message="once"), Crashed(message="twice"), tags=[])
+        await go_through(Failed(message="the last"), tags=[])
+asyncio.run(main())
+"""
+
+
+def test_a_night_left_out_is_told_and_a_failure_once(stack: Project, received: list[dict[str, str]]) -> None:
+    before = len(received)
+    done = stack.shell(sys.executable, "-c", STATES, "tried", env=stack.servers)
+    assert done.returncode == 0, done.stderr
+    wait_for_message(received, "the last")
+    told = [(one["subject"], one["body"].splitlines()[0]) for one in received[before:]]
+    assert len(told) == 3, told
+    assert sorted(told)[0][0] == "A scheduled run was left out"
+    assert sorted(told)[1:] == [("tried: Failed", "once"), ("tried: Failed", "the last")]
+
+
+AUTOMATIONS = """
+import asyncio, json, sys
+from prefect import get_client
+from prefect.automations import Automation, AutomationCore
+async def main():
+    async with get_client() as client:
+        known = {one.name: one for one in await client.read_automations()}
+        told = known["train-diffusion: tell custom-webhook/tests of failures"]
+        fields = told.model_dump(include={*AutomationCore.model_fields})
+        if sys.argv[1:] == ["change"]:
+            left = AutomationCore.model_validate(fields | {"name": told.name.replace("tests", "gone")})
+            others = AutomationCore.model_validate(fields | {"name": "somebody else's"})
+            for one in (left, others):
+                await client.create_automation(one)
+            fields["actions"][0]["subject"] = "an earlier version's"
+        if sys.argv[1:]:
+            changed = fields | {"enabled": sys.argv[1] == "enable"}
+            await Automation(id=told.id, **changed).aupdate()
+        print(json.dumps({name: [one.enabled, *(a.subject for a in one.actions if a.type == "send-notification")]
+                          for name, one in known.items()}))
+asyncio.run(main())
+"""
+
+
+def test_automations_follow_the_version_and_the_blocks_that_are_named(
+    stack: Project, training: Training, received: list[dict[str, str]]
+) -> None:
+    named = stack.servers | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/tests,smtp-mail/tests"}
+    assert stack.shell(sys.executable, "infra/automations.py", env=named).stdout == "", "nothing was to be done"
+    before = json.loads(stack.shell(sys.executable, "-c", AUTOMATIONS, "change", env=named).stdout)
+    done = stack.shell(sys.executable, "infra/automations.py", env=named)
+    assert sorted(done.stdout.splitlines()) == [
+        "deleted 'train-diffusion: tell custom-webhook/gone of failures'",
+        "renewed 'train-diffusion: tell custom-webhook/tests of failures'",
+    ], done.stderr
+    after = json.loads(stack.shell(sys.executable, "-c", AUTOMATIONS, "enable", env=named).stdout)
+    assert after.pop("somebody else's")
+    switched_off = after["train-diffusion: tell custom-webhook/tests of failures"]
+    assert switched_off[0] is False, "whoever switched it off meant it"
+    assert after == before | {"train-diffusion: tell custom-webhook/tests of failures": switched_off}
 
 
 def test_other_names_are_resolved_left_alone_or_refused_with_help(stack: Project) -> None:

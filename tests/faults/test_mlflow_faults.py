@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
+from flows.owner import Ending, close_abandoned, this_process
+from flows.run import close
 from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.s3_proxy import Faults, proxy
 
@@ -25,6 +32,7 @@ def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
 ) -> None:
     monkeypatch.setattr("diffusion.tracking.sender.POLL_SECONDS", 0.05)
     monkeypatch.setattr("diffusion.tracking.sender.RETRY_SECONDS", 0.2)
+    monkeypatch.setattr("diffusion.tracking.connection.AGAIN_SECONDS", 0.2)
     direct = connect(mlflow_server.url)
     run = TrackedRun.open(
         direct, open_experiment(direct, None), "faults", LINEAGE, tiny_recipe(), ingested.manifest, ingested.store.uri
@@ -48,6 +56,57 @@ def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
     assert faults.seen["unavailable"] > 0
     points = [(p.step, p.value) for p in direct.get_metric_history(run.run_id, "train/loss")]
     assert points == [(step, 1 / step) for step in range(1, 201)]
+
+
+def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next_start(
+    mlflow_server: Server, ingested: Ingested, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.tracking.connection.AGAIN_SECONDS", 0.2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    direct = connect(mlflow_server.url)
+    experiment = open_experiment(direct, None)
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended = json.loads(this_process()) | {"pid": child.pid, "started": psutil.Process(child.pid).create_time()}
+    child.wait()
+
+    def begin(key: str) -> tuple[TrackedRun, Path]:
+        lineage = replace(LINEAGE, run=key, owner=json.dumps(ended))
+        folder = tmp_path / key
+        folder.mkdir()
+        run = TrackedRun.open(direct, experiment, key, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
+        return run, folder
+
+    faults = Faults(unavailable=1.0)
+    with proxy(mlflow_server.url, faults) as url:
+        waited, folder = begin("restarted")
+        threading.Timer(1.0, lambda: setattr(faults, "unavailable", 0.0)).start()
+        through = TrackedRun(connect_without_asking(url), waited.run_id, experiment, waited.started)
+        close(through, folder, Ending(status="FINISHED"))
+        assert faults.seen["unavailable"] > 0
+        assert direct.get_run(waited.run_id).info.status == "FINISHED"
+        assert list(folder.iterdir()) == []
+
+        faults.unavailable = 1.0
+        monkeypatch.setattr("diffusion.tracking.connection.PATIENCE_SECONDS", 0.0)
+        endings = {
+            "finished": Ending(status="FINISHED"),
+            "failed": Ending(status="FAILED", reason="no data"),
+            "killed": Ending(status="KILLED", reason="TerminationSignal"),
+        }
+        runs = {}
+        for key, ending in endings.items():
+            run, folder = begin(key)
+            runs[key] = run.run_id
+            close(TrackedRun(connect_without_asking(url), run.run_id, experiment, run.started), folder, ending)
+            assert direct.get_run(run.run_id).info.status == "RUNNING"
+    silent, _ = begin("silent")
+    close_abandoned(direct, experiment, LINEAGE.flow_run_id, tmp_path)
+    for key, ending in endings.items():
+        told = direct.get_run(runs[key])
+        assert (told.info.status, told.data.tags.get("failure", "")) == (ending.status, ending.reason)
+    told = direct.get_run(silent.run_id)
+    assert told.info.status == "FAILED"
+    assert "ended without a word" in told.data.tags["failure"]
 
 
 def connect_without_asking(url: str):  # type: ignore[no-untyped-def]

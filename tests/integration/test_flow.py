@@ -256,14 +256,15 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
         "source": "generated",
         "processes": 1,
         "overrides": TINY | ONE_MILESTONE,
-        "seed": None,
     }
-    parameters |= {"skip_unchanged": True}
     keys = []
     with get_client(sync_client=True) as client:
         for _ in range(2):
             flow_run = client.create_flow_run(
-                train_diffusion, parameters=parameters, state=Scheduled(scheduled_time=yesterday)
+                train_diffusion,
+                parameters=parameters,
+                state=Scheduled(scheduled_time=yesterday),
+                tags=["auto-scheduled"],
             )
             for _ in range(2):
                 run_engine(train_diffusion, flow_run=client.read_flow_run(flow_run.id), parameters=parameters)

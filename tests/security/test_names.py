@@ -170,7 +170,7 @@ def test_one_bad_tag_stops_no_later_run(hostile: tuple[MlflowClient, str, Path],
     from flows.owner import close_abandoned
 
     client, experiment, _ = hostile
-    close_abandoned(client, experiment, "11111111-1111-1111-1111-111111111111")
+    close_abandoned(client, experiment, "11111111-1111-1111-1111-111111111111", settings().runs)
     dataset = ingested.manifest.model_copy(update={"digest": "d" * 64})
     assert unfinished_run(client, experiment, tiny_recipe(), dataset, "c" * 40) is None
     assert recorded_start(client, experiment, "fine") == (False, None)
