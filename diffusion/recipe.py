@@ -300,6 +300,11 @@ class Recipe(Part):
         return self.objective.loss != "simple"
 
     @property
+    def needs_class(self) -> bool:
+        """Whether the network was told the class of every image: without one it says nothing that it has learnt."""
+        return self.network.class_conditional and self.network.label_dropout == 0
+
+    @property
     def first_step(self) -> int:
         """The step that training begins after: 0, or that of the checkpoint it goes on from."""
         return self.start.step if self.start else 0

@@ -65,13 +65,21 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
     if seed is not None:
         values["seed"] = seed
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
         )
         with_overrides = " with these overrides" if overrides else ""
         raise RecipeError(f"The recipe '{shown(preset)}'{with_overrides} can't be used: {problems}.") from error
+    if (
+        recipe.needs_class and recipe.evaluation.guidance != 1
+    ):  # not a rule of recipes: what was trained so stays readable
+        raise RecipeError(
+            f"evaluation.guidance is {recipe.evaluation.guidance:g}, which asks the network what it makes of an image without "
+            "a class; with network.label_dropout 0 it never learns that. Set label_dropout above 0 (0.1), or guidance to 1."
+        )
+    return recipe
 
 
 def fit_to_dataset(recipe: Recipe, overrides: dict[str, Any], spec: ImageSpec) -> Recipe:

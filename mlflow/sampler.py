@@ -85,6 +85,10 @@ class Sampler(PythonModel):
             raise MlflowException.invalid_parameter_value(
                 f"guidance is {guidance}; it must be between 0 and {MAX_GUIDANCE}."
             )
+        if guidance != 1 and self.denoiser.recipe.needs_class:
+            raise MlflowException.invalid_parameter_value(
+                f"guidance is {guidance}; it must be 1: this network was told the class of every image, and can't do without."
+            )
         if label and label not in self.classes:
             raise MlflowException.invalid_parameter_value(
                 f"label is {label[:40]!r}; it must be empty or one of {', '.join(self.classes) or '(the model knows no classes)'}."

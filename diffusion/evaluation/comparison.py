@@ -16,12 +16,15 @@ from safetensors.numpy import load, save
 
 from diffusion.data.store import Store
 from diffusion.errors import DataError
+from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance
 from diffusion.randomness import stream
 
 DRAWS = 200
 SEED = 0
+FEWEST = 10
+"""Samples of a class by which it can be judged."""
 OUTSIDE = 0.05
 """Share of the draws that lies outside an interval."""
 
@@ -62,7 +65,7 @@ def evidence_name(run: str, step: int) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of one model minus that of another, with its 95 % bootstrap interval."""
+    """A figure of one model minus that of another, or over it, with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -97,6 +100,38 @@ def compare(new: Evidence, old: Evidence, reference: Moments) -> Comparison:
         bits_per_dim=_bootstrap(lambda chosen: float(bits[chosen].mean()), len(bits), "bits") if len(bits) else None,
         memorisation=_bootstrap(lambda chosen: float(close[chosen].mean()), len(close), "close"),
     )
+
+
+def ratio_of_class(new: Evidence, old: Evidence, reference: Reference, label: int, classes: int) -> Difference | None:
+    """The FID of a class over the other model's; None where its samples, or its real images, are too few for any.
+
+    Args:
+        classes: how many there are; samples are of them in turn.
+    """
+    real = Moments.of(reference.train_features[reference.train_labels == label])
+    first, second = (one.features[label::classes] for one in (new, old))
+    if len(first) < FEWEST or real.count < FEWEST:
+        return None
+
+    def log_ratio(chosen: NDArray[np.int64]) -> float:
+        distances = (frechet_distance(Moments.of(one[chosen]), real) for one in (first, second))
+        return float(np.subtract(*np.log(np.maximum([*distances], np.finfo(float).tiny))))
+
+    found = _bootstrap(log_ratio, len(first), "class")
+    return Difference(*(float(np.exp(value)) for value in (found.value, found.low, found.high)))
+
+
+def variation_of_classes(evidence: Evidence, reference: Reference, classes: int) -> dict[int, float]:
+    """By class, the total variance of its samples' features over that of its real images: 0 if all samples are alike.
+
+    Classes with too few samples or real images to tell are left out.
+    """
+    found = {}
+    for label in range(classes):
+        real, own = reference.train_features[reference.train_labels == label], evidence.features[label::classes]
+        if min(len(real), len(own)) >= FEWEST and (spread := float(real.var(axis=0).sum())) > 0:
+            found[label] = float(own.var(axis=0).sum()) / spread
+    return found
 
 
 def _bootstrap(statistic: Callable[[NDArray[np.int64]], float], count: int, purpose: str) -> Difference:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.loader import ShardImages
+from diffusion.data.loader import Labels, ShardImages
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
@@ -56,9 +56,10 @@ def bits_per_dim(
     """
     recipe = denoiser.recipe
     log_snr = chain(denoiser.schedule, recipe.process.steps)
-    pixels = np.concatenate([shard for shard, _ in test.all()])[:images]
+    pixels, labels = (np.concatenate(parts)[:images] for parts in zip(*test.all(), strict=True))
     count = recipe.evaluation.likelihood_timesteps
-    measure = Measurement(denoiser, pixels, log_snr.to(accelerator.device), accelerator, progress)
+    told = labels if recipe.needs_class else None
+    measure = Measurement(denoiser, pixels, told, log_snr.to(accelerator.device), accelerator, progress)
     ends = measure.ends()
     if count >= len(log_snr) - 1:
         draws = every_transition(len(log_snr), len(pixels))
@@ -77,6 +78,8 @@ class Measurement:
 
     denoiser: Denoiser
     pixels: Images
+    labels: Labels | None
+    """Their classes, where the network says nothing without: the bound is then of images given their class."""
     log_snr: Tensor
     """Of the chain, [T], on the device."""
     accelerator: Accelerator
@@ -87,7 +90,7 @@ class Measurement:
 
         def of(rows: range, x0: Tensor) -> list[Tensor]:
             first, second, last = (self.log_snr[at].expand(len(rows)) for at in (0, 1, -1))
-            estimate = self._estimate(diffuse(x0, _noise(rows, 0, x0, "bound decoder noise"), first), first)
+            estimate = self._estimate(rows, diffuse(x0, _noise(rows, 0, x0, "bound decoder noise"), first), first)
             bins = self.denoiser.pixels.bins(x0)
             return [prior_term(x0, last), decoder_term(estimate, x0, first, second, bins)]
 
@@ -102,13 +105,14 @@ class Measurement:
                 position = torch.from_numpy(draws.positions[rows.start : rows.stop, draw]).to(x0.device)
                 now, before = self.log_snr[position], self.log_snr[position - 1]
                 x_t = diffuse(x0, _noise(rows, draw, x0, purpose), now)
-                terms.append(transition_term(self._estimate(x_t, now), x0, x_t, now, before))
+                terms.append(transition_term(self._estimate(rows, x_t, now), x0, x_t, now, before))
             return terms
 
         return self._blockwise(draws.positions.shape[1], of)
 
-    def _estimate(self, x_t: Tensor, log_snr: Tensor) -> Estimate:
-        return self.denoiser.predict(x_t, log_snr, None)
+    def _estimate(self, rows: range, x_t: Tensor, log_snr: Tensor) -> Estimate:
+        of_rows = None if self.labels is None else torch.from_numpy(self.labels[rows.start : rows.stop])
+        return self.denoiser.predict(x_t, log_snr, of_rows if of_rows is None else of_rows.to(x_t.device))
 
     def _blockwise(self, columns: int, of: Callable[[range, Tensor], list[Tensor]]) -> NDArray[np.float64]:
         batch, accelerator = self.denoiser.recipe.evaluation.batch, self.accelerator

@@ -17,12 +17,17 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 from diffusion.data.ingest import find_dataset
 from diffusion.data.store import Store
 from diffusion.errors import DataError, TrackingError
-from diffusion.evaluation.comparison import Comparison, Difference, compare, load_evidence
-from diffusion.evaluation.figures import FIGURES, full_name, with_error
+from diffusion.evaluation.comparison import (
+    Difference,
+    compare,
+    load_evidence,
+    ratio_of_class,
+    variation_of_classes,
+)
 from diffusion.evaluation.names import reference_name
-from diffusion.evaluation.reference import load_reference
-from diffusion.evaluation.scores import DEVIATIONS, Scores
-from diffusion.tracking.markdown import markdown_table
+from diffusion.evaluation.reference import Reference, load_reference
+from diffusion.evaluation.scores import Scores
+from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
@@ -35,20 +40,9 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 COMPARABLE = ("dataset.digest", "image_size", "evaluation.protocol")
 """Tags that must agree before two figures are compared."""
-COLLAPSE = 1.5
-"""A class whose FID is more than this many times the champion's has collapsed."""
 DECISION_SECTION = re.compile(r"^## Decision\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 """Of a model card."""
 ATTEMPTS = 20
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One condition of a promotion."""
-
-    name: str
-    passed: bool
-    figures: str
 
 
 @dataclass(frozen=True)
@@ -83,101 +77,9 @@ class Promotion:
         return json.dumps(fields, indent=1).encode()
 
 
-@dataclass(frozen=True)
-class Margins:
-    """How clear a difference from the champion must be."""
-
-    fid: float = 0.0
-    """How far below the champion's the FID must lie: the whole interval of the difference lies below minus this."""
-    bits_per_dim: float = 0.01
-    """How far above the champion's the bound may lie: the interval of the difference reaches below this."""
-
-
-def gates_against(new: Scores, old: Scores, comparison: Comparison, margins: Margins = Margins()) -> tuple[Gate, ...]:
-    """What a challenger must show against the champion, both scored under one protocol."""
-    by = new.extractors[0].name
-    fid, bits, close = comparison.fid, comparison.bits_per_dim, comparison.memorisation
-    gates = [
-        Gate(
-            f"fid_{by} is lower",
-            fid.high < -margins.fid,
-            f"{_both(new, old, 'fid')} over {new.samples:,} samples: {_text(fid, 2)}, corrected for what finitely many "
-            f"samples add" + (f"; asked for: below {-margins.fid:g}" if margins.fid else ""),
-        ),
-    ]
-    if bits is not None:
-        gates.append(
-            Gate(
-                "bits_per_dim is not higher",
-                bits.low <= margins.bits_per_dim,
-                f"{_both(new, old, 'bits_per_dim')}: {_text(bits, 3)}; allowed: {margins.bits_per_dim:g}",
-            )
-        )
-    before = old.parts("fid_of_class")
-    worst = {name: fid / before[name] for name, fid in new.parts("fid_of_class").items() if before.get(name)}
-    if worst:
-        name = max(worst, key=lambda key: worst[key])
-        gates.append(
-            Gate(
-                "no class has collapsed",
-                worst[name] <= COLLAPSE,
-                f"{name} has changed most: its FID is {worst[name]:.2f} times the champion's",
-            )
-        )
-    gates.append(
-        Gate(
-            # Below 1, samples are further from the training images than new real ones are: blurred, not better.
-            "nothing more is copied",
-            close.low <= 0 or not_memorised(new),
-            f"memorisation {_both(new, old, 'memorisation')} (new real images: 1): {_text(close, 2)}; it must not be above both",
-        )
-    )
-    return tuple(gates)
-
-
-def _both(new: Scores, old: Scores, figure: str) -> str:
-    digits = FIGURES[figure].digits
-    return f"{new.require(figure).value:.{digits}f} against {old.require(figure).value:.{digits}f}"
-
-
-def _text(difference: Difference, digits: int) -> str:
-    return f"a difference of {difference.low:.{digits}f} to {difference.high:.{digits}f} (95 %)"
-
-
-def gates_alone(new: Scores, bits_of_no_model: float) -> tuple[Gate, ...]:
-    """What the first version ever must show."""
-    fid, bits, copies = new.require("fid"), new.find("bits_per_dim"), new.require("memorisation")
-    likely = []
-    if bits is not None:
-        likely = [
-            Gate(
-                "bits_per_dim is below that of no model",
-                bits.value < bits_of_no_model,
-                f"{bits.value:.3f}; an even guess has {bits_of_no_model:g}",
-            )
-        ]
-    return (
-        Gate(
-            f"{full_name(fid)} is a number",
-            math.isfinite(fid.value),
-            f"{fid.value:.2f} over {new.samples:,} samples",
-        ),
-        *likely,
-        Gate(
-            "nothing is copied",
-            not_memorised(new),
-            f"memorisation {with_error(copies)} (new real images: 1)",
-        ),
-    )
-
-
-def not_memorised(scores: Scores) -> bool:
-    """Whether samples are no nearer to training images than new real images are, as far as can be told."""
-    copies = scores.require("memorisation")
-    return copies.value - DEVIATIONS * (copies.error or 0.0) <= 1
-
-
-def promote(client: MlflowClient, store: Store, model: str, version: str, margins: Margins = Margins()) -> Decision:
+def promote(
+    client: MlflowClient, store: Store, model: str, version: str, margins: Margins = DEFAULT_MARGINS
+) -> Decision:
     """Judge a version against the champion and give it the alias `champion` or `challenger`; a promotion is never repeated.
 
     Raises TrackingError if other runs promote without end.
@@ -197,7 +99,9 @@ def promote(client: MlflowClient, store: Store, model: str, version: str, margin
         decision = Decision(model, version, alias, reason, gates, _number(champion))
         if alias == CHALLENGER:
             _tell(client, decision)
-            client.set_registered_model_alias(model, CHALLENGER, version)
+            newest = _by_alias(client, model, CHALLENGER)
+            if newest is None or int(newest.version) < int(version):  # an older run may be retried
+                client.set_registered_model_alias(model, CHALLENGER, version)
             return decision
         if _number(champion_version(client, model)) != _number(champion):  # moved by hand meanwhile
             continue
@@ -221,23 +125,47 @@ def _judge(
         raise DataError(
             f"Version {challenger.version} of {challenger.name} has no scores that can be read: it can't be judged."
         )
-    if champion is None:
-        dataset = find_dataset(store, challenger.tags["dataset.digest"])
-        opening = "It is the first version"
-        gates = gates_alone(new, dataset.images.bits_of_no_model if dataset else math.inf)
-    else:
-        try:
-            opening, gates = f"Against version {champion.version}", _against(store, challenger, champion, new, margins)
-        except DataError as error:
-            return CHALLENGER, f"{error} Move the alias champion by hand if it is to go live.", ()
+    dataset = find_dataset(store, challenger.tags["dataset.digest"])
+    classes = dataset.images.classes if dataset else ()
+    try:
+        if champion is None:
+            opening = "It is the first version"
+            bits = dataset.images.bits_of_no_model if dataset else math.inf
+            gates = gates_alone(new, bits, _variation(store, challenger, new, classes))
+        else:
+            opening = f"Against version {champion.version}"
+            gates = _against(store, challenger, champion, new, margins, classes)
+    except DataError as error:
+        return CHALLENGER, f"{error} Move the alias champion by hand if it is to go live.", ()
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         return CHALLENGER, f"{opening}: it fails '{failed[0].name}' ({failed[0].figures}).", gates
     return CHAMPION, f"{opening}: {gates[0].figures}; all {len(gates)} gates passed.", gates
 
 
+def _variation(store: Store, version: ModelVersion, scores: Scores, classes: tuple[str, ...]) -> dict[str, float]:
+    """By class, what its samples vary as a share of what its real images do; empty without classes."""
+    if not scores.parts("fid_of_class"):
+        return {}
+    evidence = load_evidence(store, version.tags["run"], scores)
+    found = variation_of_classes(evidence, _reference(store, version, scores), len(classes))
+    return {classes[label]: share for label, share in found.items()}
+
+
+def _reference(store: Store, version: ModelVersion, scores: Scores) -> Reference:
+    """The real images by which a version was scored."""
+    by, tags = scores.extractors[0], version.tags
+    name = reference_name(tags["dataset.digest"], by.name, by.sha256, int(tags["image_size"]))
+    return load_reference(store, name)
+
+
 def _against(
-    store: Store, challenger: ModelVersion, champion: ModelVersion, new: Scores, margins: Margins
+    store: Store,
+    challenger: ModelVersion,
+    champion: ModelVersion,
+    new: Scores,
+    margins: Margins,
+    classes: tuple[str, ...],
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if their figures can't be compared."""
     different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
@@ -255,10 +183,14 @@ def _against(
         before_run = TypeAdapter(RunName).validate_python(champion.tags.get("run"))
     except ValidationError:
         raise DataError(f"The tag 'run' of version {champion.version}, the champion, names no run.") from None
-    tags = challenger.tags
-    reference = reference_name(tags["dataset.digest"], by.name, by.sha256, int(tags["image_size"]))
-    first, second = load_evidence(store, tags["run"], new), load_evidence(store, before_run, old)
-    return gates_against(new, old, compare(first, second, load_reference(store, reference).train), margins)
+    reference = _reference(store, challenger, new)
+    first, second = load_evidence(store, challenger.tags["run"], new), load_evidence(store, before_run, old)
+
+    def of_class(name: str) -> Difference | None:
+        known = name in classes
+        return ratio_of_class(first, second, reference, classes.index(name), len(classes)) if known else None
+
+    return gates_against(new, old, compare(first, second, reference.train), margins, of_class)
 
 
 def _number(version: ModelVersion | None) -> str | None:
@@ -277,12 +209,6 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
     section = f"## Decision\n\n{decision.reason}\n{table}\n"
     card, found = DECISION_SECTION.subn(lambda _: section, card)
     client.update_model_version(decision.model, decision.version, card if found else f"{card}\n{section}")
-
-
-def gates_table(gates: tuple[Gate, ...]) -> str:
-    """The gates of a decision as Markdown."""
-    rows = ((gate.name, "yes" if gate.passed else "**no**", gate.figures) for gate in gates)
-    return markdown_table(("gate", "passed", "figures"), rows)
 
 
 def _complete(client: MlflowClient, store: Store, model: str, entries: list[Promotion]) -> None:
@@ -348,10 +274,14 @@ def _applied(model: str, number: int) -> str:
 
 def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:
     """The version that is live, or None."""
+    return _by_alias(client, model, CHAMPION)
+
+
+def _by_alias(client: MlflowClient, model: str, alias: str) -> ModelVersion | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(model, CHAMPION)
+        return client.get_model_version_by_alias(model, alias)
     except MlflowException as error:
         if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
             return None

@@ -18,7 +18,7 @@ from diffusion.evaluation.figures import Figure, full_name, in_order, metrics, w
 from diffusion.evaluation.names import OwnExtractor, find_own
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
-from diffusion.recipe import Evaluation
+from diffusion.recipe import Recipe
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
@@ -38,14 +38,15 @@ INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "se
 """A request: the model takes no input, only parameters."""
 
 
-def protocol(evaluation: Evaluation) -> str:
+def protocol(recipe: Recipe) -> str:
     """How a version's figures were made: all that must be alike before two are compared."""
+    evaluation, told = recipe.evaluation, ", given their class" if recipe.needs_class else ""
     interval = evaluation.guidance_interval
     where = f" at noise of {interval[0]:g} to {interval[1]:g}" if interval else ""
     return (
         f"{PROTOCOL}; {evaluation.samples} samples by {evaluation.sampler} in {evaluation.sampler_steps} steps ({evaluation.spacing}, "
         f"eta {evaluation.eta:g}, guidance {evaluation.guidance:g}{where}); bits/dim of {evaluation.likelihood_images} images at "
-        f"{evaluation.likelihood_timesteps} timesteps"
+        f"{evaluation.likelihood_timesteps} timesteps{told}"
     )
 
 
@@ -83,7 +84,7 @@ def publish(
         "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
         "image_size": str(state.recipe.data.image_size),
-        "evaluation.protocol": protocol(state.recipe.evaluation),
+        "evaluation.protocol": protocol(state.recipe),
         "recipe.digest": state.recipe.digest,
         "checkpoint.digest": state.digest,
         "checkpoint.step": str(state.step),

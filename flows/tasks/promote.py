@@ -8,7 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from diffusion.tracking.promotion import CHAMPION, Decision, Margins, champion_version
+from diffusion.tracking.gates import Margins
+from diffusion.tracking.promotion import CHAMPION, Decision, champion_version
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
 from flows.run import Run

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
 from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
+from diffusion.tracking.gates import gates_table
 from diffusion.tracking.markdown import markdown_table
-from diffusion.tracking.promotion import Decision, gates_table
+from diffusion.tracking.promotion import Decision
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.process.bound import PixelBins, chain_term, prior_term, transition_term
@@ -77,6 +79,17 @@ def test_a_transition_term_is_the_difference_of_snr_times_the_error() -> None:
     x_t = diffuse(x0, torch.zeros_like(x0), t)
     term = transition_term(Estimate(torch.full_like(x0, 0.1)), x0, x_t, t, s)
     assert float(term) == pytest.approx((math.exp(1.5) - math.exp(1.0)) * 0.3**2 / 2, rel=1e-12)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=4, max_size=4), st.lists(st.floats(-1, 1), min_size=4, max_size=4))
+def test_an_x0_clipped_to_what_pixels_can_be_is_never_further_from_the_posterior(
+    guess: list[float], true: list[float]
+) -> None:
+    x0, said = (torch.tensor(values, dtype=torch.float64).reshape(1, 1, 2, 2) for values in (true, guess))
+    t, s = torch.tensor([1.0], dtype=torch.float64), torch.tensor([1.5], dtype=torch.float64)
+    x_t = diffuse(x0, torch.ones_like(x0), t)
+    clipped, raw = (transition_term(Estimate(one), x0, x_t, t, s) for one in (said.clamp(-1, 1), said))
+    assert float(clipped) <= float(raw) + 1e-12
 
 
 def test_the_learned_variance_runs_from_the_posterior_s_to_the_forward_transition_s() -> None:

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 
 from diffusion.data.store import FolderStore
 from diffusion.errors import DataError
-from diffusion.evaluation.comparison import Comparison, Evidence, compare, evidence_name, load_evidence
-from diffusion.evaluation.statistics import Moments, frechet_error
+from diffusion.evaluation.comparison import (
+    Comparison,
+    Evidence,
+    compare,
+    evidence_name,
+    load_evidence,
+    ratio_of_class,
+    variation_of_classes,
+)
+from diffusion.evaluation.reference import Reference
+from diffusion.evaluation.statistics import Moments, frechet_distance, frechet_error
 from tests.scores import made
 
 DIMENSIONS = 4
@@ -101,3 +110,40 @@ def test_evidence_comes_back_as_it_was_and_not_if_it_is_damaged_or_gone(tmp_path
     store.write(evidence_name("run", scores.step), data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match="is damaged"):
         load_evidence(store, "run", scores)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0, 3))
+def test_of_each_class_variation_and_ratio_are_those_of_its_own_samples(seed: int, scale: float) -> None:
+    """Samples are of the classes in turn; the other classes' do not matter."""
+    rng, classes, label = np.random.default_rng(seed), 3, 1
+    real, labels = rng.standard_normal((300, DIMENSIONS)).astype(np.float32), np.arange(300) % classes
+    reference = Reference(Moments.of(real), real, labels, real)
+    a, b = rng.standard_normal((2, 90, DIMENSIONS))
+    a[label::classes] *= scale
+    found = variation_of_classes(evidence(a), reference, classes)
+    expected = a[label::classes].var(axis=0).sum() / real[labels == label].var(axis=0).sum()
+    assert found[label] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    ratio = ratio_of_class(evidence(a), evidence(b), reference, label, classes)
+    assert ratio is not None
+    moments = Moments.of(real[labels == label])
+    distances = [frechet_distance(Moments.of(x[label::classes].astype(np.float32)), moments) for x in (a, b)]
+    assert ratio.value == pytest.approx(distances[0] / distances[1], rel=1e-4)
+    assert ratio.low <= ratio.high
+    a[0::classes] += 7
+    again = ratio_of_class(evidence(a), evidence(b), reference, label, classes)
+    assert again == ratio
+
+
+def test_a_class_with_few_samples_or_real_images_is_not_judged() -> None:
+    rng = np.random.default_rng(0)
+    real, labels = rng.standard_normal((30, DIMENSIONS)).astype(np.float32), np.repeat([0, 1], [25, 5])
+    reference = Reference(Moments.of(real), real, labels, real)
+    few, many = evidence(rng.standard_normal((10, DIMENSIONS))), evidence(rng.standard_normal((40, DIMENSIONS)))
+    assert variation_of_classes(few, reference, 2) == {}
+    assert list(variation_of_classes(many, reference, 2)) == [0]
+    assert ratio_of_class(few, few, reference, 0, 2) is None
+    assert ratio_of_class(many, many, reference, 1, 2) is None
+    same = ratio_of_class(many, many, reference, 0, 2)
+    assert same is not None
+    assert (same.value, same.low, same.high) == (1, 1, 1)

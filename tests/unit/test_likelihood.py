@@ -1,12 +1,14 @@
 """Bits per dimension: the sampled bound agrees with the exact sum, and its parts with the whole."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 
 from diffusion.data.loader import ShardImages
 from diffusion.denoiser import Denoiser, Pixels, build_network
@@ -21,6 +23,7 @@ from diffusion.evaluation.likelihood import (
 )
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.job import ProgressFile
+from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import Cosine, chain
 from tests.conftest import Ingested, tiny_recipe
 from tests.specs import RGB_SPEC
@@ -65,6 +68,27 @@ def test_the_parts_add_up_to_the_whole() -> None:
     assert bound.prior + bound.decoder + sum(bound.transitions) == pytest.approx(bound.total)
     assert bound.total * math.log(2) == pytest.approx(nats.sum(axis=1).mean())
     assert isinstance(draws, Draws)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_network_that_was_told_every_class_is_told_it_here(
+    ingested: Ingested, tmp_path: Path, dropout: float
+) -> None:
+    """Without, it would be asked what it never learnt."""
+    told: set[tuple[int, ...] | None] = set()
+    recipe = tiny_recipe(network__label_dropout=dropout, evaluation__likelihood_timesteps=2)
+
+    class Listening(Denoiser):
+        def predict(self, x_t: Tensor, log_snr: Tensor, label: Tensor | None, guidance: float = 1.0) -> Estimate:
+            told.add(None if label is None else tuple(label.tolist()))
+            return super().predict(x_t, log_snr, label, guidance)
+
+    denoiser = Listening(recipe, build_network(recipe, RGB_SPEC).eval(), Pixels(ingested.manifest.images))
+    images = ShardImages(ingested.store, ingested.manifest, "test", 16, tmp_path)
+    bits_per_dim(denoiser, images, 10, Accelerator(cpu=True), ProgressFile(tmp_path, False))
+    labels = np.concatenate([labels for _, labels in images.all()])[:10].tolist()
+    batch = recipe.evaluation.batch
+    assert told == ({None} if dropout else {tuple(labels[at : at + batch]) for at in range(0, 10, batch)})
 
 
 @pytest.mark.parametrize("loss", ["simple", "hybrid"])

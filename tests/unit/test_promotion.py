@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffusion.evaluation.comparison import Comparison, Difference
 from diffusion.evaluation.scores import Row, Scores
-from diffusion.tracking.promotion import Margins, gates_against, gates_alone
+from diffusion.tracking.gates import Margins, gates_against, gates_alone
 from tests.scores import made
 
 
@@ -67,6 +67,32 @@ def test_the_first_version_must_be_better_than_no_model() -> None:
     assert [gate.name for gate in gates_alone(made(fid=float("nan")), 8.0) if not gate.passed] == [
         "fid_eurosat is a number"
     ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "passes"),
+    [
+        (None, False),
+        (Difference(1.8, 1.2, 2.4), False),
+        (Difference(1.8, 0.9, 2.7), True),
+        (Difference(1.4, 1.2, 1.6), True),
+    ],
+)
+def test_a_class_has_collapsed_only_beyond_what_may_be_luck(ratio: Difference | None, passes: bool) -> None:
+    forest = 20 * (ratio.value if ratio else 1.8)
+    new, old = made(fid=10.0, fid_of_class={"Forest": forest}), made(fid_of_class={"Forest": 20.0})
+    comparison = Comparison(difference(new.require("fid"), old.require("fid")), None, Difference(0, 0, 0))
+    gates = {gate.name: gate for gate in gates_against(new, old, comparison, of_class=lambda name: ratio)}
+    assert gates["no class has collapsed"].passed == passes
+    assert f"{forest / 20:.2f} times" in gates["no class has collapsed"].figures
+
+
+def test_a_first_version_that_draws_one_picture_for_a_class_does_not_go_live() -> None:
+    def failed(**variation: float) -> list[str]:
+        return [gate.figures for gate in gates_alone(made(), 8.0, variation) if not gate.passed]
+
+    assert failed() == failed(Forest=0.5, River=0.06) == []
+    assert failed(Forest=0.5, River=0.01) == ["River varies least: 1% of what its real images do; asked for: 5%"]
 
 
 def test_a_champion_scored_before_a_figure_existed_is_compared_by_what_both_have() -> None:

@@ -46,6 +46,7 @@ def test_an_unknown_override_is_answered_with_the_nearest() -> None:
         ({"ema.half_lives": [500.2, 500.4]}, "twice"),
         ({"process.log_snr_min": 9}, "below process.log_snr_max"),
         ({"ema.half_lives": []}, "half_lives"),
+        ({"network.label_dropout": 0}, "never learns that"),
         ({"process.zero_terminal_snr": True, "evaluation.spacing": "uniform_time"}, "log_snr_min"),
     ],
 )
