@@ -14,7 +14,7 @@ from pydantic import Field
 
 from diffusion.data.store import Store, open_store
 from diffusion.errors import RunBusy
-from diffusion.evaluation.comparison import evidence_name
+from diffusion.evaluation.scores import evaluations_of
 from diffusion.job import lock_folder
 from diffusion.settings import settings
 from diffusion.tracking.promotion import past_champions
@@ -93,11 +93,10 @@ class RunRemains:
 
 def run_remains(store: Store, run: str, folder: Path) -> RunRemains:
     """Look up what a run has left."""
-    objects: list[str] = []
-    for step in steps_begun(store, run):
-        evidence = evidence_name(run, step)
-        objects += [*checkpoint_names(store, run, step), *(name for name in store.names(evidence) if name == evidence)]
-    return RunRemains(run, tuple(objects), folder)
+    checkpoints = [name for step in steps_begun(store, run) for name in checkpoint_names(store, run, step)]
+    # MLflow has its pictures as well. The scores stay: by them a version that is kept is judged.
+    evaluated = [name for name in store.names(evaluations_of(run)) if not name.endswith("/scores.json")]
+    return RunRemains(run, (*checkpoints, *evaluated), folder)
 
 
 def delete_run(store: Store, run: RunRemains) -> bool:

@@ -170,9 +170,14 @@ def from_format_1(fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"no scores of the first format: {error!r}") from error
 
 
+def evaluations_of(run: str) -> str:
+    """What the names of all that a run's evaluations have left in the store begin with."""
+    return f"runs/{run}/evaluations/"
+
+
 def evaluation_folder(run: str, step: int, name: str = "") -> str:
     """Where the results of an evaluation lie in the store; `name` tells those apart that are not the recipe's own."""
-    return f"runs/{run}/evaluations/{step:09d}{'-' if name else ''}{name}"
+    return f"{evaluations_of(run)}{step:09d}{'-' if name else ''}{name}"
 
 
 def find_scores(

@@ -2,8 +2,8 @@
 
 Kept are every version that has an alias (champion, challenger, or one of your own) or a copy in another model, the last champions,
 and the newest versions; and the checkpoints of the runs that made these (but for the merely newest), of all runs that those went
-on from, of runs under way and theirs, and of the newest runs. Never touched: the models of other projects on the same server, and
-MLflow runs with their metrics, pictures and galleries.
+on from, of runs under way and theirs, and of the newest runs that nobody has deleted in MLflow. Never touched: the models of other
+projects on the same server, and MLflow runs with their metrics, pictures and galleries.
 """
 
 from __future__ import annotations
@@ -48,14 +48,19 @@ def find_superseded(
         keep_versions: the newest versions of each model that are kept.
         champions: by model, the versions that were champion, the newest last; as many of them as are listed are kept.
     """
-    runs = _all(client.search_runs, [experiment_id], order_by=["attributes.start_time DESC"])
+    from mlflow.entities import ViewType
+
+    newest_first = ["attributes.start_time DESC"]
+    runs = _all(client.search_runs, [experiment_id], run_view_type=ViewType.ALL, order_by=newest_first)
     ours = [(said, run) for run in runs if (said := _read(run)) is not None]
     starts: dict[str, set[str]] = {}
     for said, _ in ours:
         starts.setdefault(said.key, set()).update({said.start.run} if said.start else set())
     by_id = {run.info.run_id: said.key for said, run in ours}
     # A key is said by several runs only if somebody has made one say it: whichever is under way counts.
-    needed = {said.key for said, run in ours if run.info.status == "RUNNING"} | set(list(starts)[:keep_runs])
+    there = [(said.key, run) for said, run in ours if run.info.lifecycle_stage == "active"]
+    needed = {key for key, run in there if run.info.status == "RUNNING"}
+    needed |= set(list(dict.fromkeys(key for key, _ in there))[:keep_runs])
 
     superseded = []
     models = _all(client.search_registered_models)

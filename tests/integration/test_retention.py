@@ -47,6 +47,8 @@ def six_nights(home_with_mlflow: Path) -> MlflowClient:
         for file in ("model.safetensors", "state.json"):
             store.write(f"checkpoints/{key}/000000008/{file}", b"{}")
         store.write(f"checkpoints/{key}/000000016/model.safetensors", b"never finished")
+        for file in ("scores.json", "grid.png", "evidence.safetensors"):
+            store.write(f"runs/{key}/evaluations/000000008/{file}", b"{}")
         (settings().runs / key).mkdir(parents=True)
     for number, version in enumerate((1, 4)):
         store.write(f"promotions/{MODEL}/{number:06d}.json", b'{"from": null, "to": "%d"}' % version)
@@ -64,6 +66,10 @@ def left(client: MlflowClient) -> tuple[list[str], list[str]]:
     runs = [f"r{n}" for n in range(6) if steps_with_checkpoint(store, f"r{n}")]
     assert [path.name for path in sorted(settings().runs.iterdir())] == runs
     assert {name.split("/")[1] for name in store.names("checkpoints/")} == set(runs)
+    evaluated = store.names("runs/")
+    assert {name.split("/")[1] for name in evaluated if name.endswith(".png")} == set(runs)
+    assert {name.split("/")[1] for name in evaluated if name.endswith(".safetensors")} == set(runs)
+    assert len([name for name in evaluated if name.endswith("scores.json")]) == 6, "by which versions are judged"
     return runs, sorted(str(v.version) for v in client.search_model_versions(f"name = '{MODEL}'"))
 
 
@@ -93,3 +99,16 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     assert left(six_nights) == (["r1", "r2", "r3", "r5"], ["4", "6"])
     assert len(six_nights.search_runs([open_tracking(settings())[1]])) == 6
     assert len(six_nights.search_model_versions("name = 'others'")) == 3, "another project's model was cleaned up"
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_wanted_no_more_but_for_its_live_version(
+    prefect_server: None, six_nights: MlflowClient
+) -> None:
+    from flows.clean_up import clean_up
+
+    runs = {run.data.tags[RUN_KEY]: run for run in six_nights.search_runs([open_tracking(settings())[1]])}
+    for key in ("r2", "r3", "r4"):
+        six_nights.delete_run(runs[key].info.run_id)
+    clean_up(keep_runs=3, keep_versions=6)
+    # r3 made the champion, which went on from r1; the run under way goes on from r2; r0 made a champion before.
+    assert left(six_nights) == (["r0", "r1", "r2", "r3", "r5"], [str(n) for n in range(1, 7)])
