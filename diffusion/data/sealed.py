@@ -18,13 +18,13 @@ T = TypeVar("T", bound=BaseModel)
 def seal(document: BaseModel) -> bytes:
     """The document as JSON, with its checksum; equal documents have equal bytes."""
     fields = document.model_dump(mode="json")
-    return (json.dumps({**fields, CHECKSUM: _checksum(fields)}, indent=1) + "\n").encode()
+    return (json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1) + "\n").encode()
 
 
 def unseal(kind: type[T], data: bytes) -> T:
     """The document. Raises ValueError (pydantic's ValidationError is one) if it is not as it was sealed."""
     fields = parse_json(data)
-    if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) != _checksum(fields):
+    if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) != checksum(fields):
         raise ValueError("its checksum is not its own")
     return kind.model_validate(fields)
 
@@ -35,5 +35,5 @@ def is_sealed(data: bytes) -> bool:
     return isinstance(fields, dict) and CHECKSUM in fields
 
 
-def _checksum(fields: dict[str, Any]) -> str:
+def checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from diffusion.trust.reading import parse_json
+
 log = logging.getLogger(__name__)
 
 JOURNAL, TIMING = "journal.jsonl", "timing.jsonl"
@@ -61,15 +63,30 @@ class Journal:
 
 
 def records(content: bytes) -> list[dict[str, Any]]:
-    """The records of a journal's bytes. A last line without its end was never written and does not count."""
+    """The records of a journal's bytes. A last line without its end was never written, and does not count; nor does one that
+    can't be read, as a power cut leaves them: a checkpoint has its own copy, with a digest."""
     whole, newline, _ = content.rpartition(b"\n")
-    return [json.loads(line) for line in whole.splitlines()] if newline else []
+    found = [_record(line) for line in whole.split(b"\n")] if newline else []
+    if None in found:
+        log.warning("%d lines of a journal can't be read: they are left out.", found.count(None))
+    return [record for record in found if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def committed_step(folder: Path) -> int:
-    """The step of the newest checkpoint that is safely in the store, as a run's folder knows it; 0 for none."""
-    path = folder / COMMITTED
-    return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+    """The step of the newest checkpoint that is safely in the store, as a run's folder knows it; 0 for none, or none readable."""
+    try:
+        record = _record((folder / COMMITTED).read_bytes())
+    except FileNotFoundError:
+        return 0
+    return int(record["step"]) if record else 0
 
 
 def commit(folder: Path, step: int) -> None:
