@@ -25,9 +25,12 @@ from diffusion.trust.redaction import redact_logs, shown
 from flows.credentials import use_block
 from flows.progress import say
 from flows.run import FLOW_FOLDER, open_tracking
+from flows.slot import keep_slots
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+keep_slots()
 
 
 @flow(name="clean-up")

@@ -20,6 +20,7 @@ from flows.owner import end_with_worker
 from flows.progress import attended
 from flows.request import RANGE, StartFrom, TrainingRequest
 from flows.run import tracked_run
+from flows.slot import keep_slots
 from flows.tasks.evaluate import evaluate
 from flows.tasks.extractor import train_extractor
 from flows.tasks.ingest import find_source, ingest_archive
@@ -29,6 +30,8 @@ from flows.tasks.reference import measure_reference
 from flows.tasks.register import register
 from flows.tasks.report import Report, report
 from flows.tasks.train import train
+
+keep_slots()
 
 PRESETS = rf"^({'|'.join(preset_names())})$|\.ya?ml$"
 """What the server takes for a preset when a run is asked for: it says so, and not the run when it has begun."""

@@ -31,6 +31,7 @@ from diffusion.settings import settings
 from flows.credentials import S3Credentials
 from flows.mail import SmtpMail
 from flows.nights import BY_SCHEDULE
+from flows.slot import TAKEN_FOR_DEAD
 
 WORK_POOL = "train-diffusion"
 OWN = "train-diffusion: "  # how the names of these automations begin
@@ -80,7 +81,7 @@ def zombies() -> list[AutomationCore]:
     """The automations that catch runs whose process is gone, or never was."""
     beat = events("heartbeat")
     ends = events("Completed", "Failed", "Cancelled", "Crashed")
-    silent = f"No heartbeat for {SILENCE.seconds} s: its process is gone."
+    silent = f"{TAKEN_FOR_DEAD} for {SILENCE.seconds} s: its process is gone."
     never = (
         f"Taken by a worker, and not started within {START.seconds // 60} minutes: the worker, or its machine, is gone."
     )

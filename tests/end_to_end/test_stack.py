@@ -172,6 +172,64 @@ def test_a_night_left_out_is_told_and_a_failure_once(stack: Project, received: l
     assert sorted(told)[1:] == [("tried: Failed", "once"), ("tried: Failed", "the last")]
 
 
+SLOT = """
+import os, threading, time
+from prefect import flow, runtime
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Crashed, Pending
+import flows.slot
+flows.slot.RENEW_SECONDS = 0.3
+flows.slot.keep_slots()
+client = get_client(sync_client=True)
+with client:
+    deployment = client.read_deployment_by_name("train-diffusion/train-diffusion")
+    limit = f"deployment:{deployment.id}"
+
+    def wait_until(what):
+        deadline = time.monotonic() + 120
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def held():
+        return client.read_global_concurrency_limit_by_name(limit).active_slots
+
+    @flow
+    def tried(start_from):
+        run = runtime.flow_run.id
+        print("threads", sorted(t.name for t in threading.enumerate() if t.name == "slot" or "lease" in t.name), held())
+        silent = Crashed(message=f"{flows.slot.TAKEN_FOR_DEAD} for 90 s")
+        client.set_flow_run_state(run, silent, force=True)
+        wait_until(lambda: client.read_flow_run(run).state_name == "Running")
+        print("alone", client.read_flow_run(run).state.message, held())
+        client.set_flow_run_state(run, silent, force=True)
+        others = client.increment_concurrency_slots_with_lease([limit], 1, "concurrency", 60).json()["lease_id"]
+        time.sleep(2)
+        print("beside another", client.read_flow_run(run).state_name, held())
+        return others
+
+    begun = client.create_flow_run_from_deployment(deployment.id)
+    client.set_flow_run_state(begun.id, Pending())
+    others = run_flow(tried, flow_run=client.read_flow_run(begun.id), parameters={})
+    print("at the end", client.read_flow_run(begun.id).state_name, held())
+    client.release_concurrency_slots_with_lease(others)
+"""
+
+
+def test_a_run_keeps_its_slot_and_says_that_it_lives_when_the_server_takes_it_for_dead(
+    stack: Project, training: Training
+) -> None:
+    """Prefect's own way, which ends a run whose server is away, is not in use."""
+    done = stack.shell(sys.executable, "-c", SLOT, env=stack.servers)
+    assert done.stdout.splitlines() == [
+        "threads ['slot'] 1",
+        "alone It was taken for dead while the server was away, and lives. 1",
+        "beside another Crashed 1",
+        "at the end Completed 1",
+    ], done.stderr[-2000:]
+
+
 AUTOMATIONS = """
 import asyncio, json, sys
 from prefect import get_client
