@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install ray lock audit demo check test faults soak lint up down status settings password secrets profile reproduce extractor
+.PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down status settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the re
 
 soak: .venv/installed-dev ## Kill trainings N times at random moments; make soak N=200 SEED=1
 	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py
+
+soak-nights: .venv/installed-dev ## Night after night with kills, and clean-ups; make soak-nights N=60 SEED=1
+	SOAK_NIGHTS=$(or $(N),60) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_nights.py
 
 lint: .venv/installed-dev ## Style and types
 	$(BIN)/ruff check .

@@ -1,0 +1,198 @@
+"""Flow runs of a real stack, and what is needed to kill whatever has a part in them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from diffusion.data.store import FolderStore
+from diffusion.training.journal import JOURNAL, records
+from tests.stack import Project
+
+QUERIES = """
+import asyncio, json, sys
+from prefect import get_client
+from mlflow import MlflowClient
+async def main():
+    async with get_client() as client:
+        run = await client.read_flow_run(sys.argv[1])
+        state = [run.state.type.value, run.state.message or ""]
+    tracking = MlflowClient()
+    experiment = tracking.get_experiment_by_name("train-diffusion")
+    runs = tracking.search_runs([experiment.experiment_id]) if experiment else []
+    found = [{"status": r.info.status, "failure": r.data.tags.get("failure", ""), "seed": r.data.params.get("seed"),
+              "key": r.data.tags["train_diffusion.run"],
+              "losses": [[p.step, p.value] for p in tracking.get_metric_history(r.info.run_id, "train/loss")]} for r in runs]
+    print(json.dumps({"state": state, "runs": found}))
+asyncio.run(main())
+"""
+
+
+NIGHT = """
+import asyncio, json, sys
+from datetime import datetime
+from prefect import get_client
+from prefect.states import Scheduled
+async def main():
+    name, parameters, due = sys.argv[1:]
+    async with get_client() as client:
+        deployment = await client.read_deployment_by_name(name)
+        run = await client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters=json.loads(parameters),
+            state=Scheduled(scheduled_time=datetime.fromisoformat(due)),
+            tags=["auto-scheduled"],
+        )
+        print(run.id)
+asyncio.run(main())
+"""
+RETRY = """
+import asyncio, sys
+from prefect import get_client
+from prefect.states import AwaitingRetry
+async def main():
+    async with get_client() as client:
+        await client.set_flow_run_state(sys.argv[1], AwaitingRetry(), force=True)
+asyncio.run(main())
+"""
+ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def weights(store: FolderStore, run: str, step: int) -> str:
+    """The digest of a checkpoint's weights and optimiser."""
+    where = f"checkpoints/{run}/{step:09d}"
+    return hashlib.sha256(
+        b"".join(store.read(f"{where}/{part}.safetensors") for part in ("model", "optimizer"))
+    ).hexdigest()
+
+
+def on_generated(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a small run."""
+    return {"preset": "demo", "source": "generated", "overrides": overrides}
+
+
+class FlowRun:
+    """One run of a deployment."""
+
+    def __init__(self, project: Project, run: str) -> None:
+        self.project, self.id = project, run
+
+    @classmethod
+    def by_hand(cls, project: Project, overrides: dict[str, Any]) -> FlowRun:
+        """Of the training, as people start one."""
+        command = ["prefect", "deployment", "run", "train-diffusion", "--params", json.dumps(on_generated(overrides))]
+        done = project.shell(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return cls(project, next(line for line in done.stdout.splitlines() if "UUID" in line).split()[-1])
+
+    @classmethod
+    def by_schedule(cls, project: Project, name: str, parameters: dict[str, Any], due: datetime) -> FlowRun:
+        """As the scheduler makes one."""
+        arguments = (f"{name}/{name}", json.dumps(parameters), due.isoformat())
+        done = project.shell(sys.executable, "-c", NIGHT, *arguments, env=project.servers)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return cls(project, done.stdout.strip())
+
+    def retry(self) -> None:
+        """As the button of the page does it."""
+        done = self.project.shell(sys.executable, "-c", RETRY, self.id, env=self.project.servers)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    def told(self) -> dict[str, Any]:
+        done = self.project.shell(sys.executable, "-c", QUERIES, self.id, env=self.project.servers)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return dict(json.loads(done.stdout))
+
+    def journals(self) -> list[Path]:
+        return list((self.project.folder / "var/runs").glob(f"demo-*/{JOURNAL}"))
+
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 600  # patience: a busy machine fails nothing
+        while not what():
+            assert time.monotonic() < deadline, log_of(self.project, "worker")
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int, key: str = "") -> None:
+        self.wait_for(lambda: any(last_step(path) >= step for path in self.journals() if key in str(path)))
+
+    def wait_for_end(self) -> dict[str, Any]:
+        self.wait_for(lambda: self.told()["state"][0] in ENDS)
+        return self.told()
+
+
+def last_step(journal: Path) -> int:
+    found = records(journal.read_bytes())
+    return int(found[-1]["step"]) if found else 0
+
+
+def log_of(project: Project, name: str) -> str:
+    return (project.folder / f"var/stack/{name}.log").read_text()[-3000:]
+
+
+def process(project: Project, name: str) -> psutil.Process:
+    return psutil.Process(int((project.folder / f"var/stack/{name}.pid").read_text().split()[0]))
+
+
+def flow_process(project: Project) -> psutil.Process:
+    """The flow's own process: the worker's child."""
+    (child,) = process(project, "worker").children()
+    return child
+
+
+def kill_rank(project: Project) -> None:
+    """Kill rank 0 of the job that runs now; between two jobs there is none for a while."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        for child in flow_process(project).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                if child.environ().get("RANK") == "0":
+                    return child.kill()
+        time.sleep(0.05)
+    raise AssertionError("there was no rank to kill")
+
+
+def prepare_restart(project: Project, name: str) -> Callable[[], None]:
+    """What starts a process of the stack again as it was started: ask while it lives."""
+    command, env = process(project, name).cmdline(), process(project, name).environ()
+
+    def restart() -> None:
+        with (project.folder / f"var/stack/{name}.log").open("ab") as log:
+            started = subprocess.Popen(
+                command, cwd=project.folder, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+        created = psutil.Process(started.pid).create_time()
+        (project.folder / f"var/stack/{name}.pid").write_text(f"{started.pid} {created}")
+
+    return restart
+
+
+def kill_and_restart(project: Project, name: str, away: float) -> None:
+    """Kill a server with all its children, and start it again with the same command after a while."""
+    restart, server = prepare_restart(project, name), process(project, name)
+    for one in [*server.children(recursive=True), server]:
+        one.kill()
+    time.sleep(away)
+    restart()
+    health = {
+        "prefect-server": f"{project.servers['PREFECT_API_URL']}/health",
+        "mlflow-server": f"{project.servers['MLFLOW_TRACKING_URI']}/health",
+    }
+    deadline = time.monotonic() + 240
+    while name in health:
+        try:
+            requests.get(health[name], timeout=2)
+            break
+        except requests.RequestException:
+            assert time.monotonic() < deadline, log_of(project, name)
+            time.sleep(0.2)
