@@ -52,12 +52,20 @@ class OwnExtractor(BaseModel):
 
     format_version: int = 1
     sha256: Sha256
-    task: Literal["classes", "quarter turns"]
-    """What it has learned to tell."""
+    task: Literal["classes", "views", "quarter turns"]
+    """What it has learned to tell; an earlier version's, where there are no classes, which way images were turned."""
     accuracy: float
     """Share of the test split that it tells rightly."""
     chance: float
     """What guessing would reach."""
+
+    @property
+    def told(self) -> str:
+        """What it tells, and how well, for people."""
+        tells = {"classes": "their classes", "views": "which of many views is of the same image"}.get(
+            self.task, self.task
+        )
+        return f"{tells}, of test images: {self.accuracy:.1%} right; by guessing: {self.chance:.1%}"
 
 
 def accepts(kind: ExtractorName, spec: ImageSpec) -> bool:

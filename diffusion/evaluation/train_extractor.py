@@ -46,7 +46,11 @@ OWN_IMAGES = 20_000
 """Of a split, by which a dataset's own extractor is trained, and tested."""
 OWN_BUDGET, OWN_EPOCHS = 40_000, 40
 """Images that it sees in all, and how often each of them at most: two minutes on two cores."""
-TURNS = 4
+VIEW_OUTPUTS = 64
+"""Dimensions in which views of one image are drawn together."""
+TEMPERATURE = 0.2
+SMALLEST_PART = 0.6  # of an image's side
+JITTER = 0.2  # of the bands' brightness, in their standard deviations
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -80,6 +84,8 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
 
 Data = tuple[Tensor, Tensor]
 """Images [n, bands, height, width] and labels [n]."""
+Loss = Callable[[Classifier, Tensor, Tensor, torch.Generator], Tensor]
+"""Of a network, on the images and labels of a batch, with draws of its own."""
 
 
 def fit(
@@ -87,13 +93,13 @@ def fit(
     classes: int,
     epochs: int,
     device: torch.device,
-    change: Callable[[Tensor, Tensor, torch.Generator], Data],
+    loss_of: Loss,
     told: Callable[[int, float], None],
 ) -> Classifier:
     """A classifier of these images, fused, its weights rounded to float16 as they are stored.
 
     Args:
-        change: how a batch is augmented.
+        loss_of: what it is to learn.
         told: called after each epoch with its number and mean loss.
     """
     images, labels = train
@@ -112,9 +118,7 @@ def fit(
         order = torch.randperm(len(images), generator=rng)
         for step in range(steps_per_epoch):
             chosen = order[step * batch : (step + 1) * batch]
-            pixels, truth = change(images[chosen], labels[chosen], rng)
-            pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(network(pixels), truth.to(device))
+            loss = loss_of(network, images[chosen], labels[chosen], rng)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -124,29 +128,53 @@ def fit(
     return fuse(network.eval().cpu()).half().float()
 
 
-def _with_symmetries(images: Tensor, labels: Tensor, rng: torch.Generator) -> Data:
-    return augment(images, rng), labels
+def tell_classes(network: Classifier, images: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+    """How far it is from telling the classes of images that were turned and mirrored."""
+    said = network(_placed(network, augment(images, rng)))
+    return F.cross_entropy(said, labels.to(said.device))
 
 
-def _with_turns(images: Tensor, _: Tensor, rng: torch.Generator) -> Data:
-    """Images turned by some quarters, which is what is to be told, and mirrored or not, which is not."""
-    mirrored = torch.rand(len(images), generator=rng) < 0.5
-    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    turns = torch.randint(TURNS, (len(images),), generator=rng)
-    return coarsen(turned(images, turns), rng), turns
+def tell_views(network: Classifier, images: Tensor, _: Tensor, rng: torch.Generator) -> Tensor:
+    """How far it is from telling which two of twice as many views are of one image (Chen et al. 2020, arXiv:2002.05709, eq. 1)."""
+    towards = F.normalize(network(_placed(network, torch.cat([view(images, rng), view(images, rng)]))), dim=1)
+    alike = towards @ towards.T / TEMPERATURE
+    own = torch.eye(len(towards), dtype=torch.bool, device=alike.device)
+    other = torch.arange(len(towards), device=alike.device).roll(len(images))
+    return F.cross_entropy(alike.masked_fill(own, -torch.inf), other)
 
 
-def turned(images: Tensor, turns: Tensor) -> Tensor:
-    """Each image turned by its number of quarters."""
-    out = images.clone()
-    for quarters in range(1, TURNS):
-        out[turns == quarters] = torch.rot90(images[turns == quarters], quarters, (2, 3))
-    return out
+def _placed(network: Classifier, images: Tensor) -> Tensor:
+    return images.to(network.head.weight.device).contiguous(memory_format=torch.channels_last)
+
+
+def view(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Each image as it might have been taken as well: a part of it, mirrored or not, each band brighter or darker; some coarser.
+
+    Not turned: which way is up may matter.
+    """
+    count, bands = images.shape[:2]
+    scale = SMALLEST_PART + (1 - SMALLEST_PART) * torch.rand(count, generator=rng)
+    across, down = (1 - scale) * (2 * torch.rand(2, count, generator=rng) - 1)
+    mirror = 1 - 2 * (torch.rand(count, generator=rng) < 0.5).float()
+    none = torch.zeros(count)
+    where = torch.stack([scale * mirror, none, across, none, scale, down], dim=1).reshape(count, 2, 3)
+    grid = F.affine_grid(where, list(images.shape), align_corners=False)
+    part = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    gain, shift = JITTER * torch.randn(2, count, bands, 1, 1, generator=rng)
+    return coarsen(part * torch.exp(gain) + shift, rng)
+
+
+@torch.no_grad()
+def views_told(network: Classifier, images: Tensor) -> tuple[float, float]:
+    """Share of images, of as many as a batch has, whose other view is the most alike; and what guessing would reach."""
+    images, rng = images[:BATCH], torch.Generator().manual_seed(1)
+    first, second = (F.normalize(network(view(images, rng)), dim=1) for _ in range(2))
+    told = (first @ second.T).argmax(dim=1) == torch.arange(len(images))
+    return float(told.float().mean()), 1 / len(images)
 
 
 def train_own(job: ExtractorJob, rank: Rank) -> None:
-    """Train a dataset's own extractor, and store it: to tell its classes, or quarter turns where it has none (Gidaris et al.
-    2018, arXiv:1803.07728)."""
+    """Train a dataset's own extractor, and store it: to tell its classes or, where it has none, views of one image from others'."""
     store, accelerator = open_store(job.store), rank.accelerator
     progress = ProgressFile(rank.folder, accelerator.is_main_process)
     dataset = find_dataset(store, job.dataset)
@@ -155,23 +183,22 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
     classes = len(dataset.images.classes)
     labelled = classes > 1
     train, test = (_read(store, dataset, split, job.shard_copies) for split in ("train", "test"))
-    epochs = max(1, min(OWN_EPOCHS, OWN_BUDGET // len(train[0])))
-    change, outputs = (_with_symmetries, classes) if labelled else (_with_turns, TURNS)
+    loss, outputs, looks = (tell_classes, classes, 1) if labelled else (tell_views, VIEW_OUTPUTS, 2)
+    epochs = max(1, min(OWN_EPOCHS, OWN_BUDGET // looks // len(train[0])))
 
-    def told(epoch: int, loss: float) -> None:
-        progress.write("training the extractor", epoch, epochs, f"epoch {epoch} of {epochs}, loss {loss:.3f}")
+    def told(epoch: int, mean: float) -> None:
+        progress.write("training the extractor", epoch, epochs, f"epoch {epoch} of {epochs}, loss {mean:.3f}")
 
-    network = fit(train, outputs, epochs, accelerator.device, change, told)
-    images, labels = test
-    if not labelled:
-        labels = torch.arange(len(images)) % TURNS
-        images = turned(images, labels)
+    network = fit(train, outputs, epochs, accelerator.device, loss, told)
+    if labelled:
+        right, chance = accuracy(network, *test), float(test[1].bincount().max() / len(test[1]))
+    else:
+        right, chance = views_told(network, test[0])
     data = save({name: value.half().contiguous() for name, value in network.state_dict().items()})
-    chance = float(labels.bincount().max() / len(labels)) if labelled else 1 / TURNS
     own = OwnExtractor(
         sha256=hashlib.sha256(data).hexdigest(),
-        task="classes" if labelled else "quarter turns",
-        accuracy=accuracy(network, images, labels),
+        task="classes" if labelled else "views",
+        accuracy=right,
         chance=chance,
     )
     store.write(own_weights(dataset.digest, own.sha256), data)
@@ -219,7 +246,7 @@ def main() -> None:
         print(f"epoch {epoch}/{arguments.epochs}  loss {loss:.4f}  {time.monotonic() - began:.0f} s", flush=True)
 
     classes = dataset.images.classes
-    network = fit(data["train"], len(classes), arguments.epochs, torch.device("cpu"), _with_symmetries, told)
+    network = fit(data["train"], len(classes), arguments.epochs, torch.device("cpu"), tell_classes, told)
     report = {
         "classes": list(classes),
         "dataset": dataset.digest,

@@ -224,7 +224,7 @@ def _listed(classes: tuple[str, ...], most: int = 40) -> str:
 
 def _about(extractor: str, own: OwnExtractor | None) -> str:
     if extractor.startswith("own-"):
-        found = f": {own.task}, {own.accuracy:.1%} of test images right, by guessing {own.chance:.1%}" if own else ""
+        found = f": {own.told}" if own else ""
         return f"`{extractor}` is a small network that was trained on this dataset itself{found}"
     return f"`{extractor}` is the same network for every model that it judges"
 

@@ -41,7 +41,7 @@ def _train(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
         )
     own = find_own(store, dataset.digest)
     assert own is not None
-    say(f"The extractor tells {own.task} of test images: {own.accuracy:.1%} right; by guessing: {own.chance:.1%}.")
+    say(f"The extractor tells {own.told}.")
 
 
 def train_extractor(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:

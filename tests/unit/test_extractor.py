@@ -1,6 +1,7 @@
 """Feature extractors: which file they are, what they give, and that nothing else is loaded."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffusion.evaluation import extractor as extractors
 from diffusion.evaluation.classifier import Classifier, fuse
 from diffusion.evaluation.extractor import load_inception, shipped
 from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS
+from diffusion.evaluation.train_extractor import tell_views, view, views_told
 from diffusion.settings import InceptionSource
 
 CPU = torch.device("cpu")
@@ -96,3 +98,40 @@ def test_inception_of_another_digest_is_not_loaded(inception_file: Path) -> None
         load_inception(InceptionSource(location="/no/such/file.pt", sha256="0" * 64), CPU)
     with pytest.raises(RecipeError, match="TRAIN_DIFFUSION_INCEPTION"):
         load_inception(None, CPU)
+
+
+def test_views_of_one_image_are_drawn_together() -> None:
+    """By the closed form where all look alike, ln(2 n - 1); and less where views of one image do."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 16, 16, generator=rng)
+    network = Classifier(3, 4, fused=True)
+    with torch.no_grad():
+        for value in network.head.parameters():
+            value.zero_()
+        network.head.bias[0] = 1.0
+        assert float(tell_views(network, images, torch.zeros(8), rng)) == pytest.approx(math.log(15), abs=1e-5)
+
+    class ByLevel(Classifier):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            angle = images.mean(dim=(1, 2, 3))
+            return torch.stack([torch.cos(angle), torch.sin(angle)], dim=1)
+
+    apart = torch.linspace(-1.5, 1.5, 8)[:, None, None, None].expand(8, 3, 16, 16) * 1.0
+    assert float(tell_views(ByLevel(3, 2, fused=True), apart, torch.zeros(8), rng)) < math.log(15) - 0.5
+    right, chance = views_told(ByLevel(3, 2, fused=True), 100 * apart)
+    assert chance == 1 / 8
+    assert 0 <= right <= 1
+
+
+def test_a_view_is_of_its_own_image_and_the_right_way_up() -> None:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 2, 16, 16, generator=rng)
+    other = images.clone()
+    other[3] += 1
+    first, second = (view(batch, torch.Generator().manual_seed(1)) for batch in (images, other))
+    assert [bool((a == b).all()) for a, b in zip(first, second, strict=True)] == [True, True, True, False, True, True]
+    rising = (
+        torch.linspace(-1, 1, 16)[None, None, :, None].expand(50, 1, 16, 16).contiguous()
+    )  # brighter towards its foot
+    seen = view(rising, rng)
+    assert (seen[:, :, 8:].mean(dim=(1, 2, 3)) > seen[:, :, :8].mean(dim=(1, 2, 3))).all()
