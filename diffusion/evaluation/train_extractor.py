@@ -49,7 +49,7 @@ OWN_BUDGET, OWN_EPOCHS = 40_000, 40
 VIEW_OUTPUTS = 64
 """Dimensions in which views of one image are drawn together."""
 TEMPERATURE = 0.2
-SMALLEST_PART = 0.6  # of an image's side
+SMALLEST_PART = 0.35  # of an image's side
 JITTER = 0.2  # of the bands' brightness, in their standard deviations
 
 
