@@ -39,7 +39,7 @@ from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow
 
-NIGHTS = int(os.environ.get("SOAK_NIGHTS", "2"))
+NIGHTS = int(os.environ.get("SOAK_NIGHTS", "1"))
 STEPS = 80
 OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
 VICTIMS = (None, "rank", "flow", "worker", "mlflow-server", "prefect-server", "flow and worker")
