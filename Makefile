@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down status settings password secrets profile reproduce extractor
 
 help: ## What there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # Processes that tests run on, side by side. They wait for servers as often as they compute.
 WORKERS := 2

@@ -126,6 +126,8 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
         if ending.reason:
             client.set_tag(run.info.run_id, "failure", fit_to_leave(ending.reason)[:5000])
         client.set_terminated(run.info.run_id, ending.status)
+        if key := run_key(run):  # told: of the next attempt it would be false
+            (runs / key / ENDING).unlink(missing_ok=True)
         if flow_run != own_flow_run and ending.reason == dead:
             _crash_flow_run(flow_run, dead)
         say(f"Closed the MLflow run {shown(str(run.info.run_name))}, {ending.status}. {ending.reason}")

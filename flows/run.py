@@ -22,6 +22,7 @@ from diffusion.tracking.connection import connect, when_it_answers
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import Hosts, Machine, SystemMetrics
+from diffusion.trust.redaction import fit_to_leave
 from flows.engines.placement import Placement, Workers
 from flows.launcher import run_job, run_on_cluster
 from flows.owner import ENDING, Ending, close_abandoned, note_ending, this_process
@@ -144,6 +145,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         partial(TrackedRun.open, client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
     )
     folder = environment.runs / lineage.run
+    (folder / ENDING).unlink(missing_ok=True)  # of an earlier attempt, which goes on
     machines = partial(Hosts, folder) if environment.engine == "ray" else Machine
     with lock, SystemMetrics(tracked, machines), MetricsSender(tracked, folder) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
@@ -164,10 +166,11 @@ def close(tracked: TrackedRun, folder: Path, ending: Ending) -> None:
     try:
         note_ending(folder, ending)
         end() if ending.status == "KILLED" else when_it_answers(end)  # who cancelled a run does not wait for minutes
-        (folder / ENDING).unlink()
+        (folder / ENDING).unlink(missing_ok=True)
     except Exception as error:
+        reason = fit_to_leave(str(error))
         say(
-            f"MLflow could not be told that its run {tracked.run_id} is {ending.status} ({error}): the next start here tells it."
+            f"MLflow could not be told that its run {tracked.run_id} is {ending.status} ({reason}): the next start tells it."
         )
 
 

@@ -111,8 +111,9 @@ class Measurement:
         return self._blockwise(draws.positions.shape[1], of)
 
     def _estimate(self, rows: range, x_t: Tensor, log_snr: Tensor) -> Estimate:
-        of_rows = None if self.labels is None else torch.from_numpy(self.labels[rows.start : rows.stop])
-        return self.denoiser.predict(x_t, log_snr, of_rows if of_rows is None else of_rows.to(x_t.device))
+        if self.labels is None:
+            return self.denoiser.predict(x_t, log_snr, None)
+        return self.denoiser.predict(x_t, log_snr, torch.from_numpy(self.labels[rows.start : rows.stop]).to(x_t.device))
 
     def _blockwise(self, columns: int, of: Callable[[range, Tensor], list[Tensor]]) -> NDArray[np.float64]:
         batch, accelerator = self.denoiser.recipe.evaluation.batch, self.accelerator

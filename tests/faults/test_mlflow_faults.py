@@ -17,7 +17,7 @@ from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
-from flows.owner import Ending, close_abandoned, this_process
+from flows.owner import ENDING, Ending, close_abandoned, this_process
 from flows.run import close
 from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.s3_proxy import Faults, proxy
@@ -101,6 +101,7 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
             assert direct.get_run(run.run_id).info.status == "RUNNING"
     silent, _ = begin("silent")
     close_abandoned(direct, experiment, LINEAGE.flow_run_id, tmp_path)
+    assert list(tmp_path.rglob(ENDING)) == [], "the next attempt would end as this one"
     for key, ending in endings.items():
         told = direct.get_run(runs[key])
         assert (told.info.status, told.data.tags.get("failure", "")) == (ending.status, ending.reason)
