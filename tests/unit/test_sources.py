@@ -374,6 +374,18 @@ def test_damaged_tables_and_tars_are_named(folder: Path, tmp_path: Path) -> None
         read(tmp_path / "text.parquet")
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_outside_the_list_is_named(folder: Path, tmp_path: Path, label: int) -> None:
+    from pyarrow import parquet
+
+    known = parquet.read_table(as_parquet(folder, tmp_path / "patches.parquet"))
+    labels = [label, *known["label"].to_pylist()[1:]]
+    changed = known.set_column(1, "label", [labels])
+    parquet.write_table(changed.replace_schema_metadata(known.schema.metadata), tmp_path / "patches.parquet")
+    with pytest.raises(DataError, match=rf"a row has the label {label}, and there are {len(CLASSES)} classes"):
+        read(tmp_path / "patches.parquet")
+
+
 @pytest.mark.parametrize("kind", ["cut.tar", "cut.tar.gz", "001.tar"])
 def test_a_tar_that_was_cut_off_is_refused_wherever_the_cut_is(folder: Path, tmp_path: Path, kind: str) -> None:
     """Also between two members, where it could be taken for a smaller one."""
