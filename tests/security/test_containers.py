@@ -75,6 +75,15 @@ def test_no_service_may_more_than_it_must() -> None:
     assert "USER trainer" in (INFRA / "Dockerfile").read_text()
 
 
+def test_every_image_from_elsewhere_is_named_by_its_digest() -> None:
+    bases = re.findall(r"^FROM (\S+)", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+    images = [service["image"] for service in SERVICES.values() if "build" not in service]
+    assert {image.split(":")[0] for image in bases + images} == {"python", "postgres", "chrislusf/seaweedfs"}
+    assert not [
+        image for image in bases + images if not re.fullmatch(r"[a-z/]+:[0-9][\w.-]+@sha256:[0-9a-f]{64}", image)
+    ]
+
+
 def test_the_secrets_are_written_for_their_owner_alone_and_reach_no_image(tmp_path: Path) -> None:
     infra = tmp_path / "infra"
     infra.mkdir()

@@ -75,6 +75,16 @@ def test_a_path_outside_the_folder(archive: Path, tmp_path: Path, name: str) -> 
         read_archive(bad, "x", "y")
 
 
+def test_a_member_without_a_name(archive: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.zip"
+    with zipfile.ZipFile(bad, "w") as file:
+        file.writestr("2750/Forest/Forest_1.jpg", b"x")
+    name = b"2750/Forest/Forest_1.jpg"
+    bad.write_bytes(bad.read_bytes().replace(name, b"\0" + name[1:]))  # the library ends a name at the first zero
+    with pytest.raises(DataError, match="a member without a name"):
+        read_archive(bad, "x", "y")
+
+
 def test_an_absurd_expansion(archive: Path, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.zip"
     bomb.write_bytes(archive.read_bytes())

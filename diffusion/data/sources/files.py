@@ -76,7 +76,9 @@ class Spool:
 
 
 def check_member(path: Path, name: str) -> str:
-    """A member's name, if it stays within its archive. Raises DataError if it does not."""
+    """A member's name, if it is one and stays within its archive. Raises DataError if not."""
+    if not name:
+        raise DataError(f"{path} has a member without a name. Pack it again.")
     if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
         raise DataError(f"{path} has a member that points outside its folder: '{shown(name)}'. Do not trust it.")
     return name
