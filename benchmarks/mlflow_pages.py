@@ -17,9 +17,10 @@ import requests
 from mlflow.entities import Metric, Param
 
 from benchmarks.browser import View, median, print_table, server, time_views
+from diffusion.recipe import flatten
 from diffusion.recipe_files import load_recipe
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import RUN_KEY, headline_values, open_experiment
+from diffusion.tracking.run import RUN_KEY, open_experiment
 from mlflow import MlflowClient
 
 PORT = 5791
@@ -61,7 +62,7 @@ def _first_run(client: MlflowClient, experiment_id: str):  # type: ignore[no-unt
     run = client.create_run(experiment_id, run_name="night", tags={RUN_KEY: "night"})
     scores = [f"score/figure_{n}" for n in range(8)] + [f"score_detail/figure_{n}" for n in range(10)]
     metrics = [Metric(key, 1.0, 1, 1) for key in (*SERIES, *scores)]
-    params = [Param(key, value) for key, value in headline_values(load_recipe("eurosat")).items()]
+    params = [Param(key, value) for key, value in flatten(load_recipe("eurosat")).items()]
     client.log_batch(run.info.run_id, metrics=metrics, params=params)
     client.set_terminated(run.info.run_id)
     return run

@@ -101,6 +101,8 @@ class EvaluationJob(JobSpec):
     """How to score, where it is not as the checkpoint's recipe says."""
     name: RunName | Literal[""] = ""
     """Name of such an evaluation, part of where its results go."""
+    weights: str | None = None
+    """Which of the checkpoint's weights; None: of several moving averages the one with the lowest FID."""
     inception: InceptionSource | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Literal
 from uuid import UUID
 
 from prefect import runtime
@@ -10,6 +11,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterId, FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 
+Nights = Literal["new seed", "new data"]
+"""What scheduled nights are for: another seed each, or one training of what has not been trained yet."""
 BY_SCHEDULE = "auto-scheduled"
 """The tag that Prefect's scheduler gives to what it makes."""
 
@@ -19,9 +22,9 @@ def is_night() -> bool:
     return BY_SCHEDULE in runtime.flow_run.tags
 
 
-def seed_of(given: int | None) -> int:
-    """The seed; none given: a night's is its date, as 20261124, and 0 by hand."""
-    if given is not None or not is_night():
+def seed_of(given: int | None, nights: Nights = "new seed") -> int:
+    """The seed; none given: a night's is its date, as 20261124, if nights are for that; else 0."""
+    if given is not None or not is_night() or nights == "new data":
         return given or 0
     return int(f"{newest_night():%Y%m%d}")
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 from uuid import UUID
 
 import psutil
@@ -20,7 +20,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffusion.errors import UserError
+from diffusion.errors import RunBusy, UserError
+from diffusion.job import LOCK_SECONDS, lock_folder
 from diffusion.tracking.run import OWNER_TAG, run_key
 from diffusion.trust.private import read_private, write_private
 from diffusion.trust.redaction import fit_to_leave, shown
@@ -63,6 +64,9 @@ class Ending(BaseModel):
     reason: str = ""
 
 
+ONLY_RUN = "stack/only-run"
+"""In the home, what a deployed run locks."""
+_held: list[IO[bytes]] = []
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 
@@ -154,6 +158,25 @@ def _crash_flow_run(flow_run: str, reason: str) -> None:
                 prefect.set_flow_run_state(UUID(flow_run), Crashed(message=reason), force=True)
         except (ObjectNotFound, ValueError):  # of another server, or of a temporary one
             log.info("Prefect does not know the flow run %s", flow_run)
+
+
+def be_the_only_run(home: Path, name: str, seconds: float = LOCK_SECONDS) -> None:
+    """Keep other deployed runs of this home from beginning until this process ends: Prefect's own limit lets a retry pass.
+
+    Raises RunBusy, with the name of the run that is under way.
+    """
+    folder = home / ONLY_RUN
+    try:
+        _held.append(lock_folder(folder, seconds))
+    except RunBusy:
+        try:
+            other = shown(read_private(folder / "name"))
+        except (OSError, UserError):
+            other = "another one"
+        raise RunBusy(
+            f"One run at a time: {other} is under way here. Wait for it to end, or cancel it, and retry this one."
+        ) from None
+    write_private(folder / "name", name)
 
 
 def end_with_worker() -> None:

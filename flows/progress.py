@@ -11,12 +11,19 @@ from uuid import UUID
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.table import Column
 
 from diffusion.trust.redaction import fit_to_leave
+from flows.course import course, duration
 
 LINE_SECONDS = 10.0
+
+
+PROGRESS = "progress"
+"""The artifact that shows it: one for the whole run, which each stage goes on with."""
+_artifacts: dict[str, UUID] = {}
+"""Their ids, by flow run."""
 
 
 class Stage:
@@ -24,30 +31,30 @@ class Stage:
 
     Args:
         name: what is being done, for people.
-        key: key of the artifact: lowercase letters, digits, dashes.
+        key: its place in the course of the run.
     """
 
     def __init__(self, name: str, key: str) -> None:
-        self.name, self._key = name, key
+        self.name, self._key = f"{course.number(key)}{name}", key
         self._bar: Progress | None = None
-        self._artifact: UUID | None = None
         self._last_line = 0.0
         self._first: tuple[float, float] | None = None  # when the first figure came, and what share was done then
 
     def __enter__(self) -> Stage:
+        course.enter(self._key)
         if attended() and sys.stderr.isatty():
             # On a narrow terminal the note gives way, never the time that is left.
             self._bar = Progress(
-                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=26)),
-                BarColumn(bar_width=12),
+                SpinnerColumn(),  # it moves, whatever is waited for
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=34)),
+                BarColumn(bar_width=8),
                 TaskProgressColumn(),
-                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-                TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True, min_width=18)),
                 TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=Console(stderr=True),
                 expand=True,
             )
-            self._bar_task = self._bar.add_task(self.name, total=None, note="")
+            self._bar_task = self._bar.add_task(self.name, total=None, note="", left="")
             self._bar.start()
         else:
             say(self.name)
@@ -55,31 +62,41 @@ class Stage:
 
     def update(self, done: int, total: int | None, note: str = "") -> None:
         """Say how far the stage is, in units of its own."""
-        if self._bar is not None:
-            if self._first is None and done:
-                self._bar.reset(self._bar_task, completed=done, total=total)
-            self._bar.update(self._bar_task, completed=done, total=total, note=note)
         now = time.monotonic()
         share = done / total if total else 0.0
         if self._first is None:  # a stage that goes on where another stopped does not begin at zero
             self._first = now, share
+        course.advance(share)
+        left = self._left(now, share)
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=done, total=total, note=note, left=left)
         if now - self._last_line < LINE_SECONDS:
             return
         if self._last_line:
-            since, before = self._first
-            left = f", about {(now - since) * (1 - share) / (share - before):.0f} s left" if share > before else ""
+            left = f", {left}" if left else ""
             if self._bar is None:
                 say(f"{self.name}: {share:.0%}{left}" + (f" ({note})" if note else ""))
             self._show(100 * share, f"{note}{left}")
         self._last_line = now
 
+    def _left(self, now: float, share: float) -> str:
+        """Of the whole run, once its speed is known; else of this stage."""
+        whole = course.left(share)
+        if whole is not None:
+            return f"{duration(whole)} left in all"
+        assert self._first is not None
+        since, before = self._first
+        return f"{duration((now - since) * (1 - share) / (share - before))} left here" if share > before else ""
+
     def _show(self, percent: float, note: str) -> None:
+        run = str(runtime.flow_run.id)
         try:
-            if self._artifact is None:
-                made = create_progress_artifact(percent, key=self._key, description=self.name)
-                self._artifact = made if isinstance(made, UUID) else None
+            if run in _artifacts:
+                update_progress_artifact(_artifacts[run], percent, description=f"{self.name}. {note}")
             else:
-                update_progress_artifact(self._artifact, percent, description=f"{self.name}. {note}")
+                made = create_progress_artifact(percent, key=PROGRESS, description=self.name)
+                assert isinstance(made, UUID)
+                _artifacts[run] = made
         except Exception as error:  # no trouble of the Prefect server's is a reason to end what is being shown
             say(f"Prefect does not take the progress ({type(error).__name__}).")
 
@@ -90,8 +107,10 @@ class Stage:
             if kind is None:
                 self._bar.update(self._bar_task, completed=1, total=1)
             self._bar.stop()
-        if self._artifact is not None and kind is None:
-            self._show(100.0, "Done")
+        if kind is None:
+            if str(runtime.flow_run.id) in _artifacts:
+                self._show(100.0, "Done")
+            course.leave()
 
 
 def say(line: str) -> None:

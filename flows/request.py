@@ -30,6 +30,12 @@ RANGE = r"([0-9]{1,6})(?:-([0-9]{1,6}))?"
 StartFrom = Literal["scratch", "champion"]
 
 
+def usual_preset() -> str:
+    """Where none is asked for: the recipe for GPUs where there is one, else the one that a CPU trains in minutes."""
+    there = cluster_capacity().gpus if settings().engine == "ray" else gpus()
+    return "eurosat" if there else "demo"
+
+
 class TrainingRequest(BaseModel):
     """The parameters of one flow run."""
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect import runtime
+from prefect.client.orchestration import get_client
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store, open_store
@@ -144,6 +146,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     tracked = when_it_answers(
         partial(TrackedRun.open, client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
     )
+    _take_name(tracked.name)
     folder = environment.runs / lineage.run
     (folder / ENDING).unlink(missing_ok=True)  # of an earlier attempt, which goes on
     machines = partial(Hosts, folder) if environment.engine == "ray" else Machine
@@ -158,6 +161,13 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
             close(tracked, folder, Ending(status="KILLED", reason=type(error).__name__))
             raise
     close(tracked, folder, Ending(status="FINISHED"))
+
+
+def _take_name(name: str) -> None:
+    """Have the flow run called like the run that it goes on with."""
+    if name != str(runtime.flow_run.name):
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(runtime.flow_run.id)), name=name)
 
 
 def close(tracked: TrackedRun, folder: Path, ending: Ending) -> None:

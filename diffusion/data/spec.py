@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from diffusion.errors import DataError
+
 SMALLEST, LARGEST, MOST_BANDS = 8, 256, 16
 """Pixels of a side, and bands, that an image can have."""
 
@@ -61,6 +63,12 @@ class ImageSpec(BaseModel):
         if not all(std > 0 for std in self.std):
             raise ValueError("std must be above zero")
         return self
+
+    def check_alike(self, other: ImageSpec) -> None:
+        """Raises DataError if a model of the other images can't be judged by these: only how they are distributed may differ."""
+        names = ("bands", "size", "dtype", "low", "high", "classes")
+        if different := [name for name in names if getattr(self, name) != getattr(other, name)]:
+            raise DataError(f"Its images are of another kind than these: they differ in {', '.join(different)}.")
 
     @property
     def counted(self) -> bool:

@@ -45,9 +45,9 @@ class Evidence:
         return save({"features": self.features, "close": self.close.astype(np.uint8), "bits": self.bits})
 
 
-def load_evidence(store: Store, run: str, scores: Scores) -> Evidence:
+def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") -> Evidence:
     """What the scores of a run were computed from. Raises DataError if it is gone or damaged."""
-    name = evidence_name(run, scores.step)
+    name = evidence_name(run, scores.step, evaluation)
     try:
         data = store.read(name)
     except KeyError:
@@ -58,9 +58,9 @@ def load_evidence(store: Store, run: str, scores: Scores) -> Evidence:
     return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"])
 
 
-def evidence_name(run: str, step: int) -> str:
+def evidence_name(run: str, step: int, evaluation: str = "") -> str:
     """Where the evidence of an evaluation lies in the store."""
-    return f"{evaluation_folder(run, step)}/evidence.safetensors"
+    return f"{evaluation_folder(run, step, evaluation)}/evidence.safetensors"
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,16 @@ def metrics(scores: Scores) -> dict[str, float]:
     return flat
 
 
+def headline_metrics(scores: Scores) -> list[str]:
+    """The metrics that tell runs apart, each before its error."""
+    names = []
+    for one, row in in_order(scores):
+        if one.place == "headline":
+            error = row.model_copy(update={"figure": f"{one.name}_error"})
+            names += [f"score/{full_name(row)}", f"score_detail/{full_name(error)}"]
+    return names
+
+
 def table(scores: Scores) -> list[tuple[str, float, float | None, float | None]]:
     """All figures: name, value, standard error, and what real test images have. None where there is none."""
     rows = []

@@ -57,18 +57,20 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
     if job.evaluation is not None:
         state = state.model_copy(update={"recipe": state.recipe.model_copy(update={"evaluation": job.evaluation})})
     manifest = find_dataset(store, job.dataset)
-    if manifest is None or manifest.digest != state.dataset:
+    trained_on = manifest if manifest and manifest.digest == state.dataset else find_dataset(store, state.dataset)
+    if manifest is None or trained_on is None:
         raise DataError(f"The store {store.uri} lacks the dataset {state.dataset} that run {job.run} was trained on.")
+    manifest.images.check_alike(trained_on.images)
     recipe, spec = state.recipe, manifest.images
     progress = ProgressFile(rank.folder, accelerator.is_main_process)
     known = [identify(name, store, manifest, job.inception) for name in recipe.evaluation.extractors]
     extractors = [load_extractor(extractor, store, manifest, accelerator.device, job.inception) for extractor in known]
     size = recipe.data.image_size
     references = [load_reference(store, reference_name(job.dataset, e.name, e.sha256, size)) for e in extractors]
-    candidates = weights_to_try(state)
+    candidates = [job.weights] if job.weights else weights_to_try(state)
 
     def sample(weights: str, indices: range, stage: str) -> Images:
-        denoiser = load_denoiser(store, state, manifest, weights, accelerator.device)
+        denoiser = load_denoiser(store, state, trained_on, weights, accelerator.device)
         return generate(denoiser, manifest, indices, accelerator, progress, stage)
 
     fid_by_weights = {}
@@ -79,7 +81,7 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
             features = embed_samples(extractors[0], sample(weights, spare, f"sampling {weights}"), accelerator)
             fid_by_weights[weights] = frechet_distance(Moments.of(features), references[0].train)
     weights = min(candidates, key=lambda name: fid_by_weights.get(name, 0.0))
-    denoiser = load_denoiser(store, state, manifest, weights, accelerator.device)
+    denoiser = load_denoiser(store, state, trained_on, weights, accelerator.device)
     images = sample(weights, range(job.samples), "sampling")
     labels = sample_labels(recipe, manifest, range(job.samples))
     embedded = [embed_samples(extractor, images, accelerator) for extractor in extractors]
@@ -89,7 +91,8 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
         bound, bits_of_images = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
     where = evaluation_folder(job.run, job.step, job.name)
-    final = job.step == recipe.total_steps and not job.name
+    ended = job.step == recipe.total_steps
+    final = ended and not job.name
     scores = None
     if accelerator.is_main_process:
         subjects = [
@@ -106,9 +109,9 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
         if bound is not None:
             rows += measured(bound)
         evidence = None
-        if final:
+        if ended:
             evidence = Evidence(deciding.samples, deciding.copies.close, bits_of_images).to_bytes()
-            store.write(evidence_name(job.run, job.step), evidence)
+            store.write(evidence_name(job.run, job.step, job.name), evidence)
         scores = Scores(
             step=job.step,
             images_seen=state.images_seen,

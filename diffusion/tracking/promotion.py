@@ -31,8 +31,11 @@ from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_again
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
+from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlflow.entities.model_registry import ModelVersion
 
     from mlflow import MlflowClient
@@ -58,6 +61,20 @@ class Decision:
     """The version that was champion then."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A champion's scores, and where what they were made from lies."""
+
+    run: str
+    scores: Scores
+    evaluation: str = ""
+    """Name of the evaluation, where it is not the run's own."""
+
+
+if TYPE_CHECKING:
+    ScoreAgain = Callable[[ModelVersion], Scored]
+
+
 Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 
 
@@ -78,9 +95,17 @@ class Promotion:
 
 
 def promote(
-    client: MlflowClient, store: Store, model: str, version: str, margins: Margins = DEFAULT_MARGINS
+    client: MlflowClient,
+    store: Store,
+    model: str,
+    version: str,
+    margins: Margins = DEFAULT_MARGINS,
+    score_again: ScoreAgain | None = None,
 ) -> Decision:
     """Judge a version against the champion and give it the alias `champion` or `challenger`; a promotion is never repeated.
+
+    Args:
+        score_again: scores a champion as the version was scored, where their figures do not compare as they are.
 
     Raises TrackingError if other runs promote without end.
     """
@@ -95,7 +120,7 @@ def promote(
         challenger, champion = client.get_model_version(model, version), champion_version(client, model)
         if _number(champion) == version:
             return Decision(model, version, CHAMPION, "It was made champion by hand.")
-        alias, reason, gates = _judge(store, challenger, champion, margins)
+        alias, reason, gates = _judge(store, challenger, champion, margins, score_again)
         decision = Decision(model, version, alias, reason, gates, _number(champion))
         if alias == CHALLENGER:
             _tell(client, decision)
@@ -118,7 +143,11 @@ def _decision(model: str, entry: Promotion) -> Decision:
 
 
 def _judge(
-    store: Store, challenger: ModelVersion, champion: ModelVersion | None, margins: Margins
+    store: Store,
+    challenger: ModelVersion,
+    champion: ModelVersion | None,
+    margins: Margins,
+    score_again: ScoreAgain | None,
 ) -> tuple[str, str, tuple[Gate, ...]]:
     new = scores_of(challenger, store)
     if new is None:
@@ -133,8 +162,8 @@ def _judge(
             bits = dataset.images.bits_of_no_model if dataset else math.inf
             gates = gates_alone(new, bits, _variation(store, challenger, new, classes))
         else:
-            opening = f"Against version {champion.version}"
-            gates = _against(store, challenger, champion, new, margins, classes)
+            opening, old = _comparable(store, challenger, champion, new, score_again)
+            gates = _against(store, challenger, new, old, margins, classes)
     except DataError as error:
         return CHALLENGER, f"{error} Move the alias champion by hand if it is to go live.", ()
     failed = [gate for gate in gates if not gate.passed]
@@ -159,38 +188,57 @@ def _reference(store: Store, version: ModelVersion, scores: Scores) -> Reference
     return load_reference(store, name)
 
 
-def _against(
+def _comparable(
     store: Store,
     challenger: ModelVersion,
     champion: ModelVersion,
     new: Scores,
-    margins: Margins,
-    classes: tuple[str, ...],
-) -> tuple[Gate, ...]:
-    """The gates of a challenger against the champion. Raises DataError if their figures can't be compared."""
-    different = [tag for tag in COMPARABLE if challenger.tags.get(tag) != champion.tags.get(tag)]
-    old, by = scores_of(champion, store), new.extractors[0]
-    if old is None:
-        different.append("the form of their scores")
-    else:
-        different += ["the extractor"] if by.sha256 != old.extractors[0].sha256 else []
-        different += ["the number of samples"] if new.samples != old.samples else []
-    if old is None or different:
-        raise DataError(
-            f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}."
-        )
+    score_again: ScoreAgain | None,
+) -> tuple[str, Scored]:
+    """The champion's scores by the challenger's protocol, and how a verdict by them begins. Raises DataError if there are none."""
+    opening, old = f"Against version {champion.version}", scores_of(champion, store)
+    if different := _differences(challenger, champion, new, old):
+        why = f"Its figures can't be compared with those of version {champion.version}: they differ in {', '.join(different)}."
+        if score_again is None:
+            raise DataError(why)
+        try:
+            return f"{opening}, scored again as this one was", score_again(champion)
+        except DataError as error:
+            raise DataError(f"{why} {error}") from None
+    assert old is not None
     try:
-        before_run = TypeAdapter(RunName).validate_python(champion.tags.get("run"))
+        return opening, Scored(TypeAdapter(RunName).validate_python(champion.tags.get("run")), old)
     except ValidationError:
         raise DataError(f"The tag 'run' of version {champion.version}, the champion, names no run.") from None
+
+
+def _differences(challenger: ModelVersion, champion: ModelVersion, new: Scores, old: Scores | None) -> list[str]:
+    """In what the scores of two versions were made differently, with both values."""
+    found = {tag: (challenger.tags.get(tag, "none"), champion.tags.get(tag, "none")) for tag in COMPARABLE}
+    if old is None:
+        return [*_said(found), "the form of their scores"]
+    found["the extractor"] = (new.extractors[0].sha256[:12], old.extractors[0].sha256[:12])
+    found["the number of samples"] = (f"{new.samples:,}", f"{old.samples:,}")
+    return _said(found)
+
+
+def _said(found: dict[str, tuple[str, str]]) -> list[str]:
+    return [f"{name} ({a}; the champion's: {shown(b, 300)})" for name, (a, b) in found.items() if a != b]
+
+
+def _against(
+    store: Store, challenger: ModelVersion, new: Scores, old: Scored, margins: Margins, classes: tuple[str, ...]
+) -> tuple[Gate, ...]:
+    """The gates of a challenger against the champion. Raises DataError if what they were scored from is gone."""
     reference = _reference(store, challenger, new)
-    first, second = load_evidence(store, challenger.tags["run"], new), load_evidence(store, before_run, old)
+    first = load_evidence(store, challenger.tags["run"], new)
+    second = load_evidence(store, old.run, old.scores, old.evaluation)
 
     def of_class(name: str) -> Difference | None:
         known = name in classes
         return ratio_of_class(first, second, reference, classes.index(name), len(classes)) if known else None
 
-    return gates_against(new, old, compare(first, second, reference.train), margins, of_class)
+    return gates_against(new, old.scores, compare(first, second, reference.train), margins, of_class)
 
 
 def _number(version: ModelVersion | None) -> str | None:

@@ -20,6 +20,7 @@ from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
 from diffusion.recipe import Recipe
 from diffusion.tracking.loading import FILES_TAG, files_digest
+from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
 from diffusion.training.state import State, checkpoint_file
@@ -50,9 +51,15 @@ def protocol(recipe: Recipe) -> str:
     )
 
 
-def model_name(dataset: Manifest) -> str:
-    """The registered model of a dataset: models of `EuroSAT` are `eurosat-ddpm`, and others never compete with them."""
-    return f"{dataset.source.lower()}-ddpm"
+def model_name(client: MlflowClient, dataset: Manifest, image_size: int) -> str:
+    """The registered model of a dataset: models of `EuroSAT` are `eurosat-ddpm`, and others never compete with them.
+
+    Where its champion draws images of another size, there is a second one: `eurosat-ddpm-64`.
+    """
+    name = f"{dataset.source.lower()}-ddpm"
+    champion = champion_version(client, name)
+    other = champion is not None and champion.tags.get("image_size", str(image_size)) != str(image_size)
+    return f"{name}-{image_size}" if other else name
 
 
 def publish(
@@ -77,7 +84,8 @@ def publish(
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
 
-    client, name = run.client, model_name(dataset)
+    client = run.client
+    name = model_name(client, dataset, state.recipe.data.image_size)
     tags = {
         **tags,
         "run": state.run,
@@ -96,7 +104,7 @@ def publish(
             _tell_start(client, name, state, str(version.version))
             return str(version.version)
     _ensure_registered(client, name, dataset)
-    card = model_card(state, scores, dataset, tags, run.run_id, compute, find_own(store, dataset.digest))
+    card = model_card(name, state, scores, dataset, tags, run.run_id, compute, find_own(store, dataset.digest))
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
     )
@@ -242,6 +250,7 @@ def _limits(dataset: Manifest) -> str:
 
 
 def model_card(
+    name: str,
     state: State,
     scores: Scores,
     dataset: Manifest,
@@ -263,8 +272,8 @@ def model_card(
         rows.append(f"| bits_per_dim | none: images of {spec.dtype} have no likelihood in bits | |")
     return Template(template.read_text()).substitute(
         # The list of versions shows the first line alone.
-        headline=f"{recipe.name}, seed {recipe.seed}: {', '.join(headline)}",
-        name=model_name(dataset),
+        headline=f"{', '.join(headline)}: {recipe.name}, seed {recipe.seed}",
+        name=name,
         preset=recipe.name,
         size=recipe.data.image_size,
         dataset=dataset.source,

@@ -16,12 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.errors import TrackingError
-from diffusion.evaluation.figures import metrics, table
+from diffusion.evaluation.figures import headline_metrics, metrics, table
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, Start, flatten
-from diffusion.recipe_files import load_recipe, preset_names
 from diffusion.tracking.legend import LEGEND_TITLE, legend
+from diffusion.tracking.pages import VIEW_TAG, run_page, runs_page, shared_view
 from diffusion.tracking.plots import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.promotion import Decision
 from diffusion.trust.identifiers import RunName
@@ -40,17 +40,9 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "train-diffusion"
 NOTE = "mlflow.note.content"
 """The tag that MLflow shows as description."""
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development", NOTE: legend()}
-"""The kind, so that its pages are those for training."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development", VIEW_TAG: shared_view(), NOTE: legend()}
+"""The kind, so that its pages are those for training, and the table of runs that our links open."""
 RUN_KEY, OWNER_TAG, START_TAG = "train_diffusion.run", "train_diffusion.owner", "recipe.start"
-HEADLINE_VALUES = (
-    "name",
-    "seed",
-    "data.image_size",
-    "data.images",
-    "optimizer.learning_rate",
-    "evaluation.samples",
-)
 THUMBNAIL = 1024  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
 
@@ -72,8 +64,10 @@ class Lineage:
 class TrackedRun:
     """One MLflow run. Everything that is logged twice is there once."""
 
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, started: int) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, started: int, name: str) -> None:
         self.client, self.run_id, self.experiment_id, self.started = client, run_id, experiment_id, started
+        self.name = name
+        """As it was begun: a flow run that goes on with it takes it too."""
 
     @classmethod
     def open(
@@ -100,7 +94,7 @@ class TrackedRun:
             start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
             tags = {RUN_KEY: lineage.run, OWNER_TAG: lineage.owner, "prefect.flow_run_id": lineage.flow_run_id, **start}
             run = client.create_run(experiment_id, run_name=name, tags=tags)
-        self = cls(client, run.info.run_id, experiment_id, run.info.start_time)
+        self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or name)
         tags = {
             "mlflow.source.name": "train-diffusion",
             "mlflow.source.git.commit": lineage.commit,
@@ -115,7 +109,7 @@ class TrackedRun:
         }
         client.log_batch(
             self.run_id,
-            params=[Param(key, value) for key, value in headline_values(recipe).items()],
+            params=[Param(key, value) for key, value in flatten(recipe).items()],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
         self.log_text(recipe.model_dump_json(indent=1) + "\n", "recipe.json")
@@ -171,7 +165,10 @@ class TrackedRun:
         Args:
             history: this run's evaluations so far, this one the last.
         """
-        self.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()])
+        logged = metrics(scores)
+        self.log_metrics([(key, value, scores.step) for key, value in logged.items()])
+        columns = [name for name in headline_metrics(scores) if name in logged]
+        _show_columns(self.client, self.client.get_experiment(self.experiment_id), columns)
         self.log_image("samples", scores.step, grid)
         self._log_file(closest, f"figures/closest-{scores.step:09d}.png")
         self.log_figure(fid_over_training(history), "figures/fid_over_training.png")
@@ -231,8 +228,8 @@ class TrackedRun:
 
     def conclude(self, sentence: str, page: str) -> None:
         """Put the outcome and a link to an artifact on top of what the run's page says."""
-        link = f"#/experiments/{self.experiment_id}/runs/{self.run_id}/artifacts/{page}"
-        conclusion = f"{sentence} [Gallery]({link})\n\n"
+        gallery, table = run_page(self.experiment_id, self.run_id, page), runs_page(self.experiment_id)
+        conclusion = f"{sentence} [Gallery]({gallery}) · [All runs]({table})\n\n"
         note = self.client.get_run(self.run_id).data.tags.get(NOTE, "")
         self.client.set_tag(self.run_id, NOTE, conclusion + note.removeprefix(conclusion))
 
@@ -241,26 +238,6 @@ class TrackedRun:
         if reason:
             self.client.set_tag(self.run_id, "failure", fit_to_leave(reason)[:5000])
         self.client.set_terminated(self.run_id, status)
-
-
-def headline_values(recipe: Recipe) -> dict[str, str]:
-    """The recipe's values that a run's page shows: those that people compare, and all that differ from the preset's.
-
-    The whole recipe is the artifact `recipe.json`.
-    """
-    own, preset = flatten(recipe), flatten(_without_choices(recipe))
-    return {key: value for key, value in own.items() if key in HEADLINE_VALUES or value != preset.get(key)}
-
-
-def _without_choices(recipe: Recipe) -> Recipe:
-    """What it departed from: the preset, or for a recipe of the user's own file the defaults."""
-    if recipe.name in preset_names():
-        return load_recipe(recipe.name)
-    required = {
-        part: {name: getattr(value, name) for name, field in type(value).model_fields.items() if field.is_required()}
-        for part, value in (("data", recipe.data), ("network", recipe.network), ("evaluation", recipe.evaluation))
-    }
-    return Recipe.model_validate({"name": recipe.name, **required})
 
 
 def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
@@ -286,12 +263,20 @@ def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:
             if found is None:
                 raise
     _check_usable(found)
+    _show_columns(client, found)
     note = found.tags.get(NOTE, "")
     if note != legend() and (
         not note or note.startswith(LEGEND_TITLE)
     ):  # an older one; not what somebody has written there
         client.set_experiment_tag(found.experiment_id, NOTE, legend())
     return found.experiment_id
+
+
+def _show_columns(client: MlflowClient, experiment: Experiment, figures: Sequence[str] = ()) -> None:
+    """Have the experiment's table of runs show these metrics as well."""
+    before = experiment.tags.get(VIEW_TAG)
+    if (view := shared_view(before, figures)) != before:
+        client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view)
 
 
 def _check_usable(experiment: Experiment) -> None:

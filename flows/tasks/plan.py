@@ -51,9 +51,9 @@ def _from_champion(client: MlflowClient, experiment_id: str, recipe: Recipe, dat
     # A retry goes on as it began, though there may be another champion by now.
     begun, start = recorded_start(client, experiment_id, str(runtime.flow_run.id))
     if not begun:
-        champion = champion_version(client, model_name(dataset))
+        champion = champion_version(client, model_name(client, dataset, recipe.data.image_size))
         if champion is not None:
-            start = _start_at(champion)
+            start = start_at(champion)
             say(f"Going on from version {champion.version}, the champion: step {start.step:,} of {start.run}.")
     if start is None:
         say("There is no champion to go on from: beginning with new weights.")
@@ -67,7 +67,7 @@ def _from_champion(client: MlflowClient, experiment_id: str, recipe: Recipe, dat
     return recipe.continued(start, state.recipe)
 
 
-def _start_at(champion: ModelVersion) -> Start:
+def start_at(champion: ModelVersion) -> Start:
     """The checkpoint of a version, which its tags name. Raises RecipeError if they name none."""
     names = {"run": "run", "step": "checkpoint.step", "digest": "checkpoint.digest"}
     try:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
+from diffusion.errors import CheckpointDamaged, DataError, RecipeError
+from diffusion.evaluation.scores import find_scores
+from diffusion.job import EvaluationJob
 from diffusion.tracking.gates import Margins
-from diffusion.tracking.promotion import CHAMPION, Decision, champion_version
+from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version
 from diffusion.tracking.promotion import promote as decide
 from diffusion.tracking.registry import model_name
-from flows.run import Run
+from diffusion.tracking.scores_tag import scores_of
+from diffusion.training.state import load_state
+from flows.engines.placement import Workers
+from flows.run import Run, run_stage
+from flows.tasks.plan import start_at
 from flows.tasks.retrying import RETRIED
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 PROMOTED = "train-diffusion.promoted"
 """The event by which others hear of it."""
@@ -25,10 +38,11 @@ PROMOTED = "train-diffusion.promoted"
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def promote(run: Run, version: str) -> Decision:
+def promote(run: Run, version: str, workers: Workers) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
-    margins = Margins(run.request.fid_margin, run.request.bits_margin)
-    decision = decide(run.tracked.client, run.store, model_name(run.dataset), version, margins)
+    client, store, margins = run.tracked.client, run.store, Margins(run.request.fid_margin, run.request.bits_margin)
+    model = model_name(client, run.dataset, run.recipe.data.image_size)
+    decision = decide(client, store, model, version, margins, lambda champion: score_again(run, champion, workers))
     run.tracked.log_decision(decision)
     champion = champion_version(run.tracked.client, decision.model)
     # A retry may come after a way back to an older version, which is not the time to tell.
@@ -40,3 +54,44 @@ def promote(run: Run, version: str) -> Decision:
             id=uuid5(NAMESPACE_URL, f"{run.tracked.run_id}/{decision.version}"),  # a retry's is the same event
         )
     return decision
+
+
+def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
+    """Score the champion by this run's protocol on this run's images, once.
+
+    Raises DataError if its checkpoint is gone, or what it draws is of another kind.
+    """
+    try:
+        start = start_at(champion)
+        state = load_state(run.store, start.run, start.step)
+    except (RecipeError, CheckpointDamaged) as error:
+        raise DataError(str(error)) from None
+    evaluation = run.recipe.evaluation
+    if state.recipe.data.image_size != run.recipe.data.image_size:
+        raise DataError("Images of another size are another model's.")
+    if state.recipe.needs_class and evaluation.guidance != 1:
+        raise DataError(
+            f"It can't draw with evaluation.guidance {evaluation.guidance:g}: it was told the class of every image."
+        )
+    before = scores_of(champion, run.store)
+    weights = before.weights if before else None
+    known = [run.dataset.digest, weights, evaluation.model_dump(mode="json")]
+    name = f"as-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]}"
+    wanted = (run.store, start.run, start.step, evaluation.samples, name, state.digest)
+    scores = find_scores(*wanted)
+    if scores is None:
+        spec = EvaluationJob(
+            **run.job_fields() | {"run": start.run},
+            step=start.step,
+            samples=evaluation.samples,
+            evaluation=evaluation,
+            name=name,
+            weights=weights,
+            inception=run.settings.inception,
+        )
+        title = f"Scoring version {champion.version}, the champion, as this one was"
+        folder = run.folder / "champion"
+        run_stage(title, "score-champion", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation")
+        scores = find_scores(*wanted)
+        assert scores is not None
+    return Scored(start.run, scores, name)

@@ -14,6 +14,7 @@ from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.gates import gates_table
 from diffusion.tracking.markdown import markdown_table
+from diffusion.tracking.pages import run_page
 from diffusion.tracking.promotion import Decision
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.journal import JOURNAL, records
@@ -74,11 +75,14 @@ def _journal(run: Run, state: State) -> list[dict[str, float]]:
     return records(checkpoint_file(run.store, state, JOURNAL))
 
 
-def _mlflow_page(run: Run) -> str:
-    """Address of the run's page, or nothing where there is no server."""
+def _mlflow_page(run: Run, artifact: str = "") -> str:
+    """Address of the run's page, or of an artifact of it; nothing where there is no server."""
     uri = run.settings.tracking_uri
-    run_page = f"{uri.rstrip('/')}/#/experiments/{run.tracked.experiment_id}/runs/{run.tracked.run_id}"
-    return run_page if uri.startswith("http") else ""
+    return (
+        f"{uri.rstrip('/')}/{run_page(run.tracked.experiment_id, run.tracked.run_id, artifact)}"
+        if uri.startswith("http")
+        else ""
+    )
 
 
 def _comparison(run: Run, scores: Scores, decision: Decision) -> str:
@@ -104,7 +108,7 @@ def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], deci
     grid = base64.b64encode(thumbnail(evaluation_picture(run, state.step, "grid"), GRID_PIXELS)).decode()
     parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {decision.reason}"]
     if link := _mlflow_page(run):
-        parts.append(f"[Run in MLflow]({link}) · [Gallery]({link}/artifacts/{GALLERY})")
+        parts.append(f"[Run in MLflow]({link}) · [Gallery]({_mlflow_page(run, GALLERY)})")
     parts.append(markdown_table(("what", "value"), ((key, text) for key, text in rows.items() if key != GRID)))
     parts.append(_comparison(run, scores, decision))
     if decision.gates:

@@ -40,7 +40,7 @@ def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
     faults = Faults(unavailable=0.3, lost_answer=0.4, seed=2)
     journal, timing = Journal(tmp_path / JOURNAL), Journal(tmp_path / TIMING)
     with proxy(mlflow_server.url, faults) as url:
-        through = TrackedRun(connect_without_asking(url), run.run_id, run.experiment_id, run.started)
+        through = TrackedRun(connect_without_asking(url), run.run_id, run.experiment_id, run.started, run.name)
         with MetricsSender(through, tmp_path) as sender:
             for step in range(1, 201):
                 journal.append(
@@ -80,7 +80,7 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     with proxy(mlflow_server.url, faults) as url:
         waited, folder = begin("restarted")
         threading.Timer(1.0, lambda: setattr(faults, "unavailable", 0.0)).start()
-        through = TrackedRun(connect_without_asking(url), waited.run_id, experiment, waited.started)
+        through = TrackedRun(connect_without_asking(url), waited.run_id, experiment, waited.started, waited.name)
         close(through, folder, Ending(status="FINISHED"))
         assert faults.seen["unavailable"] > 0
         assert direct.get_run(waited.run_id).info.status == "FINISHED"
@@ -97,7 +97,9 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
         for key, ending in endings.items():
             run, folder = begin(key)
             runs[key] = run.run_id
-            close(TrackedRun(connect_without_asking(url), run.run_id, experiment, run.started), folder, ending)
+            close(
+                TrackedRun(connect_without_asking(url), run.run_id, experiment, run.started, run.name), folder, ending
+            )
             assert direct.get_run(run.run_id).info.status == "RUNNING"
     silent, _ = begin("silent")
     close_abandoned(direct, experiment, LINEAGE.flow_run_id, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -110,6 +111,15 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert first.rows["fid_eurosat"] == second.rows["fid_eurosat"]
     assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
 
+    # Scored by another protocol: the champion is scored so as well, and they compete.
+    third = run_flow(overrides=ONE_MILESTONE | {"evaluation.samples": 90, "network.width": 24})
+    assert "Against version 1, scored again as this one was: " in third.rows["model version"]
+    assert " over 90 samples" in third.rows["model version"]
+    # Of another size: another model, which has no champion yet.
+    fourth = run_flow(overrides=ONE_MILESTONE | {"data.image_size": 32})
+    assert f"{MODEL}-32 1, " in fourth.rows["model version"]
+    assert "It is the first version" in fourth.rows["model version"]
+
 
 def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> None:
     """Two classes of GeoTIFF-like files of four bands, oblong; then a flat folder of grey PNGs: no classes, no EuroSAT."""
@@ -179,6 +189,11 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
     tracking = connect(settings().tracking_uri)
     (run,) = tracking.search_runs([tracking.get_experiment_by_name("train-diffusion").experiment_id])
     assert run.info.status == "FINISHED"
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(flow_run.id).name == flow_run.name == run.info.run_name, (
+            "one name for one run, for life"
+        )
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{6}-demo-seed0", flow_run.name)
     losses = tracking.get_metric_history(run.info.run_id, "train/loss")
     assert [metric.step for metric in losses] == list(range(1, 17))
     assert len(tracking.search_model_versions(f"name = '{MODEL}'")) == 1

@@ -37,10 +37,11 @@ from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.evaluation.statistics import Moments
-from diffusion.recipe import Recipe, Start
+from diffusion.recipe import Recipe, Start, flatten
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.legend import LEGEND_TITLE, legend
+from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.plots import loss_by_noise_level
 from diffusion.tracking.promotion import champion_version, promote
 from diffusion.tracking.registry import publish
@@ -98,8 +99,7 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
 def test_a_run_holds_recipe_lineage_and_dataset(run: TrackedRun, ingested: Ingested) -> None:
     logged = run.client.get_run(run.run_id)
     assert logged.data.params["network.width"] == "16"
-    assert logged.data.params["evaluation.batch"] == "40", "what differs from the preset is shown"
-    assert "optimizer.betas" not in logged.data.params, "what does not, is not"
+    assert logged.data.params == flatten(tiny_recipe())
     recipe = mlflow.artifacts.load_text(f"runs:/{run.run_id}/recipe.json")
     assert Recipe.model_validate_json(recipe) == tiny_recipe()
     tags = logged.data.tags
@@ -123,6 +123,31 @@ def test_the_experiments_legend_follows_the_code_and_never_replaces_what_somebod
 
     assert note_after("Ours. Ask Ada.") == "Ours. Ask Ada."
     assert note_after(f"{LEGEND_TITLE}\n\nfid: of an older version") == legend()
+
+
+def test_the_table_of_runs_has_a_column_for_each_figure_that_was_measured(run: TrackedRun) -> None:
+    def columns() -> list[str]:
+        view = json.loads(run.client.get_experiment(run.experiment_id).tags[VIEW_TAG])
+        return list(view["selectedColumns"])
+
+    assert not [column for column in columns() if column.startswith("metrics")]
+    picture = png(class_grid(np.zeros((8, 8, 8, 3), np.uint8), [""]))
+    run.log_scores(made(), picture, picture, [made()])
+    shown = [
+        "score/fid_eurosat",
+        "score_detail/fid_error_eurosat",
+        "score/bits_per_dim",
+        "score_detail/bits_per_dim_error",
+    ]
+    assert [column for column in columns() if column.startswith("metrics")] == [f"metrics.`{name}`" for name in shown]
+    logged = run.client.get_run(run.run_id).data.metrics
+    assert set(shown) <= set(logged), "each column is of a metric that is there"
+    before = columns()
+    open_experiment(run.client, None)
+    assert columns() == before, "another run's start took them away"
+    run.client.set_experiment_tag(run.experiment_id, VIEW_TAG, "torn {")
+    open_experiment(run.client, None)
+    assert columns()[0] == "tags.`promotion`"
 
 
 def test_an_experiment_that_was_deleted_or_whose_artifacts_lie_elsewhere_is_said(
@@ -174,7 +199,7 @@ def test_the_sender_follows_in_the_background_and_survives_an_outage(run: Tracke
                 raise ConnectionError("unplugged")
             super().log_metrics(rows, model_id)
 
-    unplugged = Unplugged(run.client, run.run_id, run.experiment_id, run.started)
+    unplugged = Unplugged(run.client, run.run_id, run.experiment_id, run.started, run.name)
     write_records(tmp_path, range(1, 11), committed=10)
     with MetricsSender(unplugged, tmp_path) as sender:
         deadline = time.monotonic() + 240
