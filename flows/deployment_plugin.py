@@ -53,7 +53,19 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
         api = os.environ.get("PREFECT_API_URL") or env.get("PREFECT_API_URL") or ctx.api_url
         given = os.environ.get("PREFECT_API_AUTH_STRING") or env.get("PREFECT_API_AUTH_STRING")
         sys.argv[position] = full_name(sys.argv[position], api, given or _auth_of_profile(api))
+        _check(sys.argv[position], sys.argv[position + 1 :])
     return SetupResult(env=env) if env else None
+
+
+def _check(deployment: str, arguments: list[str]) -> None:
+    """End the command with a sentence if a training is asked for that can't be."""
+    if deployment.partition("/")[0] == "train-diffusion":
+        from flows.submission import check_parameters  # which takes half a second to import
+
+        try:
+            check_parameters(arguments)
+        except UserError as error:
+            _give_up(str(error))
 
 
 def _is_own(folder: Path) -> bool:

@@ -1,9 +1,9 @@
-"""The servers on this machine, without containers: `python infra/stack.py up | down | status | password`.
+"""The servers on this machine, without containers: `python infra/stack.py up | down | status | password | env`.
 
 up starts a Prefect server, an MLflow server and a worker on the loopback interface, with credentials of their own
 (AUTH=off: without), and registers the deployments of prefect.yaml. With TRAIN_DIFFUSION_ENGINE=ray, and no RAY_ADDRESS, it starts
 Ray as well, a head that computes on this machine. down stops these processes and no others. password makes a new password and
-has everything here follow it.
+has everything here follow it. env prints what a shell needs to know to use all of it: eval "$(make env)".
 
 Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000), RAY_PORT (6379). Databases: SQLite under var/, or what
 PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say.
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -33,6 +34,7 @@ import psutil
 from diffusion.errors import SettingsError, UserError
 from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import create_private, read_private, use_private_home, write_private
+from flows.deployment_plugin import KEYS
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -287,6 +289,16 @@ def register_deployments(env: dict[str, str]) -> None:
             print(done.stdout, end="")
 
 
+def table_of_runs(env: dict[str, str]) -> str:
+    """Where MLflow's page of all runs is, below the server's address: a first look finds it there, before there are any."""
+    code = (
+        "from diffusion.settings import settings; from diffusion.tracking.pages import runs_page; "
+        "from flows.run import open_tracking; print(runs_page(open_tracking(settings())[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""  # a run says what is wrong, and what to do
+
+
 def up(register: bool = True) -> None:
     """Start all that is not running.
 
@@ -327,10 +339,11 @@ def up(register: bool = True) -> None:
     if register:
         print("registering the deployments …", flush=True)
         register_deployments(env)
+    runs = table_of_runs(env)
     start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
     write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
     profile("follow")
-    print(f"\nPrefect  {addresses.prefect}\nMLflow   {addresses.mlflow}")
+    print(f"\nPrefect  {addresses.prefect}\nMLflow   {addresses.mlflow}/{runs}")
     if password:
         # Not into a file or a pipe, where it would stay.
         shown = password if sys.stdout.isatty() else "PASSWORD"
@@ -383,6 +396,16 @@ def password() -> None:
     print(f"The new password is in {STACK / PASSWORD}. Browsers ask for it anew; the old one is refused.")
 
 
+def env() -> None:
+    """Print lines for a shell: the programs of .venv, and where MLflow and Prefect are. Without servers, MLflow's database here."""
+    here = {"MLFLOW_TRACKING_URI": f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}"}
+    known = json.loads(read_private(SERVERS)) if SERVERS.exists() else here
+    known = {name: value for name, value in known.items() if name in KEYS}
+    for name, value in known.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(f'export PATH={shlex.quote(str(BIN))}:"$PATH"')
+
+
 def status() -> None:
     """Say what is running."""
     for name in reversed(NAMES):
@@ -395,7 +418,7 @@ def status() -> None:
 
 
 if __name__ == "__main__":
-    commands = {"up": up, "down": down, "status": status, "password": password}
+    commands = {"up": up, "down": down, "status": status, "password": password, "env": env}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
     try:

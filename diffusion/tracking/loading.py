@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import logging
 import os
 import re
@@ -12,7 +14,9 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.errors import TrackingError
+from PIL import Image
+
+from diffusion.errors import TrackingError, nearest
 from diffusion.tracking.connection import connect
 from diffusion.trust.redaction import shown
 
@@ -41,8 +45,37 @@ def files_digest(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_version(name: str, tracking_uri: str) -> Any:
-    """The model of a version, as `mlflow.pyfunc.load_model` gives it, once its files have been found to be its own.
+class Model:
+    """A model version that is known to be what its run has made. Whatever MLflow's own object can do, it can as well."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._loaded = loaded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded, name)
+
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> Any:
+        """As MLflow's, but a parameter that the model does not have is refused: MLflow leaves it out with a warning.
+
+        Raises TypeError that names the nearest one.
+        """
+        valid = [param.name for param in self._loaded.metadata.signature.params.params]
+        if unknown := sorted(set(params or {}) - set(valid)):
+            raise TypeError(f"The model has no parameter '{shown(unknown[0])}': {nearest(unknown[0], valid)}")
+        return self._loaded.predict(data, params=params)
+
+    def draw(self, n: int = 8, label: str = "", **params: Any) -> list[Image.Image]:
+        """n pictures of a class, or of all in turn. Raises what `predict` does.
+
+        Args:
+            params: `seed`, `steps`, `sampler`, `guidance`.
+        """
+        pngs = self.predict([], {"n": n, "label": label, "format": "png", **params})
+        return [Image.open(io.BytesIO(base64.b64decode(one))) for one in pngs]
+
+
+def load_version(name: str, tracking_uri: str) -> Model:
+    """The model of a version, once its files have been found to be its own.
 
     Args:
         name: `eurosat-ddpm@champion` or `eurosat-ddpm/3`, with or without `models:/`.
@@ -83,7 +116,7 @@ def load_version(name: str, tracking_uri: str) -> Any:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)  # its code is imported from there as it is used
-    return model
+    return Model(model)
 
 
 def _find(client: MlflowClient, parts: re.Match[str]) -> ModelVersion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import requests
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from diffusion.evaluation.figures import FIGURES
+from diffusion.tracking.pages import runs_page
 from tests.running import Training
 from tests.stack import Project
 
@@ -109,10 +111,17 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, stack: Project, run: dict[str
     inside.get_by_role("heading", name="Promotion").wait_for()
 
 
+def test_the_table_of_runs_that_our_links_open(mlflow_page: Page, stack: Project, run: dict[str, Any]) -> None:
+    mlflow_page.goto(f"{stack.servers['MLFLOW_TRACKING_URI']}/{runs_page(run['experiment_id'])}")
+    mlflow_page.get_by_role("link", name=run["run_name"]).first.wait_for()
+    for text in ("score/fid_eurosat", "score/bits_per_dim", "data.images", "Duration"):
+        mlflow_page.get_by_role("columnheader", name=text).first.wait_for()
+
+
 def test_the_model_page_of_mlflow(mlflow_page: Page, stack: Project) -> None:
     mlflow_page.goto(f"{mlflow_address(stack)}/models/{MODEL}")
     mlflow_page.get_by_text("@ champion").first.wait_for()
-    mlflow_page.get_by_text("demo, seed 0: fid_eurosat").first.wait_for()
+    mlflow_page.get_by_text(re.compile(r"^fid_eurosat [0-9.]+, bits_per_dim [0-9.]+: demo, seed 0")).first.wait_for()
     mlflow_page.goto(f"{mlflow_address(stack)}/models/{MODEL}/versions/1")
     for text in ("Reproduce", "Limits", "Lineage", "It is the first version"):
         mlflow_page.get_by_text(text).first.wait_for()

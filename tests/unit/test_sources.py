@@ -369,6 +369,10 @@ def test_damaged_tables_and_tars_are_named(folder: Path, tmp_path: Path) -> None
     table.write_bytes(table.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"cut.parquet is not a whole Parquet table"):
         read(table)
+    whole = as_parquet(folder, tmp_path / "names.parquet")
+    whole.write_bytes(whole.read_bytes().replace(b"label", b"\xff\xfebel"))
+    with pytest.raises(DataError, match=r"names.parquet is not a whole Parquet table"):
+        read(whole)
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(DataError, match="no column of images"):
         read(tmp_path / "text.parquet")

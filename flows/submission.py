@@ -1,0 +1,61 @@
+"""What is wrong with a run's parameters is said where it is asked for: in the terminal, before anything is submitted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusion.data.sources.source import parse_options
+from diffusion.errors import RecipeError
+from diffusion.recipe_files import is_file_name, load_recipe
+from diffusion.trust.redaction import shown
+
+ONE, ALL = ("-p", "--param"), "--params"
+
+
+def check_parameters(arguments: list[str]) -> None:
+    """Check what `prefect deployment run train-diffusion …` is given. Raises RecipeError, with the nearest name for a misspelt one.
+
+    A recipe's file is left to the worker, on whose machine it lies, unless it is here as well.
+    """
+    given = parameters_of(arguments)
+    preset, overrides, options = (given.get(name) for name in ("preset", "overrides", "source_options"))
+    for name, value in (("overrides", overrides), ("source_options", options)):
+        if not isinstance(value, dict | None):
+            raise RecipeError(f"{name} is {shown(str(value), 60)}: names and values are wanted, as '{EXAMPLES[name]}'.")
+    preset = "demo" if preset is None else str(preset)
+    if not is_file_name(preset) or Path(preset).expanduser().exists():
+        load_recipe(preset, overrides)
+    parse_options(options or {})
+
+
+EXAMPLES = {
+    "overrides": 'overrides={"network.width": 96}',
+    "source_options": 'source_options={"size": 64, "fit": "crop"}',
+}
+
+
+def parameters_of(arguments: list[str]) -> dict[str, Any]:
+    """The parameters among a command line's words, read as Prefect reads them; those that it could not read are left to it."""
+    found: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in (*ONE, ALL):
+            continue
+        text = value if equals else next(words, "")
+        if option == ALL:
+            whole = _read(text)
+            found = (whole if isinstance(whole, dict) else {}) | found
+        else:
+            name, _, value = text.partition("=")
+            found[name] = _read(value)
+    return found
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,39 @@
+"""Parameters of a run are checked where they are typed."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion.errors import RecipeError
+from flows.submission import check_parameters, parameters_of
+
+
+def test_parameters_are_read_as_prefect_reads_them() -> None:
+    words = ["-p", "preset=demo", "--watch", "--param=seed=3", "--params", '{"seed": 1, "nights": "new data"}', "-p"]
+    assert parameters_of(words) == {"preset": "demo", "seed": 3, "nights": "new data", "": ""}
+    assert parameters_of(["--params={", "-p", "source=a=b"]) == {"source": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "preset=dmo"], "There is no preset 'dmo': did you mean 'demo'"),
+        (["-p", 'overrides={"network.widht": 3}'], r"did you mean 'network\.width'"),
+        (["-p", 'overrides={"network.width": "wide"}'], r"network\.width: .*valid integer"),
+        (["-p", "overrides=network.width=3"], "overrides is network.width=3: names and values are wanted"),
+        (["-p", 'source_options={"siz": 3}'], "did you mean 'size'"),
+        (["--params", '{"preset": "eurosatt"}'], "did you mean 'eurosat'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_nearest_name(words: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        check_parameters(words)
+
+
+def test_what_is_right_or_lies_on_the_worker_s_machine_passes(tmp_path: Path) -> None:
+    check_parameters([])
+    check_parameters(["-p", "preset=demo", "-p", 'overrides={"network.width": 96}', "-p", "source=/data/images"])
+    check_parameters(["-p", "preset=/only/there/mine.yaml", "-p", 'overrides={"network.width": 96}'])
+    (tmp_path / "mine.yaml").write_text("data: {imags: 3}\n")
+    with pytest.raises(RecipeError, match="did you mean"):
+        check_parameters(["-p", f"preset={tmp_path / 'mine.yaml'}"])
