@@ -46,12 +46,14 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
     """Bring the stack up in a folder of its own, with the archive where the generated one is looked for."""
     folder = parent / "project"
     folder.mkdir(exist_ok=True)
-    for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml"):
+    locks = (path.name for path in PROJECT.glob("requirements*.lock"))
+    for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml", "Makefile", *locks):
         source = PROJECT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, folder / name)
+            shutil.copy2(source, folder / name)  # as old as it is: `make` has nothing to install
+    (folder / ".venv").symlink_to(BIN.parent)
     downloads = folder / "var" / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     shutil.copy(archive, downloads / "generated-fields-and-water-1.zip")

@@ -29,6 +29,8 @@ from diffusion.evaluation.statistics import (
     nearest_copies,
 )
 
+TELLING = ("fid", "bits_per_dim")
+"""The figures that tell models apart where there is room for few."""
 Place = Literal["headline", "score", "detail", "table"]
 """How far to the front a figure stands: in a report's first lines; under `score/` in MLflow; under `score_detail/`; only in
 the table of all figures. What stands further in front stands behind as well."""
@@ -290,7 +292,7 @@ def headline_metrics(scores: Scores) -> list[str]:
     """The metrics that tell runs apart, each before its error."""
     names = []
     for one, row in in_order(scores):
-        if one.place == "headline":
+        if one.name in TELLING:
             error = row.model_copy(update={"figure": f"{one.name}_error"})
             names += [f"score/{full_name(row)}", f"score_detail/{full_name(error)}"]
     return names

@@ -112,6 +112,7 @@ def promote(
     for _ in range(ATTEMPTS):
         entries = _log(store, model)
         _complete(client, store, model, entries)
+        _end_challenge(client, model)
         if written := [entry for entry in entries if entry.to == version]:
             # Promoted before: whatever was done with the alias since, by a later run or by hand, stays.
             decision = _decision(model, written[-1])
@@ -134,8 +135,16 @@ def promote(
         if store.create(_entry(model, len(entries)), entry.to_bytes()):
             _tell(client, decision)
             _complete(client, store, model, [*entries, entry])
+            _end_challenge(client, model)
             return decision
     raise TrackingError(f"Version {version} of {model} could not be judged: other runs were promoted {ATTEMPTS} times.")
+
+
+def _end_challenge(client: MlflowClient, model: str) -> None:
+    """Take the alias `challenger` from a version that is champion by now, by whatever hand."""
+    champion, challenger = champion_version(client, model), _by_alias(client, model, CHALLENGER)
+    if champion is not None and challenger is not None and _number(champion) == _number(challenger):
+        client.delete_registered_model_alias(model, CHALLENGER)
 
 
 def _decision(model: str, entry: Promotion) -> Decision:

@@ -14,7 +14,7 @@ from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.data.spec import ImageSpec
 from diffusion.data.store import Store
 from diffusion.errors import UserError
-from diffusion.evaluation.figures import Figure, full_name, in_order, metrics, with_interval
+from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, metrics, with_interval
 from diffusion.evaluation.names import OwnExtractor, find_own
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
@@ -266,7 +266,7 @@ def model_card(
     recipe = state.recipe
     spec = dataset.images
     shown_figures = [(one, row) for one, row in in_order(scores) if one.place in ("headline", "score")]
-    headline = [f"{full_name(row)} {row.value:.{one.digits}f}" for one, row in shown_figures if one.place == "headline"]
+    headline = [f"{full_name(row)} {row.value:.{one.digits}f}" for one, row in shown_figures if one.name in TELLING]
     rows = [f"| {full_name(row)} | {with_interval(row)} | {_real(one, row)} |" for one, row in shown_figures]
     if scores.bound is None:
         rows.append(f"| bits_per_dim | none: images of {spec.dtype} have no likelihood in bits | |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 
 from prefect import runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -46,7 +47,10 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
     try:
         run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
-        run.tracked.conclude(f"Version {decision.version} is **{decision.alias}**. {decision.reason}", GALLERY)
+        run.tracked.conclude(
+            f"Version {decision.version} became **{decision.alias}** on {datetime.now(UTC):%d %B %Y}. {decision.reason}",
+            GALLERY,
+        )
     except Exception as error:  # a page is no reason to call a run failed whose model may be live
         say(f"There is no gallery of this run: {type(error).__name__}: {error}")
     metrics = [record for record in _journal(run, state) if record["kind"] == "metrics"]

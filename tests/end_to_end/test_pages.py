@@ -87,7 +87,14 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, stack: Project, run: dict[str
     mlflow_page.goto(f"{experiment}/runs")
     mlflow_page.get_by_role("link", name=run["run_name"]).first.wait_for()
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}")
-    for text in ("Finished", f"{MODEL}", "score/fid_eurosat", "data.images", "Version 1 is", "optimizer.learning_rate"):
+    for text in (
+        "Finished",
+        f"{MODEL}",
+        "score/fid_eurosat",
+        "data.images",
+        "Version 1 became",
+        "optimizer.learning_rate",
+    ):
         mlflow_page.get_by_text(text).first.wait_for()
     mlflow_page.set_viewport_size({"width": 1440, "height": 4500})  # what is below the screen is not drawn
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/model-metrics")
@@ -114,14 +121,14 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, stack: Project, run: dict[str
 def test_the_table_of_runs_that_our_links_open(mlflow_page: Page, stack: Project, run: dict[str, Any]) -> None:
     mlflow_page.goto(f"{stack.servers['MLFLOW_TRACKING_URI']}/{runs_page(run['experiment_id'])}")
     mlflow_page.get_by_role("link", name=run["run_name"]).first.wait_for()
-    for text in ("score/fid_eurosat", "score/bits_per_dim", "data.images", "Duration"):
+    for text in ("Duration", "score/bits_per_dim", "score/fid_eurosat"):
         mlflow_page.get_by_role("columnheader", name=text).first.wait_for()
 
 
 def test_the_model_page_of_mlflow(mlflow_page: Page, stack: Project) -> None:
     mlflow_page.goto(f"{mlflow_address(stack)}/models/{MODEL}")
     mlflow_page.get_by_text("@ champion").first.wait_for()
-    mlflow_page.get_by_text(re.compile(r"^fid_eurosat [0-9.]+, bits_per_dim [0-9.]+: demo, seed 0")).first.wait_for()
+    mlflow_page.get_by_text(re.compile(r"# fid_eurosat [0-9.]+")).first.wait_for()
     mlflow_page.goto(f"{mlflow_address(stack)}/models/{MODEL}/versions/1")
     for text in ("Reproduce", "Limits", "Lineage", "It is the first version"):
         mlflow_page.get_by_text(text).first.wait_for()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 
 from flows.deployment_plugin import bare_name_position
-from tests.conftest import TINY
+from tests.conftest import TINY, free_port
 from tests.running import Training, stack_processes
 from tests.stack import Project
 
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 # The stack stands behind a proxy that is not there: the product goes round it, a test's own client has to be told.
-DIRECTLY = {"NO_PROXY": "127.0.0.1"}
+DIRECTLY = {"NO_PROXY": "127.0.0.1,localhost"}
 
 
 def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str]:
@@ -47,6 +50,50 @@ def test_the_literal_command_trains_a_model(stack: Project, training: Training, 
     found = stack.shell(sys.executable, "-c", code, env=DIRECTLY | {"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
     assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr
     assert "It is the first version" in wait_for_message(received, "A new model is live")["body"]
+
+
+def blocks(page: str, heading: str, language: str) -> list[str]:
+    """The code blocks of that language below a heading."""
+    section = (ROOT / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return [code for of, code in found if of == language]
+
+
+def test_a_model_is_used_from_any_folder_by_the_words_of_the_pages(
+    stack: Project, training: Training, tmp_path: Path
+) -> None:
+    """In a shell that knows this folder, and then only what the line of the page has told it."""
+    line = 'eval "$(make env)"'
+    assert f"`{line}`" in (ROOT / "README.md").read_text()
+    (load,) = blocks("README.md", "Use a model", "python")
+    (by_mlflow,) = blocks("docs/promotion.md", "Using a version", "python")
+    (served,) = blocks("docs/promotion.md", "Using a version", "")
+    serve, ask = served.splitlines()
+    port = str(free_port())
+    script = f"""
+{line}
+cd {tmp_path}
+python - <<'CODE'
+{load}
+CODE
+python - <<'CODE'
+{by_mlflow}
+print(images.shape, more_typical.shape)
+CODE
+{serve} >serve.log 2>&1 &
+trap "kill $!; pkill -P $!" EXIT
+for try in $(seq 120); do {ask} >answer.json 2>/dev/null && grep -q predictions answer.json && break; sleep 1; done
+cat answer.json
+"""
+    script = script.replace("eurosat-ddpm", "generated-fields-and-water-ddpm").replace("5001", port)
+    done = stack.shell("bash", "-c", script, env=DIRECTLY | {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    assert Image.open(tmp_path / "river.png").size == (16, 16), done.stdout + done.stderr
+    assert "(8, 16, 16, 3) (8, 16, 16, 3)" in done.stdout, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("{"), (tmp_path / "serve.log").read_text()[-3000:]
+    answer = json.loads(last)
+    assert Image.open(io.BytesIO(base64.b64decode(answer["predictions"][0]))).size == (16, 16)
+    assert not list(tmp_path.glob("*.db")), "a database of nobody's was begun there"
 
 
 def test_the_third_command_trains_on_a_folder_of_one_s_own(stack: Project) -> None:
@@ -106,7 +153,9 @@ asyncio.run(main())
         "source_options",
         "processes",
         "start_from",
+        "nights",
         "skip_unchanged",
+        "time_limit",
         "fid_margin",
         "bits_margin",
     ]

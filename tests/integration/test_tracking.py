@@ -411,6 +411,11 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert champion is not None
     assert str(champion.version) == better, "a retry of the run undid the rollback"
     weak = make_version(run, ingested, store, "weak", seed=20, fid=30.0)
+    client.set_registered_model_alias(MODEL, "champion", weak)  # by hand, when it is challenger already
+    client.set_registered_model_alias(MODEL, "challenger", weak)
+    promote(client, store, MODEL, first)
+    assert "challenger" not in client.get_model_version(MODEL, weak).aliases, "it is champion"
+    client.set_registered_model_alias(MODEL, "champion", better)
     for version in (weak, worse):  # the run of an older one is retried
         assert promote(client, store, MODEL, version).alias == "challenger"
     assert str(client.get_model_version_by_alias(MODEL, "challenger").version) == weak
