@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from diffusion.trust.redaction import shown
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".npy")
 MOST_BYTES = 256 << 20
 """Of an image's array: a few bytes of a file can mean gigabytes of pixels."""
+MOST_PAGES = 256
+"""Of a TIFF: a page may be a band, a mask or a smaller copy."""
 PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Formats that Pillow decodes, by the extension that they have in a shard."""
 MODES = {"L": 1, "RGB": 3}
@@ -119,6 +121,7 @@ def _from_pillow(content: bytes, kind: str) -> Array:
 def _from_tiff(content: bytes) -> Array:
     import tifffile
 
+    _check_pages(content)
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series = file.series[0]
         _check_size(series.nbytes)
@@ -126,6 +129,22 @@ def _from_tiff(content: bytes) -> Array:
     if array.ndim == 3 and not axes.endswith("S"):  # a plane a band
         array = np.moveaxis(array, 0, -1)
     return array
+
+
+def _check_pages(content: bytes) -> None:
+    """Follow the chain of pages, which a damaged file may lead back to itself. Raises ValueError if it does not end."""
+    order: Literal["little", "big"] = "little" if content[:2] == b"II" else "big"
+    counter, entry, offset = (8, 20, 8) if b"+" in content[2:4] else (2, 12, 4)  # BigTIFF, TIFF
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(content[start : start + size], order)
+
+    page = number(offset, offset)
+    for _ in range(MOST_PAGES):
+        if not 0 < page < len(content):
+            return
+        page = number(page + counter + entry * number(page, counter), offset)
+    raise ValueError(f"it has more than {MOST_PAGES} pages")
 
 
 def _from_npy(content: bytes) -> Array:

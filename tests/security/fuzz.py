@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -55,6 +57,10 @@ TOKENS = (
     b"\r\n", b"true", b"!!python/object:os.system", b"&a *a", b"\x1b[31m", b"/" * 300, b"\n", b",", b":", b'"', b"}", b"]",
 )  # fmt: skip
 """What text formats trip over."""
+
+
+LONGEST = 60
+"""Seconds that one reading may take, on a busy machine: they take milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -218,11 +224,21 @@ def targets(folder: Path) -> dict[str, Target]:
     }  # fmt: skip
 
 
+class Hangs(BaseException):
+    """Not an Exception: what reads would take it for a decoder's."""
+
+
+def _give_up(*_: object) -> None:
+    raise Hangs(f"It takes more than {LONGEST} s.")
+
+
 def fuzz(target: Target, rng: random.Random, goes_on: Callable[[int], bool], kept: Path) -> tuple[int, int]:
-    """Try until told to end. Returns how many were tried, and how many refused. Raises whatever is no UserError."""
+    """Try until told to end. Returns how many were tried, and how many refused. Raises whatever is no UserError, and what hangs."""
     tried = refused = 0
+    signal.signal(signal.SIGALRM, _give_up)
     while goes_on(tried):
         content = mutate(target, rng)
+        signal.alarm(LONGEST)
         try:
             target.read(content)
         except UserError:
@@ -231,6 +247,8 @@ def fuzz(target: Target, rng: random.Random, goes_on: Callable[[int], bool], kep
             kept.write_bytes(content)
             print(f"kept {kept}", file=sys.stderr)
             raise
+        finally:
+            signal.alarm(0)
         tried += 1
     return tried, refused
 
@@ -241,6 +259,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # what a library says of each of a million files
     here = Path(tempfile.mkdtemp(prefix="fuzz-"))
     known = targets(here)
     for name in arguments.targets or known:

@@ -17,10 +17,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
+from diffusion.data import codecs
 from diffusion.data.sealed import unseal
 from diffusion.data.shards import Sample, decode
 from diffusion.data.sources import download, eurosat
@@ -121,6 +125,21 @@ def test_what_is_named_jpg_and_is_none_is_not_decoded(kind: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way of Linux")
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_pages_of_a_tiff_that_lead_back_to_themselves_come_to_an_end(bigtiff: bool, order: Any) -> None:
+    whole = io.BytesIO()
+    tifffile.imwrite(whole, np.zeros((8, 8, 5), np.uint16), planarconfig="contig", bigtiff=bigtiff, byteorder=order)
+    content = bytearray(whole.getvalue())
+    assert codecs.decode(bytes(content), "x").shape == (8, 8, 5)
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        page, tags = file.pages[0].offset, len(file.pages[0].tags)
+    size, end = (8, page + 8 + 20 * tags) if bigtiff else (4, page + 2 + 12 * tags)
+    content[end : end + size] = page.to_bytes(size, "little" if order == "<" else "big")
+    with pytest.raises(DataError, match="more than 256 pages"):
+        codecs.decode(bytes(content), "x")
+
+
 def test_the_size_of_an_image_is_looked_at_before_it_is_decoded() -> None:
     data = io.BytesIO()
     Image.new("RGB", (64, 64)).save(data, "JPEG")
