@@ -133,7 +133,7 @@ def test_pages_of_a_tiff_that_lead_back_to_themselves_come_to_an_end(bigtiff: bo
     content = bytearray(whole.getvalue())
     assert codecs.decode(bytes(content), "x").shape == (8, 8, 5)
     with tifffile.TiffFile(io.BytesIO(content)) as file:
-        page, tags = file.pages[0].offset, len(file.pages[0].tags)
+        page, tags = file.pages.first.offset, len(file.pages.first.tags)
     size, end = (8, page + 8 + 20 * tags) if bigtiff else (4, page + 2 + 12 * tags)
     content[end : end + size] = page.to_bytes(size, "little" if order == "<" else "big")
     with pytest.raises(DataError, match="more than 256 pages"):
