@@ -10,14 +10,15 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 import psutil
 from prefect import runtime
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import StateType
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed, State
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion.errors import RunBusy, UserError
@@ -67,6 +68,8 @@ class Ending(BaseModel):
 ONLY_RUN = "stack/only-run"
 """In the home, what a deployed run locks."""
 _held: list[IO[bytes]] = []
+TERMINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+MOST_TASKS = 200
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 
@@ -135,6 +138,19 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
         if flow_run != own_flow_run and ending.reason == dead:
             _crash_flow_run(flow_run, dead)
         say(f"Closed the MLflow run {shown(str(run.info.run_name))}, {ending.status}. {ending.reason}")
+
+
+def close_tasks_of_ended_runs() -> None:
+    """Give tasks that say they run, though their flow run has ended, the end of that run: who was killed could not."""
+    ended = FlowRunFilter.model_validate({"state": {"type": {"any_": [*TERMINAL]}}})
+    running = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
+    with get_client(sync_client=True) as prefect:
+        for task in prefect.read_task_runs(flow_run_filter=ended, task_run_filter=running, limit=MOST_TASKS):
+            state = prefect.read_flow_run(task.flow_run_id).state if task.flow_run_id else None
+            cancelled = state is not None and state.type == StateType.CANCELLED
+            message = state.message if state else None
+            end: State[Any] = Cancelled(message=message) if cancelled else Crashed(message=message)
+            prefect.set_task_run_state(task.id, end, force=True)
 
 
 def _noted_ending(run: MlflowRun, runs: Path) -> Ending | None:

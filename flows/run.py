@@ -27,7 +27,7 @@ from diffusion.tracking.system import Hosts, Machine, SystemMetrics
 from diffusion.trust.redaction import fit_to_leave
 from flows.engines.placement import Placement, Workers
 from flows.launcher import run_job, run_on_cluster
-from flows.owner import ENDING, Ending, close_abandoned, note_ending, this_process
+from flows.owner import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending, this_process
 from flows.progress import Stage, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
@@ -125,6 +125,10 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     flow_run_id, name = str(runtime.flow_run.id), str(runtime.flow_run.name)
     client, experiment_id = when_it_answers(partial(open_tracking, environment))
     when_it_answers(partial(close_abandoned, client, experiment_id, flow_run_id, environment.runs))
+    try:
+        close_tasks_of_ended_runs()
+    except Exception as error:  # what a page shows of other runs is no reason to end this one
+        say(f"Tasks of ended runs may still say that they run: {type(error).__name__}: {error}")
     commit = git_commit()
     # The flow run's name is made anew by a retry; its id is not.
     key, lock = f"{recipe.name}-seed{recipe.seed}-{flow_run_id}", None

@@ -34,7 +34,6 @@ import psutil
 from diffusion.errors import SettingsError, UserError
 from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import create_private, read_private, use_private_home, write_private
-from flows.deployment_plugin import KEYS
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -398,6 +397,10 @@ def password() -> None:
 
 def env() -> None:
     """Print lines for a shell: the programs of .venv, and where MLflow and Prefect are. Without servers, MLflow's database here."""
+    from flows.deployment_plugin import (
+        KEYS,  # which imports Prefect: profile.py, which imports this file, has to come before that
+    )
+
     here = {"MLFLOW_TRACKING_URI": f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}"}
     known = json.loads(read_private(SERVERS)) if SERVERS.exists() else here
     known = {name: value for name, value in known.items() if name in KEYS}

@@ -99,6 +99,9 @@ def load_version(name: str, tracking_uri: str) -> Model:
         mlflow.artifacts.download_artifacts(
             f"models:/{version.name}/{version.version}", dst_path=str(folder), tracking_uri=tracking_uri
         )
+        # Whoever loads a model where it lies leaves bytecode there, which is no file of the model's, and would be run in its place.
+        for bytecode in [*folder.rglob("__pycache__")]:
+            shutil.rmtree(bytecode)
         expected = version.tags.get(FILES_TAG)
         if expected is None:
             log.warning(

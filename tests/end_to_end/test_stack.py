@@ -59,6 +59,7 @@ def blocks(page: str, heading: str, language: str) -> list[str]:
     return [code for of, code in found if of == language]
 
 
+@pytest.mark.last(1)  # what MLflow leaves beside a model that it loads is as open as the user's other files
 def test_a_model_is_used_from_any_folder_by_the_words_of_the_pages(
     stack: Project, training: Training, tmp_path: Path
 ) -> None:
@@ -337,7 +338,7 @@ def test_other_names_are_resolved_left_alone_or_refused_with_help(stack: Project
     assert "clean-up/clean-up, train-diffusion/train-diffusion" in refused.stderr
     wrong = stack.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
     assert wrong.returncode == 1
-    assert "does not match '^(demo|eurosat|seed)$" in wrong.stdout + wrong.stderr
+    assert wrong.stderr.startswith("There is no preset 'demos': did you mean 'demo'?")
     module = stack.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
     assert "no deployment" in module.stderr
     elsewhere = stack.shell(

@@ -17,6 +17,7 @@ import pytest
 import tifffile
 from PIL import Image
 from prefect.client.orchestration import get_client
+from prefect.states import Cancelled, Crashed, Running
 
 import mlflow
 from diffusion.data.sources import generated
@@ -210,7 +211,7 @@ def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any,
     experiment = client.get_experiment_by_name("train-diffusion").experiment_id
     (second, first) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
     assert json.loads(second.data.tags["recipe.start"])["run"] == first.data.tags["train_diffusion.run"]
-    assert "-from-champion-" in second.info.run_name
+    assert second.info.run_name.endswith("-demo-seed0-from-champion")
     tags = [client.get_model_version(MODEL, number).tags for number in ("1", "2")]
     assert tags[1]["start.run"] == tags[0]["run"]
     assert tags[0]["continued_by.2"] == tags[1]["run"]
@@ -291,6 +292,24 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
     assert keys == ["Completed", "Skipped", "Skipped", "Skipped"]
     run_flow(skip_unchanged=True, seed=int(f"{yesterday:%Y%m%d}"), overrides=ONE_MILESTONE | {"data.images": 128})
     assert len(tracking.search_runs([run.info.experiment_id])) == 2, "another recipe is no reason to skip"
+
+
+@pytest.mark.parametrize("end", [Crashed, Cancelled])
+def test_tasks_of_a_run_that_was_killed_end_as_it_did(prefect_server: None, end: Any) -> None:
+    from flows.owner import close_tasks_of_ended_runs
+    from flows.tasks.train import train
+    from flows.train_diffusion import train_diffusion
+
+    with get_client(sync_client=True) as client:
+        dead, alive = (client.create_flow_run(train_diffusion, state=Running()) for _ in range(2))
+        tasks = [client.create_task_run(train, run.id, dynamic_key="0", state=Running()) for run in (dead, alive)]
+        client.set_flow_run_state(dead.id, end(message="The worker that ran it has died."), force=True)
+        close_tasks_of_ended_runs()
+        first, second = (client.read_task_run(task.id).state for task in tasks)
+    assert first is not None
+    assert second is not None
+    assert (first.name, first.message) == (end().name, "The worker that ran it has died.")
+    assert second.name == "Running", "of a run that lives"
 
 
 def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any, home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_changed_files_are_refused_before_their_code_runs(
     for name, value in stack.servers.items():
         if name.startswith("MLFLOW_"):
             monkeypatch.setenv(name, value)
+    # MLflow's own way leaves bytecode among the files.
+    code = (
+        f"import os; os.umask(0o077); import mlflow; mlflow.pyfunc.load_model('models:/{MODEL}@champion').predict([])"
+    )
+    done = stack.shell(sys.executable, "-c", code, folder=tmp_path, env=stack.servers | {"NO_PROXY": "127.0.0.1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((stack.folder / "var/mlflow/artifacts").rglob("__pycache__/*.pyc"))
     loaded = diffusion.load(f"{MODEL}@champion")
     assert loaded.predict([], params={"n": 1, "steps": 1}).shape == (1, 16, 16, 3)
 
