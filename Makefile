@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down status env settings password secrets profile reproduce extractor
+.PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down status env clean settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -83,6 +83,9 @@ password: install ## A new password for the servers of make up; all that runs he
 
 env: install ## What a shell needs to use it all, from any folder: eval "$(make env)"
 	@$(BIN)/python infra/stack.py env
+
+clean: install ## Delete what can be made again; models, checkpoints and metrics stay
+	@$(BIN)/python infra/stack.py clean
 
 secrets: install ## The secrets of infra/compose.yaml, drawn at random, in infra/.env
 	@$(BIN)/python infra/make_secrets.py

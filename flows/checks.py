@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from diffusion.data.store import check_writable, open_store
+import shutil
+from pathlib import Path
+
+from diffusion.data.store import FolderStore, check_writable, open_store
+from diffusion.errors import StoreError
 from diffusion.evaluation.names import required_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
@@ -10,16 +14,32 @@ from flows.engines.placement import Workers
 from flows.request import TrainingRequest, usable_workers
 from flows.run import open_tracking
 
+LEAST_FREE = 1_000_000_000
+"""Bytes."""
+
+
+def check_free(folder: Path) -> None:
+    """Raises StoreError if so little is free there that a run would soon find the disk full."""
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE:
+        raise StoreError(
+            f"{free / 1e9:.1f} GB are free on the disk of {folder}; a run wants {LEAST_FREE / 1e9:.0f} GB to begin with. Free some (make "
+            "clean deletes what can be made again), or set TRAIN_DIFFUSION_HOME or TRAIN_DIFFUSION_STORE to another disk."
+        )
+
 
 def check_before_compute(request: TrainingRequest) -> tuple[Recipe, Workers]:
     """The recipe of a request, and what its jobs may run on.
 
     Raises RecipeError if there is no such recipe, it can't be trained here, or an extractor is not set up; StoreError if
-    the store can't be written; TrackingError if MLflow does not answer, or has lost the experiment.
+    the store can't be written, or a disk here is all but full; TrackingError if MLflow does not answer, or has lost the experiment.
     """
     environment, recipe = settings(), request.recipe()
     workers = usable_workers(recipe, request.processes)
-    check_writable(open_store(environment.store_uri))
+    store = open_store(environment.store_uri)
+    check_writable(store)
+    for folder in [environment.home, *([store.folder] if isinstance(store, FolderStore) else [])]:
+        check_free(folder)
     if "inception" in recipe.evaluation.extractors:
         required_inception(environment.inception)
     request.options()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from pathlib import Path
 from uuid import UUID
 
 from prefect import get_client
@@ -158,6 +159,27 @@ async def remove_retired() -> None:
             print(f"deleted the deployment {name}, which prefect.yaml has no more")
 
 
+async def tell_edited_schedules() -> None:
+    """Say which schedules were edited in the page: what follows, `prefect deploy --all`, takes them from prefect.yaml again."""
+    import yaml
+
+    file = Path(__file__).resolve().parent.parent / "prefect.yaml"
+    async with get_client() as client:
+        for planned in yaml.safe_load(file.read_text())["deployments"]:
+            try:
+                there = await client.read_deployment_by_name(f"{planned['name']}/{planned['name']}")
+            except ObjectNotFound:
+                continue
+            now = {
+                (one.slug, getattr(one.schedule, "cron", None), getattr(one.schedule, "timezone", None))
+                for one in there.schedules
+            }
+            wanted = {(one["slug"], one["cron"], one["timezone"]) for one in planned["schedules"]}
+            for slug, cron, timezone in sorted(now - wanted, key=str):
+                edited = f"The schedule {slug or '(added by hand)'} of {planned['name']}, edited to '{cron}' {timezone or ''},"
+                print(f"{edited} goes back to what prefect.yaml says: write it there.")
+
+
 async def make_work_pool() -> None:
     """The pool that the deployments name, of processes on the worker's machine."""
     pool = WorkPoolCreate(
@@ -176,6 +198,7 @@ async def main() -> None:
     for block_type in (S3Credentials, SmtpMail):
         await block_type.register_type_and_schema()
     await remove_retired()
+    await tell_edited_schedules()
     wanted, blocks = zombies(), settings().notify
     for block in blocks if blocks != NOBODY else ():
         wanted += notifications(block, await find_block(block))

@@ -1,9 +1,10 @@
-"""The servers on this machine, without containers: `python infra/stack.py up | down | status | password | env`.
+"""The servers on this machine, without containers: `python infra/stack.py up | down | status | password | env | clean`.
 
 up starts a Prefect server, an MLflow server and a worker on the loopback interface, with credentials of their own
 (AUTH=off: without), and registers the deployments of prefect.yaml. With TRAIN_DIFFUSION_ENGINE=ray, and no RAY_ADDRESS, it starts
 Ray as well, a head that computes on this machine. down stops these processes and no others. password makes a new password and
-has everything here follow it. env prints what a shell needs to know to use all of it: eval "$(make env)".
+has everything here follow it. env prints what a shell needs to know to use all of it: eval "$(make env)". clean deletes what can be
+made again.
 
 Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000), RAY_PORT (6379). Databases: SQLite under var/, or what
 PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say.
@@ -84,11 +85,24 @@ KEPT = (
     "MLFLOW_BACKEND_STORE_URI",
 )
 """Settings that a new start takes over from what runs."""
+WITHHELD: dict[str, tuple[str, ...]] = {
+    "prefect-server": (STORE_KEYS, CLUSTER, MLFLOW_OWN),
+    "mlflow-server": (STORE_KEYS, CLUSTER, PREFECT_OWN),
+    "worker": ("PREFECT_SERVER_", "MLFLOW_BACKEND_", "MLFLOW_AUTH_"),
+    "ray": (STORE_KEYS, CLUSTER, PREFECT_OWN, MLFLOW_OWN),
+}
+"""Beginnings of the names of variables that a process has no need of, and does not get."""
 OPEN_TO_ALL = """
 WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
 hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Web pages of other sites are refused
 by their origin, but not those that make their own name point to this machine. Use it where you are alone.
 """
+
+
+OWN_DATABASES = {
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}",
+    "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}",
+}
 
 
 def base_environment(*withheld: str) -> dict[str, str]:
@@ -186,7 +200,7 @@ def check_port(port: int, name: str, variable: str) -> None:
 def start_prefect(port: int, addresses: Addresses) -> None:
     """The Prefect server."""
     env = {
-        **base_environment(STORE_KEYS, CLUSTER, MLFLOW_OWN),
+        **base_environment(*WITHHELD["prefect-server"]),
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": addresses.prefect,  # and of no other page
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
@@ -195,10 +209,10 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
-    own = HOME / "prefect" / "prefect.db"
-    if "PREFECT_SERVER_DATABASE_CONNECTION_URL" not in env:  # another database may be shared, and has its own key
-        env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{own}"
-        env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, own)
+    database = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+    if database not in env:  # another database may be shared, and has its own key
+        env[database] = OWN_DATABASES[database]
+        env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, HOME / "prefect" / "prefect.db")
     if addresses.password:
         env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
     start("prefect-server", [str(BIN / "prefect"), "server", "start"], env)
@@ -208,9 +222,9 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     """The MLflow server. Like Prefect's, it shares its database with `make demo`, so that the demo's runs are seen here."""
     (HOME / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
     # The job runner and its seven consumers, which only GenAI evaluations need, would take 2 GB.
-    env = {**base_environment(STORE_KEYS, CLUSTER, PREFECT_OWN), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = {**base_environment(*WITHHELD["mlflow-server"]), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # In the environment: an argument, which may hold a password, is seen by every user of the machine.
-    env.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}")
+    env.setdefault("MLFLOW_BACKEND_STORE_URI", OWN_DATABASES["MLFLOW_BACKEND_STORE_URI"])
     hosts = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
     env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(hosts)
     env["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{host}" for host in hosts)
@@ -250,7 +264,7 @@ def start_ray(port: int) -> dict[str, str]:
     command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false", "--disable-usage-stats"]
     command += [f"--temp-dir={folder}/s"]
-    start("ray", command, {**base_environment(STORE_KEYS, CLUSTER, PREFECT_OWN, MLFLOW_OWN), **own})
+    start("ray", command, {**base_environment(*WITHHELD["ray"]), **own})
     return {**own, "RAY_ADDRESS": f"127.0.0.1:{port}"}
 
 
@@ -313,17 +327,27 @@ def up(register: bool = True) -> None:
         )
     STACK.mkdir(parents=True, exist_ok=True)
     (HOME / "prefect").mkdir(parents=True, exist_ok=True)
-    if any(map(find, NAMES)):
-        down()
     prefect_port, mlflow_port, ray_port = settings().prefect_port, settings().mlflow_port, settings().ray_port
     own_cluster = settings().engine == "ray" and os.environ.get("RAY_ADDRESS") in (None, f"127.0.0.1:{ray_port}")
+    password = None if settings().auth == "off" else known_password(STACK)
+    addresses = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}", password)
+    if any(map(find, NAMES)):
+        if register and runs_as_asked(addresses, own_cluster):
+            print(
+                "All of it runs already, as it is asked for: nothing is started anew. Renewing the deployments …",
+                flush=True,
+            )
+            env = {**base_environment(), **addresses.client_environment()}
+            register_deployments(env)
+            tell_where(addresses, table_of_runs(env))
+            return
+        if register:
+            refuse_under_a_run("make up")
+        down()
     check_port(prefect_port, "Prefect", "PREFECT_PORT")
     check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
     if own_cluster:
         check_port(ray_port, "Ray", "RAY_PORT")
-    password = None if settings().auth == "off" else known_password(STACK)
-    addresses = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}", password)
-
     print(f"starting the Prefect server and the MLflow server{', and Ray' if own_cluster else ''} …", flush=True)
     start_prefect(prefect_port, addresses)
     start_mlflow(mlflow_port, addresses)
@@ -333,7 +357,7 @@ def up(register: bool = True) -> None:
     if own_cluster:
         wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
     # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
-    own = base_environment("PREFECT_SERVER_", "MLFLOW_BACKEND_", "MLFLOW_AUTH_")
+    own = base_environment(*WITHHELD["worker"])
     env = {**own, **addresses.client_environment(), **cluster}
     if register:
         print("registering the deployments …", flush=True)
@@ -342,8 +366,46 @@ def up(register: bool = True) -> None:
     start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
     write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
     profile("follow")
+    tell_where(addresses, runs)
+
+
+def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
+    """Whether all that `up` would start runs with the settings of this shell."""
+    processes = {name: find(name) for name in NAMES}
+    if not all(processes[name] for name in NAMES if name != "ray") or bool(processes["ray"]) != own_cluster:
+        return False
+    if not SERVERS.exists() or json.loads(SERVERS.read_text()) != addresses.client_environment():
+        return False
+    asked = OWN_DATABASES | base_environment()
+    for name, process in processes.items():
+        begun = process.environ() if process is not None else asked
+        for variable in {*begun, *asked}:
+            # Of a cluster started here the worker has the address and the token; blocks to notify are the automations' alone.
+            decides = variable.startswith(KEPT) and not (own_cluster and variable.startswith(CLUSTER))
+            given_to_it = not variable.startswith(WITHHELD[name])
+            if (
+                decides
+                and given_to_it
+                and variable != "TRAIN_DIFFUSION_NOTIFY"
+                and begun.get(variable) != asked.get(variable)
+            ):
+                return False
+    return True
+
+
+def refuse_under_a_run(command: str) -> None:
+    """End with a sentence if a flow run is under way, which would end with the worker."""
+    worker = find("worker")
+    if worker is not None and worker.children() and os.environ.get("FORCE") != "1":
+        raise SystemExit(
+            f"A flow run is under way, and would end: {command} has to start anew what it runs on. Wait for it, or {command} FORCE=1."
+        )
+
+
+def tell_where(addresses: Addresses, runs: str) -> None:
+    """Say where everything is."""
     print(f"\nPrefect  {addresses.prefect}\nMLflow   {addresses.mlflow}/{runs}")
-    if password:
+    if password := addresses.password:
         # Not into a file or a pipe, where it would stay.
         shown = password if sys.stdout.isatty() else "PASSWORD"
         print(f"both ask for user admin and the password in {STACK / PASSWORD}; Prefect wants admin:{shown}")
@@ -374,11 +436,7 @@ def password() -> None:
     """Change the password of the servers; those that run are started anew with it. The old one is refused from then on."""
     use_private_home(HOME)
     STACK.mkdir(parents=True, exist_ok=True)
-    worker = find("worker")
-    if worker is not None and worker.children() and os.environ.get("FORCE") != "1":
-        raise SystemExit(
-            "A flow run is under way, and would end: it has the old password. Wait for it, or make password FORCE=1."
-        )
+    refuse_under_a_run("make password")
     if SERVERS.exists():  # on the same ports
         running = json.loads(SERVERS.read_text())
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
@@ -395,13 +453,29 @@ def password() -> None:
     print(f"The new password is in {STACK / PASSWORD}. Browsers ask for it anew; the old one is refused.")
 
 
+def clean() -> None:
+    """Delete what can be made again, and say what stays."""
+    refuse_under_a_run("make clean")
+    freed = 0
+    for folder in (settings().shard_copies, settings().downloads / "tars", HOME / "matplotlib"):
+        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in settings().downloads.glob("*.part"):
+        freed += path.stat().st_size
+        path.unlink()
+    print(f"{freed / 1e6:.0f} MB freed: copies of shards and tars, downloads that were not finished.")
+    print(
+        f"All else in {HOME} stays: datasets, checkpoints, models, metrics, logs. The deployment clean-up goes further."
+    )
+
+
 def env() -> None:
     """Print lines for a shell: the programs of .venv, and where MLflow and Prefect are. Without servers, MLflow's database here."""
     from flows.deployment_plugin import (
         KEYS,  # which imports Prefect: profile.py, which imports this file, has to come before that
     )
 
-    here = {"MLFLOW_TRACKING_URI": f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}"}
+    here = {"MLFLOW_TRACKING_URI": OWN_DATABASES["MLFLOW_BACKEND_STORE_URI"]}
     known = json.loads(read_private(SERVERS)) if SERVERS.exists() else here
     known = {name: value for name, value in known.items() if name in KEYS}
     for name, value in known.items():
@@ -421,7 +495,7 @@ def status() -> None:
 
 
 if __name__ == "__main__":
-    commands = {"up": up, "down": down, "status": status, "password": password, "env": env}
+    commands = {"up": up, "down": down, "status": status, "password": password, "env": env, "clean": clean}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
     try:

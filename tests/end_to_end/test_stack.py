@@ -18,6 +18,7 @@ from PIL import Image
 
 from flows.deployment_plugin import bare_name_position
 from tests.conftest import TINY, free_port
+from tests.faults.flow_runs import FlowRun, process
 from tests.running import Training, stack_processes
 from tests.stack import Project
 
@@ -374,6 +375,55 @@ def test_a_profile_makes_the_command_work_from_any_folder(stack: Project, tmp_pa
     assert "train-diffusion/train-diffusion" in after.stderr, after.stdout + after.stderr
     profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
     assert oct(profiles.stat().st_mode & 0o777) == "0o600"
+
+
+EDIT = """
+import asyncio
+from prefect import get_client
+from prefect.client.schemas.schedules import CronSchedule
+async def main():
+    async with get_client() as client:
+        one = await client.read_deployment_by_name("train-diffusion/train-diffusion")
+        (schedule,) = one.schedules
+        await client.update_deployment_schedule(one.id, schedule.id, schedule=CronSchedule(cron="0 4 * * *", timezone="Europe/Paris"))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.last(1)
+def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
+    stack: Project, training: Training
+) -> None:
+    servers = stack.servers
+    ports = {
+        variable: servers[address].removesuffix("/api").rpartition(":")[2]
+        for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI"))
+    }
+    up = (sys.executable, "infra/stack.py", "up")
+    before = {process.pid for process in stack_processes(stack)}
+    edited = stack.shell(sys.executable, "-c", EDIT, env=servers)
+    assert edited.returncode == 0, edited.stderr
+    again = stack.shell(*up, env=ports)
+    assert again.returncode == 0, again.stderr
+    assert "nothing is started anew" in again.stdout
+    assert "The schedule nightly of train-diffusion, edited to '0 4 * * *' Europe/Paris, goes back" in again.stdout
+    assert f"{servers['MLFLOW_TRACKING_URI']}/#/experiments/1/runs?viewStateShareKey=train-diffusion" in again.stdout
+    assert {process.pid for process in stack_processes(stack)} == before
+
+    # A setting of the worker's differs: it would have to start anew, and end what it runs.
+    run = FlowRun.by_hand(stack, TINY | {"data.images": 1_600_000, "evaluation.every_images": 1_600_000})
+    run.wait_for_step(1, run.id)
+    refused = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_DETERMINISTIC": "true"})
+    assert refused.returncode != 0
+    assert "A flow run is under way, and would end: make up has to start anew" in refused.stderr
+    assert {process.pid for process in stack_processes(stack)} == before
+    assert stack.shell("prefect", "flow-run", "cancel", run.id).returncode == 0
+    assert run.wait_for_end()["state"][0] == "CANCELLED"
+    run.wait_for(lambda: not process(stack, "worker").children())
+    cleaned = stack.stack("clean")
+    assert " MB freed: copies of shards" in cleaned.stdout, cleaned.stderr
+    assert list((stack.folder / "var/store/checkpoints").rglob("*.safetensors"))
+    assert not (stack.folder / "var/shards").exists()
 
 
 @pytest.mark.last(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import champion_version
 from diffusion.training.state import load_state
 from flows import launcher
+from flows.checks import check_free
 from tests.conftest import TINY
 from tests.ranks import fork_rank
 
@@ -381,6 +383,17 @@ def test_bad_requests_end_before_anything_is_written(
         run_flow()
     assert not (home / "store" / "datasets").exists()
     assert not (home / "runs").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a small disk is a mount, which root may make")
+def test_a_run_does_not_begin_on_a_disk_that_is_all_but_full(tmp_path: Path) -> None:
+    check_free(tmp_path)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with pytest.raises(StoreError, match=r"0\.3 GB are free on the disk of .*; a run wants 1 GB"):
+            check_free(tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_eurosat_is_never_replaced_by_generated_patches(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
