@@ -19,9 +19,10 @@ WHEELS := install --quiet --disable-pip-version-check --no-compile --require-has
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	@echo "Installing the packages into .venv: one to three minutes"
 	@test -d .venv || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip $(WHEELS) -r requirements.lock
-	@(! command -v nvidia-smi && $(BIN)/python -m pip $(WHEELS) -r requirements-torch-cpu.lock) >/dev/null 2>&1 || \
-	  $(BIN)/python -m pip $(WHEELS) -r requirements-torch.lock
+	@infra/moving.sh "Packages" $(BIN)/python -m pip $(WHEELS) -r requirements.lock
+	@(! command -v nvidia-smi >/dev/null && infra/moving.sh "torch, without CUDA if it is to be had" \
+	  sh -c '$(BIN)/python -m pip $(WHEELS) -r requirements-torch-cpu.lock 2>/dev/null') || \
+	  infra/moving.sh "torch" $(BIN)/python -m pip $(WHEELS) -r requirements-torch.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -23,8 +23,8 @@ def check_free(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE:
         raise StoreError(
-            f"{free / 1e9:.1f} GB are free on the disk of {folder}; a run wants {LEAST_FREE / 1e9:.0f} GB to begin with. Free some (make "
-            "clean deletes what can be made again), or set TRAIN_DIFFUSION_HOME or TRAIN_DIFFUSION_STORE to another disk."
+            f"{free / 1e9:.1f} GB are free on the disk of {folder}; a run wants {LEAST_FREE / 1e9:.0f} GB to begin with. Free some, "
+            "with make clean for one, or set TRAIN_DIFFUSION_HOME or TRAIN_DIFFUSION_STORE to another disk."
         )
 
 
