@@ -51,6 +51,7 @@ class TrainingRequest(BaseModel):
     skip_unchanged: bool = False
     fid_margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     bits_margin: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    fid_bar: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     def recipe(self) -> Recipe:
         """The recipe that they mean. Raises RecipeError, with the nearest valid name where one is misspelt."""

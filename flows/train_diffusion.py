@@ -71,6 +71,7 @@ def train_diffusion(
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
     fid_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     bits_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
+    fid_bar: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
 ) -> Report | State[None]:
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
@@ -93,6 +94,7 @@ def train_diffusion(
             training, with what it would take and what fits.
         fid_margin: How far below the live model's the FID must be, beyond all doubt (95 %), for the new one to go live.
         bits_margin: How far above the live model's its bits/dim may be, beyond doubt, all the same.
+        fid_bar: The first version of a model must have less than this share of the FID of one picture drawn over and over.
     """
     request = TrainingRequest(
         preset=preset or usual_preset(),
@@ -105,6 +107,7 @@ def train_diffusion(
         skip_unchanged=is_night() if skip_unchanged is None else skip_unchanged,
         fid_margin=fid_margin,
         bits_margin=bits_margin,
+        fid_bar=fid_bar,
     )
     use_private_home(settings().home)
     redact_logs()

@@ -152,7 +152,17 @@ class Training:
 def training(stack: Project, received: list[dict[str, str]]) -> Training:
     """Whoever wants to hear of it, listens."""
     command = ["prefect", "deployment", "run", "train-diffusion", "-p", "preset=demo", "-p", "source=generated"]
-    command += ["--param", f"overrides={json.dumps(TINY)}", "-p", "processes=2", "--tag", "by-hand", "--watch"]
+    command += [
+        "--param",
+        f"overrides={json.dumps(TINY)}",
+        "-p",
+        "processes=2",
+        "-p",
+        "fid_bar=1000",
+        "--tag",
+        "by-hand",
+        "--watch",
+    ]
     typed = subprocess.Popen(command, cwd=stack.folder, env=stack.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     found: dict[int, Seen] = {}
     while typed.poll() is None:

@@ -37,6 +37,9 @@ class Margins:
     """How far below the champion's the FID must lie: the whole interval of the difference lies below minus this."""
     bits_per_dim: float = 0.01
     """How far above the champion's the bound may lie: the interval of the difference reaches below this."""
+    first: float = 1.0
+    """Of the first version: its FID lies, beyond doubt, below this share of the spread of real features. One picture, drawn over and
+    over, has all of it or more: without a covariance of its own, FID is at least the trace of that of the real ones."""
 
 
 DEFAULT_MARGINS = Margins()
@@ -106,14 +109,20 @@ def _text(difference: Difference, digits: int) -> str:
 
 
 def gates_alone(
-    new: Scores, bits_of_no_model: float, variation: Mapping[str, float] = MappingProxyType({})
+    new: Scores,
+    bits_of_no_model: float,
+    variation: Mapping[str, float] = MappingProxyType({}),
+    spread: float = math.inf,
+    margins: Margins = DEFAULT_MARGINS,
 ) -> tuple[Gate, ...]:
     """What the first version ever must show.
 
     Args:
         variation: by class, what its samples vary as a share of what its real images do.
+        spread: the total variance of the real images' features.
     """
     fid, bits, copies = new.require("fid"), new.find("bits_per_dim"), new.require("memorisation")
+    worst, bar = fid.value + DEVIATIONS * (fid.error or 0.0), margins.first * spread
     likely = []
     if bits is not None:
         likely = [
@@ -130,9 +139,11 @@ def gates_alone(
         varied = [Gate(NO_COLLAPSE, variation[name] >= VARIATION, figures)]
     return (
         Gate(
-            f"{full_name(fid)} is a number",
-            math.isfinite(fid.value),
-            f"{fid.value:.2f} over {new.samples:,} samples",
+            f"{full_name(fid)} is below that of one picture for all",
+            worst < bar if math.isfinite(bar) else math.isfinite(fid.value),
+            f"{with_error(fid)} over {new.samples:,} samples"
+            + (f"; one picture, drawn over and over, has at least {spread:.2f}" if math.isfinite(bar) else "")
+            + (f"; asked for: {margins.first:g} times that" if margins.first != 1 else ""),
         ),
         *likely,
         *varied,

@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from diffusion.data.ingest import find_dataset
@@ -169,7 +170,8 @@ def _judge(
         if champion is None:
             opening = "It is the first version"
             bits = dataset.images.bits_of_no_model if dataset else math.inf
-            gates = gates_alone(new, bits, _variation(store, challenger, new, classes))
+            varied, spread = _variation(store, challenger, new, classes), _spread(store, challenger, new)
+            gates = gates_alone(new, bits, varied, spread, margins)
         else:
             opening, old = _comparable(store, challenger, champion, new, score_again)
             gates = _against(store, challenger, new, old, margins, classes)
@@ -188,6 +190,12 @@ def _variation(store: Store, version: ModelVersion, scores: Scores, classes: tup
     evidence = load_evidence(store, version.tags["run"], scores)
     found = variation_of_classes(evidence, _reference(store, version, scores), len(classes))
     return {classes[label]: share for label, share in found.items()}
+
+
+def _spread(store: Store, version: ModelVersion, scores: Scores) -> float:
+    """The total variance of the real images' features."""
+    train = _reference(store, version, scores).train
+    return float(np.trace(train.scatter)) / (train.count - 1)
 
 
 def _reference(store: Store, version: ModelVersion, scores: Scores) -> Reference:

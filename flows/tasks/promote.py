@@ -21,6 +21,7 @@ from diffusion.tracking.registry import model_name
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
 from flows.engines.placement import Workers
+from flows.request import TrainingRequest
 from flows.run import Run, run_stage
 from flows.tasks.plan import start_at
 from flows.tasks.retrying import RETRIED
@@ -40,7 +41,7 @@ PROMOTED = "train-diffusion.promoted"
 )
 def promote(run: Run, version: str, workers: Workers) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
-    client, store, margins = run.tracked.client, run.store, Margins(run.request.fid_margin, run.request.bits_margin)
+    client, store, margins = run.tracked.client, run.store, _margins(run.request)
     model = model_name(client, run.dataset, run.recipe.data.image_size)
     decision = decide(client, store, model, version, margins, lambda champion: score_again(run, champion, workers))
     run.tracked.log_decision(decision)
@@ -54,6 +55,10 @@ def promote(run: Run, version: str, workers: Workers) -> Decision:
             id=uuid5(NAMESPACE_URL, f"{run.tracked.run_id}/{decision.version}"),  # a retry's is the same event
         )
     return decision
+
+
+def _margins(request: TrainingRequest) -> Margins:
+    return Margins(request.fid_margin, request.bits_margin, request.fid_bar)
 
 
 def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:

@@ -160,6 +160,7 @@ asyncio.run(main())
         "time_limit",
         "fid_margin",
         "bits_margin",
+        "fid_bar",
     ]
     assert found == {
         "train-diffusion": [[["0 2 * * *", {}]], [1, "CANCEL_NEW"], keys],

@@ -79,7 +79,7 @@ def weights(store: FolderStore, run: str, step: int) -> str:
 
 def on_generated(overrides: dict[str, Any]) -> dict[str, Any]:
     """Parameters of a small run."""
-    return {"preset": "demo", "source": "generated", "overrides": overrides}
+    return {"preset": "demo", "source": "generated", "overrides": overrides, "fid_bar": 1000.0}
 
 
 class FlowRun:

@@ -177,7 +177,8 @@ from prefect.testing.utilities import prefect_test_harness
 from flows.train_diffusion import train_diffusion
 if __name__ == "__main__":
     with prefect_test_harness(server_startup_timeout=200):
-        report = train_diffusion(source="generated", preset="demo", overrides=json.loads(sys.argv[1]), processes=sys.argv[2])
+        report = train_diffusion(source="generated", preset="demo", overrides=json.loads(sys.argv[1]), processes=sys.argv[2],
+                                 fid_bar=1000.0)
         print(report.rows["model version"])
 """
 

@@ -53,7 +53,12 @@ def run_flow(prefect_server: None, home_with_mlflow: Path, archive: Path, monkey
         from flows.train_diffusion import train_diffusion
 
         overrides = TINY | parameters.pop("overrides", {})
-        chosen: dict[str, Any] = {"preset": "demo", "source": "generated", "processes": 1} | parameters
+        chosen: dict[str, Any] = {
+            "preset": "demo",
+            "source": "generated",
+            "processes": 1,
+            "fid_bar": 1000.0,
+        } | parameters
         return train_diffusion(**chosen, overrides=overrides)
 
     return run

@@ -40,6 +40,7 @@ from diffusion.evaluation.statistics import Moments
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
+from diffusion.tracking.gates import Margins
 from diffusion.tracking.legend import LEGEND_TITLE, legend
 from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.plots import loss_by_noise_level
@@ -367,7 +368,8 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert champion_version(client, MODEL) is None
     write_reference(store, ingested.manifest.digest)
     first = make_version(run, ingested, store, "a", fid=20.0)
-    assert promote(client, store, MODEL, first).alias == "champion"
+    assert promote(client, store, MODEL, first).alias == "challenger", "one picture for all would be as good"
+    assert promote(client, store, MODEL, first, Margins(first=100.0)).alias == "champion"
     assert make_version(run, ingested, store, "a", fid=20.0) == first, "the same checkpoint became another version"
 
     worse = make_version(run, ingested, store, "b", seed=1, fid=25.0)

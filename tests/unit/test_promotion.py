@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.evaluation.comparison import Comparison, Difference
 from diffusion.evaluation.scores import Row, Scores
+from diffusion.evaluation.statistics import Moments, frechet_distance
 from diffusion.tracking.gates import Margins, gates_against, gates_alone
 from tests.scores import made
 
@@ -65,8 +67,37 @@ def test_the_first_version_must_be_better_than_no_model() -> None:
     ]
     assert [gate.name for gate in gates_alone(made(memorisation=12.0), 8.0) if not gate.passed] == ["nothing is copied"]
     assert [gate.name for gate in gates_alone(made(fid=float("nan")), 8.0) if not gate.passed] == [
-        "fid_eurosat is a number"
+        "fid_eurosat is below that of one picture for all"
     ]
+
+
+def test_the_first_version_must_be_better_than_one_picture_beyond_doubt() -> None:
+    def passes(spread: float, **fields: Any) -> bool:
+        gate = gates_alone(made(**fields), 8.0, {}, spread, Margins(first=fields.pop("first", 1.0)))[0]
+        assert f"one picture, drawn over and over, has at least {spread:.2f}" in gate.figures
+        return gate.passed
+
+    assert passes(25.0, fid=20.0, fid_error=1.0)
+    assert not passes(15.0, fid=20.0, fid_error=1.0)
+    assert not passes(21.0, fid=20.0, fid_error=1.0), "below, but not beyond doubt"
+    assert not passes(25.0, fid=20.0, fid_error=5.0), "so few samples say little"
+    asked = gates_alone(made(fid=20.0, fid_error=1.0), 8.0, {}, 25.0, Margins(first=0.5))[0]
+    assert not asked.passed
+    assert "asked for: 0.5 times that" in asked.figures
+
+
+@given(st.integers(2, 40), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_one_picture_for_all_has_at_least_the_spread_of_the_real_features(
+    count: int, dimensions: int, seed: int
+) -> None:
+    """FID's closed form for samples that are all alike (Heusel et al. 2017, eq. 6): the bar is no guess."""
+    rng = np.random.default_rng(seed)
+    real = Moments.of(rng.standard_normal((count, dimensions)) * rng.uniform(0.1, 5, dimensions))
+    alike = Moments.of(np.repeat(rng.standard_normal((1, dimensions)), 7, axis=0))
+    spread = np.trace(real.scatter) / (count - 1)
+    assert frechet_distance(alike, real) >= spread * (1 - 1e-6)
+    nearest_one = Moments.of(np.repeat(real.mean[None], 7, axis=0))
+    assert frechet_distance(nearest_one, real) == pytest.approx(spread, rel=1e-5)
 
 
 @pytest.mark.parametrize(
