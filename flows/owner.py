@@ -17,7 +17,7 @@ import psutil
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelled, Crashed, State
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,6 +68,9 @@ class Ending(BaseModel):
 ONLY_RUN = "stack/only-run"
 """In the home, what a deployed run locks."""
 _held: list[IO[bytes]] = []
+WORKER_DIED = "The worker that ran it has died."
+_why: list[str] = []
+"""Why this process ends, if it knows."""
 TERMINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 MOST_TASKS = 200
 ENDING = "ending.json"
@@ -195,6 +198,13 @@ def be_the_only_run(home: Path, name: str, seconds: float = LOCK_SECONDS) -> Non
     write_private(folder / "name", name)
 
 
+def say_why(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook: have the page's last word be the reason, where Prefect's own says how the process was ended."""
+    if _why and state.message != _why[0]:
+        with get_client(sync_client=True) as prefect:
+            prefect.set_flow_run_state(flow_run.id, Crashed(message=_why[0]), force=True)
+
+
 def end_with_worker() -> None:
     """End this process as a cancellation would, once the worker that started it has died: nobody else could cancel it.
 
@@ -205,6 +215,7 @@ def end_with_worker() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(WATCH_SECONDS)
+        _why.append(WORKER_DIED)
         # In a thread of its own: a server that is silent must not keep the process alive.
         telling = threading.Thread(target=_tell, args=(flow_run,), daemon=True)
         telling.start()
@@ -216,6 +227,6 @@ def end_with_worker() -> None:
 
 def _tell(flow_run: str) -> None:
     try:
-        _crash_flow_run(flow_run, "The worker that ran it has died.")
+        _crash_flow_run(flow_run, WORKER_DIED)
     except Exception:
         log.exception("Prefect could not be told that the flow run %s ends", flow_run)

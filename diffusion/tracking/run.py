@@ -90,10 +90,20 @@ class TrackedRun:
             if "failure" in run.data.tags:
                 client.delete_tag(run.info.run_id, "failure")
         else:
-            # With its start from the first moment: a retry goes on as it began.
+            # With its start from the first moment: a retry goes on as it began. Pages show the first tags first.
             start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
-            tags = {RUN_KEY: lineage.run, OWNER_TAG: lineage.owner, "prefect.flow_run_id": lineage.flow_run_id, **start}
-            run = client.create_run(experiment_id, run_name=name, tags=tags)
+            known = {
+                "dataset.name": dataset.source,
+                "git.commit": lineage.commit,
+                "prefect.flow_run_url": lineage.flow_run_url,
+            }
+            known |= {
+                "prefect.flow_run_id": lineage.flow_run_id,
+                RUN_KEY: lineage.run,
+                OWNER_TAG: lineage.owner,
+                **start,
+            }
+            run = client.create_run(experiment_id, run_name=name, tags=known)
         self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or name)
         tags = {
             "mlflow.source.name": "train-diffusion",

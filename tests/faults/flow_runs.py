@@ -23,18 +23,21 @@ from tests.stack import Project
 QUERIES = """
 import asyncio, json, sys
 from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from mlflow import MlflowClient
 async def main():
     async with get_client() as client:
         run = await client.read_flow_run(sys.argv[1])
         state = [run.state.type.value, run.state.message or ""]
+        of_run = FlowRunFilter.model_validate({"id": {"any_": [sys.argv[1]]}})
+        tasks = [task.state.type.value for task in await client.read_task_runs(flow_run_filter=of_run)]
     tracking = MlflowClient()
     experiment = tracking.get_experiment_by_name("train-diffusion")
     runs = tracking.search_runs([experiment.experiment_id]) if experiment else []
     found = [{"status": r.info.status, "failure": r.data.tags.get("failure", ""), "seed": r.data.params.get("seed"),
               "key": r.data.tags["train_diffusion.run"],
               "losses": [[p.step, p.value] for p in tracking.get_metric_history(r.info.run_id, "train/loss")]} for r in runs]
-    print(json.dumps({"state": state, "runs": found}))
+    print(json.dumps({"state": state, "tasks": tasks, "runs": found}))
 asyncio.run(main())
 """
 

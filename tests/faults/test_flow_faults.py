@@ -192,4 +192,8 @@ def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
     told = again.wait_for_end()
     assert told["state"][0] == "COMPLETED", told["state"]
     assert_the_same(project, key, told, expected)
+    dead = run.told()
+    assert not {"RUNNING", "PENDING"} & {*dead["tasks"]}, "tasks of a run that has ended say that they run"
+    if victim == "worker":
+        assert dead["state"][1] == "The worker that ran it has died."
     tell([Kill(key, victim, "training", step, round(gone, 1), round(recovered, 1), True)])
