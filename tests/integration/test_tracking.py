@@ -381,6 +381,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert "differ in the number of samples" in promote(client, store, MODEL, other).reason
     bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32)
     assert client.get_model_version(f"{MODEL}-32", bigger).tags["image_size"] == "32", "another size is another model"
+    assert champion_version(client, f"{MODEL}-32") is None, "which has a first version of its own"
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
     store.write(evidence_name("a", 2), b"torn")
     assert "is damaged" in promote(client, store, MODEL, better).reason
