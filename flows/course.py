@@ -13,12 +13,13 @@ from typing import Literal
 
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe
+from diffusion.training.state import weights_to_try
 
 TRAINING_PASSES = 3.0
 SURE_AFTER = 60.0
 """Seconds of training after which its speed is believed."""
 JUDGED_WITHIN = 1800.0
-"""Seconds of training after which a run is no longer refused for the time that it takes: it has cost too much by then."""
+"""Seconds after its first step in which a run is refused for the time that it takes: later it has cost too much."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def parts_of(recipe: Recipe) -> tuple[Part, ...]:
     likelihood = evaluation.likelihood_images * evaluation.likelihood_timesteps
     for step in recipe.milestones:
         images = (step - before) * recipe.data.batch_size
-        averages = len(recipe.ema.half_lives) if step == recipe.total_steps and evaluation.weights == "ema" else 1
-        samples = evaluation.samples + (evaluation.choice_samples * averages if averages > 1 else 0)
+        tried = len(weights_to_try(recipe, step))
+        samples = evaluation.samples + (evaluation.choice_samples * tried if tried > 1 else 0)
         parts.append(Part(f"train-{step}", "training", TRAINING_PASSES * images))
         parts.append(Part(f"evaluate-{step}", "evaluation", float(samples * a_sample + likelihood)))
         before = step
@@ -63,11 +64,9 @@ class Course:
         self._stages: tuple[str, ...] = ()
         self._parts: tuple[Part, ...] = ()
         self._seconds_a_pass: dict[str, float] = {}
-        self._now: tuple[str, float, float | None] = (
-            "",
-            0.0,
-            None,
-        )  # the stage, its begin, its share when it first told one
+        # The stage, its begin, and its share when it first told one.
+        self._now: tuple[str, float, float | None] = ("", 0.0, None)
+        self._trains_since: float | None = None
 
     def begin(self, recipe: Recipe, limit_seconds: float | None = None) -> None:
         """Say what is to be done. Called again with the recipe that comes of the dataset, it goes on."""
@@ -98,11 +97,13 @@ class Course:
             return
         if first is None:  # what it goes on from was done before
             self._now = (stage, self._clock(), share)
+            self._trains_since = self._trains_since or self._clock()
             return
+        assert self._trains_since is not None
         took = self._clock() - began
         if share > first and took > 0:
             self._seconds_a_pass["training"] = took / (part.passes * (share - first))
-            if SURE_AFTER <= took <= JUDGED_WITHIN:
+            if took >= SURE_AFTER and self._clock() - self._trains_since <= JUDGED_WITHIN:
                 self._check(share)
 
     def left(self, share: float) -> float | None:

@@ -16,7 +16,7 @@ from uuid import UUID
 import psutil
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelled, Crashed, State
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -71,7 +71,6 @@ _held: list[IO[bytes]] = []
 WORKER_DIED = "The worker that ran it has died."
 _why: list[str] = []
 """Why this process ends, if it knows."""
-TERMINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 MOST_TASKS = 200
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
@@ -145,10 +144,14 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
 
 def close_tasks_of_ended_runs() -> None:
     """Give tasks that say they run, though their flow run has ended, the end of that run: who was killed could not."""
-    ended = FlowRunFilter.model_validate({"state": {"type": {"any_": [*TERMINAL]}}})
+    ours = FlowFilter.model_validate({"name": {"any_": ["train-diffusion"]}})  # the server may run flows of others
+    ended = FlowRunFilter.model_validate({"state": {"type": {"any_": ["FAILED", "CRASHED", "CANCELLED"]}}})
     running = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
     with get_client(sync_client=True) as prefect:
-        for task in prefect.read_task_runs(flow_run_filter=ended, task_run_filter=running, limit=MOST_TASKS):
+        left = prefect.read_task_runs(
+            flow_filter=ours, flow_run_filter=ended, task_run_filter=running, limit=MOST_TASKS
+        )
+        for task in left:
             state = prefect.read_flow_run(task.flow_run_id).state if task.flow_run_id else None
             cancelled = state is not None and state.type == StateType.CANCELLED
             message = state.message if state else None

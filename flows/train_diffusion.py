@@ -131,8 +131,8 @@ def train_diffusion(
         for milestone in recipe.milestones:
             state = train(run, milestone, workers)
             scores = evaluate(run, state, workers)
-        version = register(run, state, scores)
-        decision = promote(run, version, workers)
+        model, version = register(run, state, scores)
+        decision = promote(run, model, version, workers)
         return report(run, state, scores, decision)
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs a command with one line that moves while it does, on a terminal: `moving.sh WHAT COMMAND…`. What it prints itself comes after.
+# Runs a command with one line that moves while it does, on a terminal: `moving.sh WHAT COMMAND…`.
 what=$1
 shift
 [ -t 2 ] || exec "$@"

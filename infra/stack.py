@@ -342,7 +342,7 @@ def up(register: bool = True) -> None:
             tell_where(addresses, table_of_runs(env))
             return
         if register:
-            refuse_under_a_run("make up")
+            refuse_under_a_run("make up", "what it runs on has to start anew")
         down()
     check_port(prefect_port, "Prefect", "PREFECT_PORT")
     check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
@@ -393,13 +393,11 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
     return True
 
 
-def refuse_under_a_run(command: str) -> None:
-    """End with a sentence if a flow run is under way, which would end with the worker."""
+def refuse_under_a_run(command: str, why: str) -> None:
+    """End with a sentence if a flow run is under way, which the command would end."""
     worker = find("worker")
     if worker is not None and worker.children() and os.environ.get("FORCE") != "1":
-        raise SystemExit(
-            f"A flow run is under way, and would end: {command} has to start anew what it runs on. Wait for it, or {command} FORCE=1."
-        )
+        raise SystemExit(f"A flow run is under way, and would end: {why}. Wait for it, or {command} FORCE=1.")
 
 
 def tell_where(addresses: Addresses, runs: str) -> None:
@@ -436,7 +434,7 @@ def password() -> None:
     """Change the password of the servers; those that run are started anew with it. The old one is refused from then on."""
     use_private_home(HOME)
     STACK.mkdir(parents=True, exist_ok=True)
-    refuse_under_a_run("make password")
+    refuse_under_a_run("make password", "it has the old password")
     if SERVERS.exists():  # on the same ports
         running = json.loads(SERVERS.read_text())
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
@@ -455,7 +453,7 @@ def password() -> None:
 
 def clean() -> None:
     """Delete what can be made again, and say what stays."""
-    refuse_under_a_run("make clean")
+    refuse_under_a_run("make clean", "it reads the copies that are deleted")
     freed = 0
     for folder in (settings().shard_copies, settings().downloads / "tars", HOME / "matplotlib"):
         freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

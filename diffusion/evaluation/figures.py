@@ -288,13 +288,14 @@ def metrics(scores: Scores) -> dict[str, float]:
     return flat
 
 
-def headline_metrics(scores: Scores) -> list[str]:
-    """The metrics that tell runs apart, each before its error."""
+def telling_metrics(scores: Scores) -> list[str]:
+    """The metrics that tell runs apart, each before its error, if it has one."""
     names = []
     for one, row in in_order(scores):
         if one.name in TELLING:
-            error = row.model_copy(update={"figure": f"{one.name}_error"})
-            names += [f"score/{full_name(row)}", f"score_detail/{full_name(error)}"]
+            names.append(f"score/{full_name(row)}")
+            if row.error is not None:
+                names.append(f"score_detail/{full_name(row.model_copy(update={'figure': f'{one.name}_error'}))}")
     return names
 
 

@@ -34,7 +34,7 @@ from diffusion.job import EvaluationJob, ProgressFile, Rank, run_job
 from diffusion.model.placement import place
 from diffusion.recipe import Recipe
 from diffusion.training.checkpoint import load_tensors
-from diffusion.training.state import State, average_name, load_state
+from diffusion.training.state import State, load_state, weights_to_try
 
 EMBEDDING_BATCH = 250
 SEED = 0
@@ -67,7 +67,7 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
     extractors = [load_extractor(extractor, store, manifest, accelerator.device, job.inception) for extractor in known]
     size = recipe.data.image_size
     references = [load_reference(store, reference_name(job.dataset, e.name, e.sha256, size)) for e in extractors]
-    candidates = [job.weights] if job.weights else weights_to_try(state)
+    candidates = [job.weights] if job.weights else weights_to_try(recipe, job.step)
 
     def sample(weights: str, indices: range, stage: str) -> Images:
         denoiser = load_denoiser(store, state, trained_on, weights, accelerator.device)
@@ -153,15 +153,6 @@ def pictures(
         found["interpolation"] = interpolation(denoiser, labels, names)
         found["real"] = real_images(test, names)
     return found
-
-
-def weights_to_try(state: State) -> list[str]:
-    """Names of the weights that an evaluation chooses from: one on the way, every moving average after training."""
-    recipe = state.recipe
-    if recipe.evaluation.weights == "raw":
-        return ["model"]
-    averages = [average_name(half_life) for half_life in recipe.ema.half_lives]
-    return averages if state.step == recipe.total_steps else averages[:1]
 
 
 def sample_labels(recipe: Recipe, manifest: Manifest, indices: range) -> NDArray[np.int64] | None:

@@ -14,7 +14,7 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Of the experiment: the view, as MLflow's own button for sharing one keeps it."""
 MOST = 40
 """Columns of figures: each dataset may bring its own."""
-FIGURES_AFTER, AT_THE_END = ("tags.`promotion`",), ("params.`data.images`", "params.`name`", "attributes.`Duration`")
+AT_THE_BEGINNING, AT_THE_END = ("tags.`promotion`",), ("params.`data.images`", "params.`name`", "attributes.`Duration`")
 """Columns before and after the figures."""
 
 
@@ -47,7 +47,7 @@ def shared_view(before: str | None = None, figures: Sequence[str] = ()) -> str:
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "datasetsFilter": [],
-            "selectedColumns": [*FIGURES_AFTER, *shown[:MOST], *AT_THE_END],
+            "selectedColumns": [*AT_THE_BEGINNING, *shown[:MOST], *AT_THE_END],
             "runsExpanded": {},
             "runsPinned": [],
             "runsHidden": [],

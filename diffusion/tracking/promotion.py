@@ -171,7 +171,7 @@ def _judge(
             opening = "It is the first version"
             bits = dataset.images.bits_of_no_model if dataset else math.inf
             varied, spread = _variation(store, challenger, new, classes), _spread(store, challenger, new)
-            gates = gates_alone(new, bits, varied, spread, margins)
+            gates = gates_alone(new, bits, spread, varied, margins)
         else:
             opening, old = _comparable(store, challenger, champion, new, score_again)
             gates = _against(store, challenger, new, old, margins, classes)

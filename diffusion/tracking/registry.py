@@ -71,8 +71,8 @@ def publish(
     pictures: dict[str, bytes],
     tags: dict[str, str],
     compute: str,
-) -> str:
-    """Make a model version of a checkpoint and return its number; the one that this run has already made of it counts.
+) -> tuple[str, str]:
+    """Make a model version of a checkpoint, and return the model's name and its number; one that this run has made of it counts.
 
     The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
 
@@ -99,10 +99,10 @@ def publish(
     }
     if state.recipe.start is not None:
         tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
-    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
+    for version in client.search_model_versions(f"run_id = '{run.run_id}'"):  # under whichever name
         if version.tags.get("checkpoint.digest") == state.digest:
-            _tell_start(client, name, state, str(version.version))
-            return str(version.version)
+            _tell_start(client, version.name, state, str(version.version))
+            return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
     card = model_card(name, state, scores, dataset, tags, run.run_id, compute, find_own(store, dataset.digest))
     logged = client.create_logged_model(
@@ -153,7 +153,7 @@ def publish(
         await_creation_for=0,
     )
     _tell_start(client, name, state, str(version.version))
-    return str(version.version)
+    return name, str(version.version)
 
 
 def _tell_start(client: MlflowClient, name: str, state: State, version: str) -> None:

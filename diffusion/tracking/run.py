@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.manifest import Manifest, manifest_path
 from diffusion.errors import TrackingError
-from diffusion.evaluation.figures import headline_metrics, metrics, table
+from diffusion.evaluation.figures import metrics, table, telling_metrics
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, Start, flatten
@@ -83,33 +83,11 @@ class TrackedRun:
         """The run of that key: a new one, or the one that an earlier attempt began."""
         from mlflow.entities import Param, RunTag
 
-        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
-        if found:
-            run = found[0]
-            client.update_run(run.info.run_id, "RUNNING")
-            if "failure" in run.data.tags:
-                client.delete_tag(run.info.run_id, "failure")
-        else:
-            # With its start from the first moment: a retry goes on as it began. Pages show the first tags first.
-            start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
-            known = {
-                "dataset.name": dataset.source,
-                "git.commit": lineage.commit,
-                "prefect.flow_run_url": lineage.flow_run_url,
-            }
-            known |= {
-                "prefect.flow_run_id": lineage.flow_run_id,
-                RUN_KEY: lineage.run,
-                OWNER_TAG: lineage.owner,
-                **start,
-            }
-            run = client.create_run(experiment_id, run_name=name, tags=known)
-        self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or name)
-        tags = {
+        tags = {  # pages show the first ones first
             "mlflow.source.name": "train-diffusion",
             "mlflow.source.git.commit": lineage.commit,
-            "git.commit": lineage.commit,
             "dataset.name": dataset.source,
+            "git.commit": lineage.commit,
             "dataset.digest": dataset.digest,
             "recipe.digest": recipe.digest,
             "prefect.flow_run_id": lineage.flow_run_id,
@@ -117,6 +95,17 @@ class TrackedRun:
             OWNER_TAG: lineage.owner,
             NOTE: _note(recipe, dataset, lineage),
         }
+        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
+        if found:
+            run = found[0]
+            client.update_run(run.info.run_id, "RUNNING")
+            if "failure" in run.data.tags:
+                client.delete_tag(run.info.run_id, "failure")
+        else:
+            # With its start from the first moment: a retry goes on as it began.
+            start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
+            run = client.create_run(experiment_id, run_name=name, tags={**tags, RUN_KEY: lineage.run, **start})
+        self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or name)
         client.log_batch(
             self.run_id,
             params=[Param(key, value) for key, value in flatten(recipe).items()],
@@ -175,10 +164,8 @@ class TrackedRun:
         Args:
             history: this run's evaluations so far, this one the last.
         """
-        logged = metrics(scores)
-        self.log_metrics([(key, value, scores.step) for key, value in logged.items()])
-        columns = [name for name in headline_metrics(scores) if name in logged]
-        _show_columns(self.client, self.client.get_experiment(self.experiment_id), columns)
+        self.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()])
+        _show_columns(self.client, self.client.get_experiment(self.experiment_id), telling_metrics(scores))
         self.log_image("samples", scores.step, grid)
         self._log_file(closest, f"figures/closest-{scores.step:09d}.png")
         self.log_figure(fid_over_training(history), "figures/fid_over_training.png")

@@ -46,6 +46,14 @@ def average_name(half_life: float) -> str:
     return f"ema-{half_life:.0f}"
 
 
+def weights_to_try(recipe: Recipe, step: int) -> list[str]:
+    """Names of the weights that an evaluation chooses from: one on the way, every moving average after training."""
+    if recipe.evaluation.weights == "raw":
+        return ["model"]
+    averages = [average_name(half_life) for half_life in recipe.ema.half_lives]
+    return averages if step == recipe.total_steps else averages[:1]
+
+
 def folder(run: str, step: int) -> str:
     """Where a checkpoint lies in the store. The step is padded so that names sort by it."""
     return f"checkpoints/{run}/{step:09d}"

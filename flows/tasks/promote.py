@@ -17,7 +17,6 @@ from diffusion.job import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version
 from diffusion.tracking.promotion import promote as decide
-from diffusion.tracking.registry import model_name
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
 from flows.engines.placement import Workers
@@ -39,10 +38,9 @@ PROMOTED = "train-diffusion.promoted"
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def promote(run: Run, version: str, workers: Workers) -> Decision:
+def promote(run: Run, model: str, version: str, workers: Workers) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
     client, store, margins = run.tracked.client, run.store, _margins(run.request)
-    model = model_name(client, run.dataset, run.recipe.data.image_size)
     decision = decide(client, store, model, version, margins, lambda champion: score_again(run, champion, workers))
     run.tracked.log_decision(decision)
     champion = champion_version(run.tracked.client, decision.model)

@@ -23,8 +23,8 @@ from flows.tasks.retrying import RETRIED
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def register(run: Run, state: State, scores: Scores) -> str:
-    """Make a model version of the checkpoint, with its lineage, and return its number."""
+def register(run: Run, state: State, scores: Scores) -> tuple[str, str]:
+    """Make a model version of the checkpoint, with its lineage, and return the model's name and the version's number."""
     tags = {
         "git.commit": run.lineage.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,

@@ -416,7 +416,7 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     run.wait_for_step(1, run.id)
     refused = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_DETERMINISTIC": "true"})
     assert refused.returncode != 0
-    assert "A flow run is under way, and would end: make up has to start anew" in refused.stderr
+    assert "A flow run is under way, and would end: what it runs on has to start anew" in refused.stderr
     assert {process.pid for process in stack_processes(stack)} == before
     assert stack.shell("prefect", "flow-run", "cancel", run.id).returncode == 0
     assert run.wait_for_end()["state"][0] == "CANCELLED"

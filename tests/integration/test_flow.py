@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Crashed, Running
 
@@ -297,6 +298,11 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
     assert len(tracking.search_runs([run.info.experiment_id])) == 2, "another recipe is no reason to skip"
 
 
+@flow
+def somebody_else_s() -> None:
+    """On the same server."""
+
+
 @pytest.mark.parametrize("end", [Crashed, Cancelled])
 def test_tasks_of_a_run_that_was_killed_end_as_it_did(prefect_server: None, end: Any) -> None:
     from flows.owner import close_tasks_of_ended_runs
@@ -304,15 +310,16 @@ def test_tasks_of_a_run_that_was_killed_end_as_it_did(prefect_server: None, end:
     from flows.train_diffusion import train_diffusion
 
     with get_client(sync_client=True) as client:
-        dead, alive = (client.create_flow_run(train_diffusion, state=Running()) for _ in range(2))
-        tasks = [client.create_task_run(train, run.id, dynamic_key="0", state=Running()) for run in (dead, alive)]
-        client.set_flow_run_state(dead.id, end(message="The worker that ran it has died."), force=True)
+        ours = [client.create_flow_run(train_diffusion, state=Running()) for _ in range(2)]
+        runs = [*ours, client.create_flow_run(somebody_else_s, state=Running())]
+        tasks = [client.create_task_run(train, run.id, dynamic_key="0", state=Running()) for run in runs]
+        for dead in (runs[0], runs[2]):
+            client.set_flow_run_state(dead.id, end(message="The worker that ran it has died."), force=True)
         close_tasks_of_ended_runs()
-        first, second = (client.read_task_run(task.id).state for task in tasks)
-    assert first is not None
-    assert second is not None
-    assert (first.name, first.message) == (end().name, "The worker that ran it has died.")
-    assert second.name == "Running", "of a run that lives"
+        states = [client.read_task_run(task.id).state for task in tasks]
+    assert states[0] is not None
+    assert (states[0].name, states[0].message) == (end().name, "The worker that ran it has died.")
+    assert [state.name for state in states[1:] if state] == ["Running"] * 2, "of a run that lives, and of others' flows"
 
 
 def test_a_failure_closes_the_mlflow_run_with_its_reason(run_flow: Any, home: Path) -> None:

@@ -319,6 +319,7 @@ def write_reference(store: FolderStore, dataset: str) -> None:
 
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
     """Publish an untrained model: what it says is another matter."""
+    expected = fields.pop("model", MODEL)
     recipe = tiny_recipe(seed=fields.pop("seed", 0), data__image_size=fields.pop("image_size", 16))
     network = build_network(recipe, ingested.manifest.images)
     torch.manual_seed(recipe.seed)
@@ -342,7 +343,10 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     store.write(evidence_name(name, 2), evidence)
     made = scores(checkpoint=state.digest, evidence_sha256=hashlib.sha256(evidence).hexdigest(), **fields)
     store.write(f"{evaluation_folder(name, 2)}/scores.json", seal(made))
-    return publish(run, store, state, made, ingested.manifest, {"grid": grid(), "closest": grid()}, tags, "")
+    pictures = {"grid": grid(), "closest": grid()}
+    model, version = publish(run, store, state, made, ingested.manifest, pictures, tags, "")
+    assert model == expected
+    return version
 
 
 def test_where_a_flow_run_started_is_known_to_its_retry_also_when_another_has_gone_on_with_it(
@@ -367,6 +371,9 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     client, store = run.client, FolderStore(tmp_path / "store")
     assert champion_version(client, MODEL) is None
     write_reference(store, ingested.manifest.digest)
+    early = make_version(
+        run, ingested, store, "early", seed=40, image_size=32
+    )  # before there is a champion of any size
     first = make_version(run, ingested, store, "a", fid=20.0)
     assert promote(client, store, MODEL, first).alias == "challenger", "one picture for all would be as good"
     assert promote(client, store, MODEL, first, Margins(first=100.0)).alias == "champion"
@@ -379,7 +386,8 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert "20.00" in decision.reason
     other = make_version(run, ingested, store, "c", seed=2, fid=1.0, samples=40)
     assert "differ in the number of samples" in promote(client, store, MODEL, other).reason
-    bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32)
+    bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32, model=f"{MODEL}-32")
+    assert make_version(run, ingested, store, "early", seed=40, image_size=32) == early, "it keeps its name on a retry"
     assert client.get_model_version(f"{MODEL}-32", bigger).tags["image_size"] == "32", "another size is another model"
     assert champion_version(client, f"{MODEL}-32") is None, "which has a first version of its own"
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)

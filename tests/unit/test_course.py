@@ -90,6 +90,22 @@ def test_what_can_t_end_in_time_is_refused_with_what_fits() -> None:
     course.advance(150 / (86_400 * 7))
 
 
+def test_what_has_cost_hours_is_not_refused_in_a_later_stage() -> None:
+    clock, recipe = Clock(), load_recipe("eurosat")
+    course = Course(clock)
+    course.begin(recipe, limit_seconds=20 * 3600)
+    clock.now += 1
+    first, second = recipe.milestones[:2]
+    course.enter(f"train-{first}")
+    course.advance(0.0)
+    clock.now += 3600
+    course.advance(1.0)
+    course.enter(f"train-{second}")
+    course.advance(0.0)
+    clock.now += 300
+    course.advance(0.001)  # at this speed: weeks
+
+
 def test_a_run_that_goes_on_is_measured_by_what_it_does_now() -> None:
     clock = Clock()
     course = Course(clock)

@@ -61,19 +61,21 @@ def test_of_two_models_at_most_one_beats_the_other(first: float, second: float, 
 
 
 def test_the_first_version_must_be_better_than_no_model() -> None:
-    assert all(gate.passed for gate in gates_alone(made(), 8.0))
-    assert [gate.name for gate in gates_alone(made(bits=8.2), 8.0) if not gate.passed] == [
+    assert all(gate.passed for gate in gates_alone(made(), 8.0, 100.0))
+    assert [gate.name for gate in gates_alone(made(bits=8.2), 8.0, 100.0) if not gate.passed] == [
         "bits_per_dim is below that of no model"
     ]
-    assert [gate.name for gate in gates_alone(made(memorisation=12.0), 8.0) if not gate.passed] == ["nothing is copied"]
-    assert [gate.name for gate in gates_alone(made(fid=float("nan")), 8.0) if not gate.passed] == [
+    assert [gate.name for gate in gates_alone(made(memorisation=12.0), 8.0, 100.0) if not gate.passed] == [
+        "nothing is copied"
+    ]
+    assert [gate.name for gate in gates_alone(made(fid=float("nan")), 8.0, 100.0) if not gate.passed] == [
         "fid_eurosat is below that of one picture for all"
     ]
 
 
 def test_the_first_version_must_be_better_than_one_picture_beyond_doubt() -> None:
     def passes(spread: float, **fields: Any) -> bool:
-        gate = gates_alone(made(**fields), 8.0, {}, spread, Margins(first=fields.pop("first", 1.0)))[0]
+        gate = gates_alone(made(**fields), 8.0, spread)[0]
         assert f"one picture, drawn over and over, has at least {spread:.2f}" in gate.figures
         return gate.passed
 
@@ -81,7 +83,7 @@ def test_the_first_version_must_be_better_than_one_picture_beyond_doubt() -> Non
     assert not passes(15.0, fid=20.0, fid_error=1.0)
     assert not passes(21.0, fid=20.0, fid_error=1.0), "below, but not beyond doubt"
     assert not passes(25.0, fid=20.0, fid_error=5.0), "so few samples say little"
-    asked = gates_alone(made(fid=20.0, fid_error=1.0), 8.0, {}, 25.0, Margins(first=0.5))[0]
+    asked = gates_alone(made(fid=20.0, fid_error=1.0), 8.0, 25.0, margins=Margins(first=0.5))[0]
     assert not asked.passed
     assert "asked for: 0.5 times that" in asked.figures
 
@@ -120,7 +122,7 @@ def test_a_class_has_collapsed_only_beyond_what_may_be_luck(ratio: Difference | 
 
 def test_a_first_version_that_draws_one_picture_for_a_class_does_not_go_live() -> None:
     def failed(**variation: float) -> list[str]:
-        return [gate.figures for gate in gates_alone(made(), 8.0, variation) if not gate.passed]
+        return [gate.figures for gate in gates_alone(made(), 8.0, 100.0, variation) if not gate.passed]
 
     assert failed() == failed(Forest=0.5, River=0.06) == []
     assert failed(Forest=0.5, River=0.01) == ["River varies least: 1% of what its real images do; asked for: 5%"]
