@@ -82,9 +82,21 @@ def expected(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return weights(store, "undisturbed", STEPS), (tmp_path / "job" / JOURNAL).read_bytes()
 
 
+MOMENTS = {
+    "flow, cancelled": (15, 35),
+    "flow": (45, 65),
+    "worker": (75, 95),
+    "flow and worker": (105, 125),
+    "rank": (135, 155),
+    "mlflow-server": (165, 185),
+    "prefect-server": (195, 215),
+}
+"""What ends, one after the other in one training, and between which steps."""
+
+
 def moment(victim: str) -> int:
     """A step to strike at, drawn from the recorded seed."""
-    return random.Random(f"{SEED} {victim}").randrange(10, 180)
+    return random.Random(f"{SEED} {victim}").randrange(*MOMENTS[victim])
 
 
 def assert_the_same(project: Project, key: str, told: dict[str, Any], expected: tuple[str, bytes]) -> None:
@@ -96,30 +108,8 @@ def assert_the_same(project: Project, key: str, told: dict[str, Any], expected: 
     assert run["losses"] == wanted, "a point is missing, or there twice"
 
 
-def test_a_rank_and_servers_that_die_cost_neither_a_step_nor_a_point(
-    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]
-) -> None:
-    run = FlowRun.by_hand(project, OVERRIDES)
-    key = f"demo-seed0-{run.id}"
-    strikes = sorted((moment(victim), victim) for victim in ("rank", "mlflow-server", "prefect-server"))
-    for step, victim in strikes:
-        run.wait_for_step(step, key)
-        if victim == "rank":
-            kill_rank(project)
-        else:
-            kill_and_restart(project, victim, away=random.Random(step).uniform(1, 6))
-    told = run.wait_for_end()
-    assert told["state"][0] == "COMPLETED", told["state"]
-    assert_the_same(project, key, told, expected)
-    tell([Kill(key, victim, "training", step, 0.0, 0.0, True) for step, victim in strikes])
-
-
-def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
-    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]
-) -> None:
-    run = FlowRun.by_hand(project, OVERRIDES)
-    key = f"demo-seed0-{run.id}"
-    run.wait_for_step(moment("cancelled"), key)
+def cancel(project: Project, run: FlowRun, key: str) -> tuple[int, float]:
+    """As `prefect flow-run cancel` does it: the run leaves a checkpoint. The step it was at, and the seconds until it was gone."""
     tree = [flow_process(project), *flow_process(project).children(recursive=True)]
     asked = time.monotonic()
     done = project.shell("prefect", "flow-run", "cancel", run.id)
@@ -131,14 +121,62 @@ def test_cancelled_it_leaves_a_checkpoint_and_the_next_start_goes_on(
     assert tracked["status"] == "KILLED"
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert f"{step:09d}" in {path.name for path in (project.folder / "var/store/checkpoints" / key).iterdir()}
-    started = time.monotonic()
-    again = FlowRun.by_hand(project, OVERRIDES)
-    again.wait_for_step(step + 1, key)
-    recovered = time.monotonic() - started
-    told = again.wait_for_end()
+    return step, gone
+
+
+def kill(project: Project, run: FlowRun, key: str, victim: str) -> tuple[int, float]:
+    """Kill the flow, its worker or both: all that they started ends, and the run is called crashed."""
+    tree = [flow_process(project), *flow_process(project).children(recursive=True)]
+    killed = time.monotonic()
+    restart = prepare_restart(project, "worker")
+    if "worker" in victim:
+        process(project, "worker").kill()
+    if "flow" in victim:
+        tree[0].kill()
+    left = wait_until_ended(tree, killed + GONE_SECONDS)
+    gone = time.monotonic() - killed
+    assert left == [], left
+    step = last_step(project.folder / "var/runs" / key / JOURNAL)
+    assert step < STEPS
+    # With nobody left who could say so, the automation notices the silence.
+    run.wait_for(lambda: run.told()["state"][0] == "CRASHED")
+    assert ("No heartbeat" in run.told()["state"][1]) == (victim == "flow and worker")
+    if "worker" in victim:
+        restart()
+    return step, gone
+
+
+def test_one_training_outlives_all_that_runs_it(
+    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]
+) -> None:
+    """Cancelled, or killed with its flow, worker or both, the next start goes on; when ranks and servers die, the same one does."""
+    run = FlowRun.by_hand(project, OVERRIDES)
+    key = f"demo-seed0-{run.id}"
+    kills, ended = [], {}
+    for victim in ("flow, cancelled", "flow", "worker", "flow and worker"):
+        run.wait_for_step(moment(victim), key)
+        step, gone = cancel(project, run, key) if "cancelled" in victim else kill(project, run, key, victim)
+        ended[victim] = run
+        started = time.monotonic()
+        run = FlowRun.by_hand(project, OVERRIDES)
+        run.wait_for_step(step + 1, key)
+        kills.append(Kill(key, victim, "training", step, round(gone, 1), round(time.monotonic() - started, 1), True))
+    for victim in ("rank", "mlflow-server", "prefect-server"):
+        run.wait_for_step(moment(victim), key)
+        if victim == "rank":
+            kill_rank(project)
+        else:
+            kill_and_restart(project, victim, away=random.Random(moment(victim)).uniform(1, 6))
+        kills.append(Kill(key, victim, "training", moment(victim), 0.0, 0.0, True))
+    told = run.wait_for_end()
     assert told["state"][0] == "COMPLETED", told["state"]
     assert_the_same(project, key, told, expected)
-    tell([Kill(key, "flow, cancelled", "training", step, round(gone, 1), round(recovered, 1), True)])
+    for victim, dead in ended.items():
+        assert not {"RUNNING", "PENDING"} & {*dead.told()["tasks"]}, (
+            f"{victim}: tasks of a run that has ended say that they run"
+        )
+    assert ended["worker"].told()["state"][1] == "The worker that ran it has died."
+    tell(kills)
 
 
 def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
@@ -158,42 +196,3 @@ def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
     assert sorted(states) == ["CANCELLED", "CANCELLED", "COMPLETED"]
     (seed,) = {path.name.split("-")[1] for path in (project.folder / "var/runs").glob("demo-seed20*")}
     assert seed == f"seed{due[-1]:%Y%m%d}"
-
-
-@pytest.mark.parametrize("victim", ["flow", "worker", "flow and worker"])
-def test_what_dies_with_the_flow_is_closed_and_picked_up_by_the_next_start(
-    project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None], victim: str
-) -> None:
-    run = FlowRun.by_hand(project, OVERRIDES)
-    key = f"demo-seed0-{run.id}"
-    run.wait_for_step(moment(victim), key)
-    tree = [flow_process(project), *flow_process(project).children(recursive=True)]
-    killed = time.monotonic()
-    restart = prepare_restart(project, "worker")
-    if "worker" in victim:
-        process(project, "worker").kill()
-    if "flow" in victim:
-        tree[0].kill()
-    left = wait_until_ended(tree, killed + GONE_SECONDS)
-    gone = time.monotonic() - killed
-    assert left == [], left
-    step = last_step(project.folder / "var/runs" / key / JOURNAL)
-    assert step < STEPS
-    # With nobody left who could say so, the automation notices the silence.
-    run.wait_for(lambda: run.told()["state"][0] == "CRASHED")
-    assert ("No heartbeat" in run.told()["state"][1]) == (victim == "flow and worker")
-    if "worker" in victim:
-        restart()
-
-    started = time.monotonic()
-    again = FlowRun.by_hand(project, OVERRIDES)
-    again.wait_for_step(step + 1, key)
-    recovered = time.monotonic() - started
-    told = again.wait_for_end()
-    assert told["state"][0] == "COMPLETED", told["state"]
-    assert_the_same(project, key, told, expected)
-    dead = run.told()
-    assert not {"RUNNING", "PENDING"} & {*dead["tasks"]}, "tasks of a run that has ended say that they run"
-    if victim == "worker":
-        assert dead["state"][1] == "The worker that ran it has died."
-    tell([Kill(key, victim, "training", step, round(gone, 1), round(recovered, 1), True)])

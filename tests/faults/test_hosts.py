@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 
-STEPS, EVERY = 60, 5
+STEPS, EVERY = 300, 5
 STORE = "s3://tests/store"
 RANK = "ray::Worker"
 """How Ray calls a rank's process."""
@@ -152,23 +152,50 @@ def result(run: str, step: int) -> str:
 Tell = Callable[[list[Kill]], None]
 
 
-def strike(trial: Trial, what: str, tell: Tell, harm: Callable[[], None]) -> None:
-    """Begin, do harm in mid-run, and see the training go on by itself to the same bits."""
+def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp_path: Path, tell: Tell) -> None:
+    """Struck again and again, it goes on by itself each time, to the bits of one machine; with two hosts where there are two."""
+    trial, second = Trial(machines, tmp_path, "struck", (1, 2)), machines.second
+    kills: list[Kill] = []
     caller = trial.begin()
     trial.reach(10, caller)
-    step, began = trial.step(), time.monotonic()
-    harm()
-    trial.reach(step + 2 * EVERY, caller)
-    seconds = round(time.monotonic() - began, 1)
-    trial.finish(caller)
-    tell([Kill("hosts", f"hosts: {what}", "mid-run", step, 0.0, seconds, True)])
-
-
-def test_two_hosts_end_with_the_bits_of_one_machine(machines: Machines, tmp_path: Path) -> None:
-    trial = Trial(machines, tmp_path, "quiet")
-    trial.finish(trial.begin())
     assert f"[rank 0] on {machines.first.name}" in trial.log or f"[rank 1] on {machines.first.name}" in trial.log
-    assert f"] on {machines.second.name} ({machines.second.address})" in trial.log
+    assert f"] on {second.name} ({second.address})" in trial.log
+
+    def strike(what: str, harm: Callable[[], None]) -> None:
+        step, began = trial.step(), time.monotonic()
+        harm()
+        trial.reach(trial.step() + 2 * EVERY, caller)
+        kills.append(Kill("hosts", f"hosts: {what}", "mid-run", step, 0.0, round(time.monotonic() - began, 1), True))
+
+    def kill_a_rank() -> None:
+        (rank,) = second.processes(RANK)
+        rank.kill()
+
+    def cut_for_a_while() -> None:
+        second.cut()
+        time.sleep(20)
+        second.heal()
+
+    def come_back() -> None:
+        """A host that was lost is started again and joins: the training takes it in."""
+        second.die()  # Ray has given it up
+        second.boot()
+        machines.cluster.join(second)
+        more = "There is more room: going on with 2 processes in place of 1."
+        wait_until(lambda: "[rank 1] on" in trial.log.partition(more)[2] or caller.poll() is not None, trial.log)
+        assert caller.poll() is None, trial.log[-3000:]
+
+    strike("a rank", kill_a_rank)
+    assert "Going on from the newest checkpoint (1 of 5 times)" in trial.log
+    strike("a link, for 20 seconds", cut_for_a_while)
+    strike("a host that joins", come_back)
+    strike("a link, for good", second.cut)
+    second.heal()
+    trial.finish(caller)
+    tell(kills)
+    second.die()
+    second.boot()
+    machines.cluster.join(second)
 
 
 FLOW = """
@@ -226,96 +253,40 @@ def test_the_flow_trains_on_the_hosts_what_it_trains_here(machines: Machines, tm
     assert seen == {machines.first.name, machines.second.name}, "what the hosts do, not what the flow's machine does"
 
 
-def test_a_rank_is_killed(machines: Machines, tmp_path: Path, tell: Tell) -> None:
-    trial = Trial(machines, tmp_path, "rank-killed")
-
-    def harm() -> None:
-        (rank,) = machines.second.processes(RANK)
-        rank.kill()
-
-    strike(trial, "a rank", tell, harm)
-    assert "Going on from the newest checkpoint (1 of 5 times)" in trial.log
-
-
-def test_a_host_dies(machines: Machines, tmp_path: Path, tell: Tell) -> None:
-    trial = Trial(machines, tmp_path, "host-killed", (1, 2))
-    strike(trial, "a host", tell, machines.second.die)
-    assert "Going on from the newest checkpoint" in trial.log
-    machines.second.boot()
-
-
-def test_a_host_joins(machines: Machines, tmp_path: Path, tell: Tell) -> None:
-    if machines.second.processes("raylet"):  # else the test before has left it without
-        machines.second.die()
-        machines.second.boot()
-        time.sleep(20)  # Ray takes it for lost
-    trial = Trial(machines, tmp_path, "joined", (1, 2, 4), steps=3 * STEPS)
+def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path, tell: Tell) -> None:
+    """A host dies; the flow is killed, then cancelled; the head dies and the flow with it: each next start goes on."""
+    trial = Trial(machines, tmp_path, "begun-again", (1, 2))
     caller = trial.begin()
-    trial.reach(5, caller)
-    machines.cluster.join(machines.second)
-    wait_until(lambda: "There is more room" in trial.log or caller.poll() is not None, trial.log)
-    assert "There is more room: going on with 2 processes in place of 1." in trial.log
+    trial.reach(10, caller)
+    step, began = trial.step(), time.monotonic()
+    machines.second.die()
+    trial.reach(step + 2 * EVERY, caller)
+    kills = [Kill("hosts", "hosts: a host", "mid-run", step, 0.0, round(time.monotonic() - began, 1), True)]
+    machines.second.boot()  # and takes no part until the cluster starts anew
+    for what in (signal.SIGKILL, signal.SIGTERM, "the head"):
+        step, gone = trial.step(), 0.0
+        if isinstance(what, signal.Signals):
+            for process in machines.head.processes("tests.faults.caller"):
+                process.send_signal(what)
+            caller.wait(240)
+            gone = round(trial.nothing_is_left(), 1)
+        else:
+            machines.head.die()
+            caller.wait(60)
+            for host in (machines.first, machines.second):  # without a head they end by themselves, in time
+                host.die()
+                host.boot()
+            machines.head.boot()
+            machines.cluster.start()
+        left, began = trial.step(), time.monotonic()
+        assert left >= step
+        caller = trial.begin()
+        trial.reach(left + EVERY, caller)
+        seconds = round(time.monotonic() - began, 1)
+        name = f"the flow, {what.name}" if isinstance(what, signal.Signals) else what
+        kills.append(Kill("hosts", f"hosts: {name}", "mid-run", step, gone, seconds, True))
     trial.finish(caller)
-
-
-@pytest.mark.parametrize(("name", "seconds"), [("for 20 seconds", 20.0), ("for good", None)])
-def test_a_link_is_cut(machines: Machines, tmp_path: Path, tell: Tell, name: str, seconds: float | None) -> None:
-    trial = Trial(machines, tmp_path, f"cut-{name.replace(' ', '-')}", (1, 2))
-
-    def harm() -> None:
-        machines.second.cut()
-        if seconds is not None:
-            time.sleep(seconds)
-            machines.second.heal()
-
-    strike(trial, f"a link, {name}", tell, harm)
-    machines.second.heal()
-    machines.second.die()  # Ray has given it up
-    machines.second.boot()
-    machines.cluster.join(machines.second)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_flow_is_killed_or_cancelled_and_begun_again(
-    machines: Machines, tmp_path: Path, tell: Tell, how: signal.Signals
-) -> None:
-    trial = Trial(machines, tmp_path, f"caller-{how.name.lower()}")
-    caller = trial.begin()
-    trial.reach(10, caller)
-    step = trial.step()
-    for process in machines.head.processes("tests.faults.caller"):
-        process.send_signal(how)
-    caller.wait(240)
-    gone = round(trial.nothing_is_left(), 1)
-    left = trial.step()
-    assert left >= step
-    began = time.monotonic()
-    again = trial.begin()
-    trial.reach(min(left + EVERY, STEPS - EVERY), again)
-    seconds = round(time.monotonic() - began, 1)
-    trial.finish(again)
-    tell([Kill("hosts", f"hosts: the flow, {how.name}", "mid-run", step, gone, seconds, True)])
-
-
-def test_the_head_dies(machines: Machines, tmp_path: Path, tell: Tell) -> None:
-    """With it the flow, whose machine it is here: another start of both goes on."""
-    trial = Trial(machines, tmp_path, "head-killed")
-    caller = trial.begin()
-    trial.reach(10, caller)
-    machines.head.die()
-    caller.wait(60)
-    for host in (machines.first, machines.second):  # without a head they end by themselves, in time
-        host.die()
-        host.boot()
-    machines.head.boot()
-    began = time.monotonic()
-    machines.cluster.start()
-    step = trial.step()
-    again = trial.begin()
-    trial.reach(step + EVERY, again)
-    seconds = round(time.monotonic() - began, 1)
-    trial.finish(again)
-    tell([Kill("hosts", "hosts: the head", "mid-run", step, 0.0, seconds, True)])
+    tell(kills)
 
 
 def test_what_is_wrong_is_said_once(machines: Machines, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tests.jobs import ONE_THREAD, Trainer, digest
 
 pytestmark = pytest.mark.slow
 
+STEPS = 160
+
 
 def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
     ingested: Ingested, tmp_path: Path, unique: str
@@ -36,12 +38,12 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     ingested: Ingested, tmp_path: Path, unique: str, room: int, said: bytes
 ) -> None:
     """For checkpoints; and so full that the journal takes no line."""
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * 400, evaluation__every_images=10**6))
-    expected = trainer.train(f"roomy-{unique}", 400, processes=1)
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * STEPS, evaluation__every_images=10**6))
+    expected = trainer.train(f"roomy-{unique}", STEPS, processes=1)
     run = f"full-{unique}"
     where = trainer.folder(run)
     where.mkdir()
-    (where / SPEC).write_text(trainer.spec(run, 400, every=20).model_dump_json())
+    (where / SPEC).write_text(trainer.spec(run, STEPS, every=20).model_dump_json())
     job = subprocess.Popen(
         [sys.executable, "-u", "-m", "diffusion.training.job", str(where)],
         env={**os.environ, **ONE_THREAD},
@@ -58,6 +60,6 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     job.communicate()
     assert job.returncode == 0
-    assert digest(trainer.store, run, 400) == expected
+    assert digest(trainer.store, run, STEPS) == expected
     assert (where / JOURNAL).read_bytes() == (trainer.folder(f"roomy-{unique}") / JOURNAL).read_bytes()
     assert len(steps_with_checkpoint(trainer.store, run)) == 3, "the saves after the failed one"
