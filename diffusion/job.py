@@ -17,7 +17,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -185,16 +184,30 @@ def use_deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+class StopRequest:
+    """Whether this process was asked to end: SIGTERM does it, and ends the process STOP_SECONDS later.
+
+    When a parent is killed its threads end one after the other, and the kernel sends SIGTERM for each. So the handler takes no
+    lock, which the next signal would wait for within it, for ever.
+    """
+
+    def __init__(self) -> None:
+        self._made = False
+        signal.signal(signal.SIGTERM, self._make)
+
+    def _make(self, *_: object) -> None:
+        if not self._made:
+            signal.alarm(STOP_SECONDS)  # which ends the process: a checkpoint that takes longer is not waited for
+            self._made = True
+
+    def is_made(self) -> bool:
+        """Whether it was."""
+        return self._made
+
+
 def listen_to_sigterm() -> Callable[[], bool]:
-    """Have SIGTERM set what is returned, and end the process only STOP_SECONDS later."""
-    asked = threading.Event()
-
-    def ask(*_: object) -> None:
-        asked.set()
-        signal.alarm(STOP_SECONDS)  # which ends the process: a checkpoint that takes longer is not waited for
-
-    signal.signal(signal.SIGTERM, ask)
-    return asked.is_set
+    """Have SIGTERM no longer end this process at once; returns what says whether it came."""
+    return StopRequest().is_made
 
 
 def report_of(error: Exception, rank: int) -> dict[str, Any]:

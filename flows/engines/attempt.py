@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from diffusion.data.store import Store
 from diffusion.errors import ClusterError, StoreError
-from diffusion.job import SPEC, ProgressFile
+from diffusion.job import SPEC, ProgressFile, StopRequest
 from diffusion.tracking.system import HOSTS
 from diffusion.training.journal import JOURNAL, TIMING, Journal, commit, committed_step, records
 from diffusion.training.state import checkpoint_file, load_state
@@ -52,17 +51,17 @@ class Place:
     workers: int
 
 
-def reserve(placement: Placement, stop: threading.Event) -> Place | None:
+def reserve(placement: Placement, stop: StopRequest) -> Place | None:
     """The most room that is free, as soon as there is enough; None if it is asked to stop before. Raises ClusterError."""
     deadline, said = time.monotonic() + WAIT_SECONDS, False
-    while not stop.is_set():
+    while not stop.is_made():
         for workers in placement.fitting(capacity()):
             group = placement_group([placement.resources] * workers, strategy="SPREAD")
             # A host that has just died may still be counted: what can't be placed in a while is asked for no longer.
             if group.wait(timeout_seconds=PLACING_SECONDS):
                 return Place(group, workers)
             remove_placement_group(group)
-            if stop.is_set():
+            if stop.is_made():
                 return None
         short = placement.too_small(capacity())
         if time.monotonic() > deadline:
@@ -70,7 +69,7 @@ def reserve(placement: Placement, stop: threading.Event) -> Place | None:
         if not said:
             said = True
             print(f"There is no room now. {short} Waiting for {WAIT_SECONDS:.0f} s.", flush=True)
-        stop.wait(1.0)
+        time.sleep(1.0)
     return None
 
 

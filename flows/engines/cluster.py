@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -31,8 +30,8 @@ from diffusion.errors import ClusterError, StoreError
 from diffusion.job import (
     ERROR,
     SPEC,
-    STOP_SECONDS,
     RankOutput,
+    StopRequest,
     end_with_parent,
     error_from,
     lock_folder,
@@ -80,7 +79,7 @@ def connected(threads: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def run(folder: Path, stop: threading.Event) -> bool:
+def run(folder: Path, stop: StopRequest) -> bool:
     """Run the folder's job; returns whether it came to its end, and was not asked to stop. Raises what it failed with."""
     placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
     spec = json.loads((folder / SPEC).read_text())
@@ -100,7 +99,7 @@ def run(folder: Path, stop: threading.Event) -> bool:
                     raise StoreError(f"{error} (on {report['host']})")
                 if not isinstance(error, RuntimeError):
                     raise error
-            if stop.is_set():
+            if stop.is_made():
                 return False
             if attempt.failure is None and not grown:
                 return True
@@ -124,14 +123,14 @@ def run(folder: Path, stop: threading.Event) -> bool:
             log.warning("The marker %s was not deleted: %s", marker, error)
 
 
-def follow(attempt: Attempt, placement: Placement, stop: threading.Event) -> bool:
+def follow(attempt: Attempt, placement: Placement, stop: StopRequest) -> bool:
     """Wait for the end of an attempt; returns whether it was ended because more workers can have a part in it."""
     grown, looked = False, time.monotonic()
     while not attempt.wait(POLL_SECONDS):
         attempt.collect()
-        if stop.is_set() and not attempt.listens:
+        if stop.is_made() and not attempt.listens:
             return False
-        if stop.is_set():
+        if stop.is_made():
             attempt.ask_to_stop()
         elif not grown and attempt.listens and placement.elastic and time.monotonic() - looked > GROW_SECONDS:
             looked = time.monotonic()
@@ -162,13 +161,7 @@ def main() -> int:
             print(f"error: {error}", flush=True)
             return 1
         return 0
-    folder, stop = Path(sys.argv[1]), threading.Event()
-
-    def ask(*_: object) -> None:
-        stop.set()
-        signal.alarm(STOP_SECONDS)
-
-    signal.signal(signal.SIGTERM, ask)
+    folder, stop = Path(sys.argv[1]), StopRequest()
     try:
         placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
         with lock_folder(folder), connected(placement.threads):

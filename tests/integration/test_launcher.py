@@ -139,3 +139,29 @@ def assert_gone(folder: Path) -> None:
             # Where nobody reaps orphans, as in a container without an init, a dead one stays listed as a zombie.
             status = psutil.Process(int(file.read_text())).status()
             assert status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD), f"{file.name} lives on: {status}"
+
+
+ASKED = """
+import time
+from diffusion.job import listen_to_sigterm
+asked = listen_to_sigterm()
+print("listens", flush=True)
+while not asked():
+    time.sleep(0.001)
+began = time.monotonic()
+while time.monotonic() < began + 1:  # a checkpoint, meanwhile
+    asked()
+print("ends by itself", flush=True)
+"""
+
+
+def test_being_asked_to_end_many_times_at_once_is_being_asked_once() -> None:
+    """When a parent of many threads is killed, the kernel asks for each of them."""
+    child = subprocess.Popen([sys.executable, "-c", ASKED], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "listens\n"
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=60)
+    assert (said, child.returncode) == ("ends by itself\n", 0)
