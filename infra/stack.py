@@ -134,6 +134,14 @@ def start(name: str, command: list[str], env: dict[str, str]) -> None:
     (STACK / f"{name}.pid").write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
 
 
+def runs(process: psutil.Process) -> bool:
+    """A zombie has ended: who reaps it, and when, is not ours to say. In a container often nobody does."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def find(name: str) -> psutil.Process | None:
     """The running process of that name, or None."""
     path = STACK / f"{name}.pid"
@@ -142,9 +150,8 @@ def find(name: str) -> psutil.Process | None:
     pid, created = path.read_text().split()
     try:
         process = psutil.Process(int(pid))
-        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         # The start time is counted back from the clock, which may have been set since.
-        return process if alive and abs(process.create_time() - float(created)) < 5 else None
+        return process if runs(process) and abs(process.create_time() - float(created)) < 5 else None
     except psutil.NoSuchProcess:
         return None
 
@@ -155,9 +162,11 @@ def stop(name: str) -> None:
     if process is not None:
         tree = [process, *process.children(recursive=True)]
         process.terminate()
-        _, alive = psutil.wait_procs(tree, STOP_SECONDS)
-        for left in alive:
-            left.kill()
+        deadline = time.monotonic() + STOP_SECONDS
+        while (left := [one for one in tree if runs(one)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for one in left:
+            one.kill()
         print(f"stopped {name}")
     (STACK / f"{name}.pid").unlink(missing_ok=True)
 

@@ -427,6 +427,23 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     assert not (stack.folder / "var/shards").exists()
 
 
+REAPED_BY_NOBODY = """
+import subprocess, sys, time
+import psutil
+sys.path.insert(0, "infra")
+import stack
+child = subprocess.Popen(["true"])
+while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+    time.sleep(0.01)
+print(stack.runs(psutil.Process(child.pid)), stack.runs(psutil.Process()))
+"""
+
+
+def test_a_process_that_nobody_reaps_is_not_waited_for(stack: Project) -> None:
+    done = stack.shell(sys.executable, "-c", REAPED_BY_NOBODY)
+    assert done.stdout == "False True\n", done.stderr
+
+
 @pytest.mark.last(2)
 def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
     roots = stack_processes(stack)

@@ -24,7 +24,7 @@ pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 
 
 def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_nothing(archive: Path) -> None:
-    overrides = TINY | {"data.images": 2048, "evaluation.every_images": 2048}
+    overrides = TINY | {"data.images": 1024, "evaluation.every_images": 1024}
     command = ["prefect", "deployment", "run", "train-diffusion", "-p", "preset=demo", "-p", "source=generated"]
     command += ["-p", f"overrides={json.dumps(overrides)}", "--watch"]
     with tempfile.TemporaryDirectory(prefix="train-diffusion-ray-") as parent:

@@ -55,7 +55,9 @@ class Trial:
 
     def prepare(self) -> None:
         self.folder.mkdir()
-        recipe = tiny_recipe(data__images=16 * STEPS, evaluation__every_images=16 * STEPS, network__dropout=0.1)
+        recipe = tiny_recipe(
+            data__images=16 * STEPS, data__lanes=PROCESSES, evaluation__every_images=16 * STEPS, network__dropout=0.1
+        )
         job = TrainingJob(
             run=self.name,
             store=self.ingested.store.uri,
