@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down status env clean settings password secrets profile reproduce extractor
+.PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down service no-service status env clean settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -72,6 +72,12 @@ up: $(if $(filter ray,$(ENGINE)),ray,install) ## Prefect server, MLflow server a
 
 down: install ## Stop what make up started
 	@$(BIN)/python infra/stack.py down
+
+service: install ## Have systemd keep all of make up running, also after a restart of the machine
+	@$(BIN)/python infra/service.py install
+
+no-service: install ## Stop it, and have nothing start it again
+	@$(BIN)/python infra/service.py remove
 
 status: install ## What of it is running
 	@$(BIN)/python infra/stack.py status

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import requests
@@ -165,6 +169,31 @@ def kill_rank(project: Project) -> None:
     raise AssertionError("there was no rank to kill")
 
 
+@contextmanager
+def kept(project: Project) -> Iterator[None]:
+    """With what `make service` has systemd run; but systemd, if it is there, is told nothing."""
+    ports = {
+        variable: str(urlsplit(project.servers[address]).port)
+        for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI"))
+    }
+    install = [sys.executable, "infra/service.py", "install"]
+    if os.geteuid() == 0:  # whose unit would be the machine's
+        hidden = 'mount -t tmpfs tmpfs /etc/systemd/system && exec "$@"'
+        install = ["unshare", "--mount", "sh", "-c", hidden, "sh", *install]
+    told = project.shell(*install, env=ports)
+    assert "systemd can't be asked here" in told.stderr, told.stdout + told.stderr
+    (command,) = [line for line in told.stderr.splitlines() if line.startswith("Without it")]
+    with (project.folder / "var/stack/keeper.log").open("wb") as log:
+        keeper = subprocess.Popen(
+            shlex.split(command.partition("run this: ")[2]), cwd="/", env=project.env, stdout=log, stderr=log
+        )
+    try:
+        yield
+    finally:
+        keeper.terminate()
+        assert keeper.wait(60) == 0, log_of(project, "keeper")
+
+
 def prepare_restart(project: Project, name: str) -> Callable[[], None]:
     """What starts a process of the stack again as it was started: ask while it lives."""
     command, env = process(project, name).cmdline(), process(project, name).environ()
@@ -182,11 +211,32 @@ def prepare_restart(project: Project, name: str) -> Callable[[], None]:
 
 def kill_and_restart(project: Project, name: str, away: float) -> None:
     """Kill a server with all its children, and start it again with the same command after a while."""
-    restart, server = prepare_restart(project, name), process(project, name)
-    for one in [*server.children(recursive=True), server]:
-        one.kill()
+    restart = prepare_restart(project, name)
+    kill_all(project, name)
     time.sleep(away)
     restart()
+    wait_until_healthy(project, name)
+
+
+def kill_all(project: Project, name: str) -> int:
+    """Kill a process of the stack with all its children; returns its pid."""
+    root = process(project, name)
+    for one in [*root.children(recursive=True), root]:
+        one.kill()
+    return root.pid
+
+
+def wait_until_back(project: Project, name: str, pid: int) -> None:
+    """Wait until whatever keeps the stack has started in its place what was killed."""
+    deadline = time.monotonic() + 240
+    while int((project.folder / f"var/stack/{name}.pid").read_text().split()[0]) == pid:
+        assert time.monotonic() < deadline, f"{name} does not come back"
+        time.sleep(0.1)
+    wait_until_healthy(project, name)
+
+
+def wait_until_healthy(project: Project, name: str) -> None:
+    """Wait until a server answers."""
     health = {
         "prefect-server": f"{project.servers['PREFECT_API_URL']}/health",
         "mlflow-server": f"{project.servers['MLFLOW_TRACKING_URI']}/health",

@@ -25,12 +25,15 @@ from tests.faults.conftest import SEED
 from tests.faults.flow_runs import (
     FlowRun,
     flow_process,
-    kill_and_restart,
+    kept,
+    kill_all,
     kill_rank,
     last_step,
+    log_of,
     on_generated,
     prepare_restart,
     process,
+    wait_until_back,
     weights,
 )
 from tests.faults.report import Kill
@@ -128,9 +131,9 @@ def kill(project: Project, run: FlowRun, key: str, victim: str) -> tuple[int, fl
     """Kill the flow, its worker or both: all that they started ends, and the run is called crashed."""
     tree = [flow_process(project), *flow_process(project).children(recursive=True)]
     killed = time.monotonic()
-    restart = prepare_restart(project, "worker")
+    worker = process(project, "worker")
     if "worker" in victim:
-        process(project, "worker").kill()
+        worker.kill()
     if "flow" in victim:
         tree[0].kill()
     left = wait_until_ended(tree, killed + GONE_SECONDS)
@@ -142,14 +145,23 @@ def kill(project: Project, run: FlowRun, key: str, victim: str) -> tuple[int, fl
     run.wait_for(lambda: run.told()["state"][0] == "CRASHED")
     assert ("No heartbeat" in run.told()["state"][1]) == (victim == "flow and worker")
     if "worker" in victim:
-        restart()
+        wait_until_back(project, "worker", worker.pid)
     return step, gone
 
 
 def test_one_training_outlives_all_that_runs_it(
     project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]
 ) -> None:
-    """Cancelled, or killed with its flow, worker or both, the next start goes on; when ranks and servers die, the same one does."""
+    """Cancelled, or killed with its flow, worker or both, the next start goes on; when ranks and servers die, the same one does.
+
+    What `make service` keeps comes back by itself.
+    """
+    with kept(project):
+        outlive(project, expected, tell)
+    assert "worker has ended: it is started again" in log_of(project, "keeper")
+
+
+def outlive(project: Project, expected: tuple[str, bytes], tell: Callable[[list[Kill]], None]) -> None:
     run = FlowRun.by_hand(project, OVERRIDES)
     key = f"demo-seed0-{run.id}"
     kills, ended = [], {}
@@ -166,7 +178,7 @@ def test_one_training_outlives_all_that_runs_it(
         if victim == "rank":
             kill_rank(project)
         else:
-            kill_and_restart(project, victim, away=random.Random(moment(victim)).uniform(1, 6))
+            wait_until_back(project, victim, kill_all(project, victim))
         kills.append(Kill(key, victim, "training", moment(victim), 0.0, 0.0, True))
     told = run.wait_for_end()
     assert told["state"][0] == "COMPLETED", told["state"]

@@ -38,7 +38,9 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     ingested: Ingested, tmp_path: Path, unique: str, room: int, said: bytes
 ) -> None:
     """For checkpoints; and so full that the journal takes no line."""
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(data__images=16 * STEPS, data__lanes=1, evaluation__every_images=10**6))
+    trainer = Trainer(
+        ingested, tmp_path, tiny_recipe(data__images=16 * STEPS, data__lanes=1, evaluation__every_images=10**6)
+    )
     expected = trainer.train(f"roomy-{unique}", STEPS, processes=1)
     run = f"full-{unique}"
     where = trainer.folder(run)

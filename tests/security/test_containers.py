@@ -26,11 +26,17 @@ def test_ports_are_published_on_loopback_only() -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
+def test_what_ends_is_started_again_but_what_has_done_its_work() -> None:
+    assert {name for name, service in SERVICES.items() if service.get("restart") == "unless-stopped"} == {*SERVICES} - {
+        "buckets"
+    }
+
+
 def test_every_secret_must_be_given_and_none_has_a_default_or_is_an_argument() -> None:
     text = (INFRA / "compose.yaml").read_text()
     assert {name for name in SECRETS if f"${{{name}:?" in text} == SECRETS
     used = set(re.findall(r"\$\{([A-Z0-9_]+)", text))
-    assert used - SECRETS <= {"PREFECT_PORT", "MLFLOW_PORT", "COMMIT"}
+    assert used - SECRETS <= {"PREFECT_PORT", "MLFLOW_PORT", "COMMIT", *IMAGES}
     for name, service in SERVICES.items():
         arguments = yaml.safe_dump([service.get("command"), service.get("entrypoint"), service.get("healthcheck")])
         assert not [secret for secret in SECRETS if f"${{{secret}" in arguments], name
@@ -75,13 +81,28 @@ def test_no_service_may_more_than_it_must() -> None:
     assert "USER trainer" in (INFRA / "Dockerfile").read_text()
 
 
+IMAGES = ("PYTHON_IMAGE", "POSTGRES_IMAGE", "S3_IMAGE")
+"""Variables that name images of another registry."""
+
+
 def test_every_image_from_elsewhere_is_named_by_its_digest() -> None:
-    bases = re.findall(r"^FROM (\S+)", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
-    images = [service["image"] for service in SERVICES.values() if "build" not in service]
-    assert {image.split(":")[0] for image in bases + images} == {"python", "postgres", "chrislusf/seaweedfs"}
-    assert not [
-        image for image in bases + images if not re.fullmatch(r"[a-z/]+:[0-9][\w.-]+@sha256:[0-9a-f]{64}", image)
-    ]
+    dockerfile, compose = (INFRA / "Dockerfile").read_text(), (INFRA / "compose.yaml").read_text()
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) + [service["image"] for service in SERVICES.values()]
+    assert {*bases} == {
+        "${PYTHON_IMAGE}",
+        "train-diffusion",
+        *re.findall(r"\$\{(?:POSTGRES|S3)_IMAGE:-[^}]+\}", compose),
+    }
+    images = re.findall(r"PYTHON_IMAGE=(\S+)", dockerfile) + re.findall(r"\{\w+_IMAGE:-([^}]+)\}", compose)
+    assert {image.split(":")[0] for image in images} == {"python", "postgres", "chrislusf/seaweedfs"}
+    assert not [image for image in images if not re.fullmatch(r"[a-z/]+:[0-9][\w.-]+@sha256:[0-9a-f]{64}", image)]
+    assert len({image for image in images if image.startswith("python")}) == 1
+
+
+def test_what_containers_get_is_there_before_them() -> None:
+    """Compose can't write a config of its own into a container that is read-only: it refuses to start it."""
+    assert [set(config) for config in COMPOSE["configs"].values()] == [{"file"}]
+    assert all((INFRA / config["file"]).is_file() for config in COMPOSE["configs"].values())
 
 
 def test_the_secrets_are_written_for_their_owner_alone_and_reach_no_image(tmp_path: Path) -> None:

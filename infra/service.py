@@ -1,0 +1,193 @@
+"""Have systemd keep what `make up` starts: `python infra/service.py install | remove | keep`.
+
+install writes a unit of the user's systemd (of the machine's, for root), enables and starts it. keep is what it runs: `make up`, and
+what of it ends without having been stopped is started again. The settings of the shell that installs it go along, in a private file.
+Without systemd, whatever starts programs with the machine can run keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import stack
+
+from diffusion.errors import UserError
+from diffusion.trust.private import read_private, use_private_home, write_private
+
+UNIT = "train-diffusion.service"
+SETTINGS = "service.json"
+OWN_NAMES = ("AUTH", "PREFECT_PORT", "MLFLOW_PORT", "RAY_PORT", "SSL_CERT_FILE")
+LOOK_SECONDS = 2.0
+SURE_SECONDS = 3.0
+"""After which what has ended, and is still on the list, was not stopped by `make down`."""
+SLOWEST_SECONDS = 60.0
+"""Between two starts of what ends at once again and again."""
+WELL_SECONDS = 120.0
+"""After which a start has gone well."""
+
+PAGE = """[Unit]
+Description=train-diffusion: Prefect server, MLflow server and worker of {project}
+After=network-online.target
+
+[Service]
+Type=exec
+Environment={home}
+ExecStart={python} {service} keep
+ExecStop={python} {stack} down
+# What it keeps lives on without it, a training too, and its next start takes it over.
+KillMode=process
+Restart=on-failure
+RestartSec=5
+TimeoutStopSec=180
+
+[Install]
+WantedBy={target}
+"""
+BY_HAND = "Without it, have what starts programs with the machine run this: {python} {service} keep"
+
+
+def scope() -> tuple[Path, list[str]]:
+    """The folder of units and the command of the manager: root's are the machine's, everybody else's their own."""
+    if os.geteuid() == 0:
+        return Path("/etc/systemd/system"), ["systemctl"]
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "systemd" / "user", ["systemctl", "--user"]
+
+
+def quoted(path: Path | str) -> str:
+    """A word of a unit's command line."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{text}"'
+
+
+def page() -> str:
+    """The unit."""
+    here = Path(__file__).resolve()
+    return PAGE.format(
+        project=str(stack.PROJECT).replace("%", "%%"),
+        home=quoted(f"TRAIN_DIFFUSION_HOME={stack.HOME}"),
+        python=quoted(sys.executable),
+        service=quoted(here),
+        stack=quoted(here.with_name("stack.py")),
+        target="multi-user.target" if os.geteuid() == 0 else "default.target",
+    )
+
+
+def install() -> None:
+    """Write the unit, enable it and start it with the settings of this shell."""
+    folder, manager = scope()
+    unit = folder / UNIT
+    if unit.exists() and f"of {stack.PROJECT}\n".replace("%", "%%") not in unit.read_text():
+        raise SystemExit(f"{unit} keeps another copy of this project. Remove it there first: make no-service")
+    stack.refuse_under_a_run("make service", "what it runs on starts anew")
+    use_private_home(stack.HOME)
+    stack.STACK.mkdir(parents=True, exist_ok=True)
+    wanted = {name: value for name, value in os.environ.items() if name.startswith(stack.KEPT) or name in OWN_NAMES}
+    write_private(stack.STACK / SETTINGS, json.dumps(wanted, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    unit.write_text(page())
+    print(f"written: {unit}")
+    for verb in (["daemon-reload"], ["enable", UNIT], ["restart", UNIT]):
+        told = manage([*manager, *verb])
+        if told is not None:
+            by_hand = BY_HAND.format(
+                python=shlex.quote(sys.executable), service=shlex.quote(str(Path(__file__).resolve()))
+            )
+            raise SystemExit(f"systemd can't be asked here: {told}\n{by_hand}")
+    journal = shlex.join(["journalctl", *manager[1:], "-u", UNIT])
+    print(f"systemd keeps it all running from now on. What it says: {journal}. To end that: make no-service")
+    if os.geteuid() != 0 and manage(["loginctl", "enable-linger"]) is not None:
+        print("It starts when you log in. To have it start with the machine: sudo loginctl enable-linger $USER")
+
+
+def manage(command: list[str]) -> str | None:
+    """Run a command of systemd; returns why it failed, or None."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return None if done.returncode == 0 else (done.stderr.strip() or f"{shlex.join(command)} failed")
+
+
+def remove() -> None:
+    """Stop it all, and have nothing start it again."""
+    folder, manager = scope()
+    stack.refuse_under_a_run("make no-service", "it is stopped with the rest")
+    told = manage([*manager, "disable", "--now", UNIT])
+    (folder / UNIT).unlink(missing_ok=True)
+    (stack.STACK / SETTINGS).unlink(missing_ok=True)
+    if told is None:
+        manage([*manager, "daemon-reload"])
+    else:
+        stack.down()
+    print("Nothing starts by itself any more.")
+
+
+class Kept:
+    """What of the stack has been seen to run, and how it is started again."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[int, list[str], dict[str, str]]] = {}
+        self.started: dict[str, float] = {}
+        self.wait: dict[str, float] = {}
+
+    def look(self, name: str) -> None:
+        """Take note of what runs; start what has ended and was not stopped."""
+        process, now = stack.find(name), time.monotonic()
+        if process is not None:
+            if self.seen.get(name, (0,))[0] != process.pid:
+                self.seen[name] = process.pid, process.cmdline(), process.environ()
+            if now - self.started.get(name, now) > WELL_SECONDS:
+                self.wait.pop(name, None)
+            return
+        pid_file = stack.STACK / f"{name}.pid"
+        if name not in self.seen or not pid_file.exists():
+            return
+        time.sleep(SURE_SECONDS)
+        if not pid_file.exists() or stack.find(name) is not None:
+            return
+        wait = self.wait.get(name, 0.0)
+        if now - self.started.get(name, -SLOWEST_SECONDS) < wait:
+            return
+        _, command, env = self.seen[name]
+        print(f"{name} has ended: it is started again", flush=True)
+        stack.start(name, command, env)
+        self.started[name], self.wait[name] = time.monotonic(), min(SLOWEST_SECONDS, 2 * wait or LOOK_SECONDS)
+
+
+def keep() -> None:
+    """Bring all of it up, and start again what ends, until SIGTERM. What runs is left running: `make down` stops it."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGTERM, ask)
+    told = stack.STACK / SETTINGS
+    wanted = json.loads(read_private(told)) if told.exists() else {}
+    begun = subprocess.run([sys.executable, str(Path(stack.__file__)), "up"], env=os.environ | wanted)
+    if begun.returncode != 0:
+        raise SystemExit(begun.returncode)
+    kept = Kept()
+    while not asked:
+        for name in reversed(stack.NAMES):
+            kept.look(name)
+        time.sleep(LOOK_SECONDS)
+
+
+if __name__ == "__main__":
+    commands = {"install": install, "remove": remove, "keep": keep}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        raise SystemExit(__doc__)
+    try:
+        commands[sys.argv[1]]()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
