@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install ray lock audit demo check test faults soak soak-nights lint up down service no-service status env clean settings password secrets profile reproduce extractor
+.PHONY: help install ray lock audit demo check test faults containers soak soak-nights lint up down service no-service status env clean settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -51,10 +51,13 @@ check: lint ## Style, types and unit tests: whether a change holds, within a min
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/unit
 
 test: .venv/installed-dev ## All tests but those that kill; none needs a network
-	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/faults --ignore=tests/containers
 
 faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
 	$(BIN)/python -m pytest -n $(WORKERS) tests/faults
+
+containers: .venv/installed-dev ## infra/compose.yaml for real: a training outlives the death of each container (needs docker compose)
+	$(BIN)/python -m pytest -s tests/containers
 
 soak: .venv/installed-dev ## Kill trainings N times at random moments; make soak N=200 SEED=1
 	SOAK_KILLS=$(or $(N),200) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_kills.py

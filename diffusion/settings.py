@@ -59,6 +59,8 @@ class Settings(BaseSettings):
     """Datasets, checkpoints and evaluations: a folder or s3://bucket/prefix. Default: store in the home."""
     tracking_uri: str = Field(default="", validation_alias="MLFLOW_TRACKING_URI")
     """MLflow: an http(s) URL, or sqlite:////absolute/path. Default: a database in the home."""
+    tracking_pages: str = Field(default="", pattern="^(https?://.+)?$", validation_alias="TRAIN_DIFFUSION_MLFLOW_UI")
+    """http(s) URL at which people open MLflow, where that is not MLFLOW_TRACKING_URI: in containers, behind a proxy."""
     archive: Path | None = Field(default=None, validation_alias="EUROSAT_ARCHIVE")
     """EuroSAT as a zip or folder. Default: look in the home's downloads, then download."""
     inception_location: str | None = Field(default=None, validation_alias="TRAIN_DIFFUSION_INCEPTION")

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import mlflow_auth
 import psutil
 
 from diffusion.errors import SettingsError, UserError
@@ -242,8 +243,7 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
     if addresses.password:
         config = STACK / "mlflow-auth.ini"
-        template = (PROJECT / "mlflow" / "server.ini").read_text()
-        config.write_text(template.replace("= DATABASE_URI", f"= sqlite:///{MLFLOW_USERS}"))
+        mlflow_auth.write_settings(config, f"sqlite:///{MLFLOW_USERS}")
         follow_password(addresses.password)
         command += ["--app-name", "basic-auth"]
         env |= {
@@ -285,16 +285,9 @@ def remove_ray_folder() -> None:
 
 
 def follow_password(password: str) -> None:
-    """Have MLflow's user database, where it is there, know the password: it keeps the one that it was made with."""
-    if not MLFLOW_USERS.exists():
-        return
-    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
-
-    users = SqlAlchemyStore()
-    users.init_db(f"sqlite:///{MLFLOW_USERS}")
-    if not users.authenticate_user("admin", password):
-        users.update_user("admin", password)
-    users.engine.dispose()
+    """Have MLflow's users, where they are there already, know the password."""
+    if MLFLOW_USERS.exists():
+        mlflow_auth.follow_password(f"sqlite:///{MLFLOW_USERS}", password)
 
 
 def register_deployments(env: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from diffusion.data.sources.source import Source
 from diffusion.data.store import FolderStore
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
+from tests.postgres import programs, running_postgres
 
 pytest_plugins = ["tests.running"]
 BIN = Path(sys.executable).parent
@@ -221,20 +223,17 @@ def stop_server(server: Server) -> None:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real MLflow server on SQLite."""
+    """A real MLflow server; on PostgreSQL, where there is one, as people's own servers are."""
     folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    server = start_server(command, url, f"{url}/health", folder, env)
-    yield server
-    stop_server(server)
+    with running_postgres(free_port()) if programs() else nullcontext(f"sqlite:///{folder / 'mlflow.db'}") as database:
+        env["MLFLOW_BACKEND_STORE_URI"] = database
+        server = start_server(command, url, f"{url}/health", folder, env)
+        yield server
+        stop_server(server)
 
 
 @dataclass

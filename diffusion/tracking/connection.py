@@ -95,6 +95,8 @@ def connect(uri: str) -> MlflowClient:
     import mlflow
     from mlflow import MlflowClient
 
+    # Files come through the server: the address in the store that it would hand out may be one that it alone can reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     # Model versions are made through the global address whatever the client's is.
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)

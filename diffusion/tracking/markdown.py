@@ -1,8 +1,13 @@
-"""Tables in Markdown, of cells that somebody else may have named."""
+"""Markdown for pages: tables of cells that somebody else may have named, texts as long as a database takes them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+MOST = 5000
+"""Characters of a description in MLflow's databases. SQLite alone takes longer ones."""
+REST = "The rest is in `README.md`, among the version's files.\n"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -13,3 +18,13 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")
+
+
+def fit_description(card: str) -> str:
+    """A card as MLflow can keep it beside a version: what is too much goes section by section, the last one first."""
+    if len(card) <= MOST:
+        return card
+    sections = re.split(r"^(?=## )", card.replace(REST, ""), flags=re.MULTILINE)
+    while len(sections) > 1 and sum(map(len, sections)) + len(REST) > MOST:
+        sections.pop()
+    return "".join(sections)[: MOST - len(REST)] + REST

@@ -29,6 +29,7 @@ from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
+from diffusion.tracking.markdown import fit_description
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
@@ -273,7 +274,8 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
     table = f"\n{gates_table(decision.gates)}\n" if decision.gates else ""
     section = f"## Decision\n\n{decision.reason}\n{table}\n"
     card, found = DECISION_SECTION.subn(lambda _: section, card)
-    client.update_model_version(decision.model, decision.version, card if found else f"{card}\n{section}")
+    card = fit_description(card if found else f"{card}\n{section}")
+    client.update_model_version(decision.model, decision.version, card)
 
 
 def _complete(client: MlflowClient, store: Store, model: str, entries: list[Promotion]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from string import Template
@@ -20,6 +19,7 @@ from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
 from diffusion.recipe import Recipe
 from diffusion.tracking.loading import FILES_TAG, files_digest
+from diffusion.tracking.markdown import fit_description
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
@@ -133,7 +133,8 @@ def publish(
             # Beside the artifacts the card can show them.
             pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
             lasting = card.replace("Not judged yet.", "The version's description in the registry has it.")
-            Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}")
+            recipe = f"## Recipe\n\n```json\n{state.recipe.model_dump_json(indent=1)}\n```\n"
+            Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}{recipe}")
             close_to_others(model_folder)  # what MLflow has copied is as open as its original
             files = files_digest(model_folder)
             client.log_model_artifacts(logged.model_id, str(model_folder))
@@ -149,7 +150,7 @@ def publish(
         run_id=run.run_id,
         model_id=logged.model_id,
         tags={**tags, FILES_TAG: files, **scores_tags(scores)},
-        description=card,
+        description=fit_description(card),
         await_creation_for=0,
     )
     _tell_start(client, name, state, str(version.version))
@@ -301,5 +302,4 @@ def model_card(
         dataset_digest=dataset.digest,
         recipe_digest=recipe.digest,
         checkpoint_digest=state.digest,
-        recipe=json.dumps(recipe.model_dump(mode="json"), indent=1),
     )

@@ -81,7 +81,7 @@ def _journal(run: Run, state: State) -> list[dict[str, float]]:
 
 def _mlflow_page(run: Run, artifact: str = "") -> str:
     """Address of the run's page, or of an artifact of it; nothing where there is no server."""
-    uri = run.settings.tracking_uri
+    uri = run.settings.tracking_pages or run.settings.tracking_uri
     return (
         f"{uri.rstrip('/')}/{run_page(run.tracked.experiment_id, run.tracked.run_id, artifact)}"
         if uri.startswith("http")

@@ -39,7 +39,7 @@ async def main():
     experiment = tracking.get_experiment_by_name("train-diffusion")
     runs = tracking.search_runs([experiment.experiment_id]) if experiment else []
     found = [{"status": r.info.status, "failure": r.data.tags.get("failure", ""), "seed": r.data.params.get("seed"),
-              "key": r.data.tags["train_diffusion.run"],
+              "key": r.data.tags["train_diffusion.run"], "id": r.info.run_id,
               "losses": [[p.step, p.value] for p in tracking.get_metric_history(r.info.run_id, "train/loss")]} for r in runs]
     print(json.dumps({"state": state, "tasks": tasks, "runs": found}))
 asyncio.run(main())

@@ -42,6 +42,7 @@ from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.legend import LEGEND_TITLE, legend
+from diffusion.tracking.markdown import MOST, fit_description
 from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.plots import loss_by_noise_level
 from diffusion.tracking.promotion import champion_version, promote
@@ -365,6 +366,23 @@ def test_where_a_flow_run_started_is_known_to_its_retry_also_when_another_has_go
 
 
 @pytest.mark.slow
+def test_a_card_of_any_length_is_kept(mlflow_server: Server) -> None:
+    """PostgreSQL refuses what is longer than its columns."""
+    client = connect(mlflow_server.url)
+    client.create_registered_model("long")
+    model = client.create_logged_model(client.create_experiment("long"))
+    version = client.create_model_version(
+        "long",
+        f"models:/{model.model_id}",
+        model_id=model.model_id,
+        description=fit_description("# Long\n\n" + "x" * 9000),
+    )
+    client.update_model_version(
+        "long", version.version, fit_description(f"{version.description}\n## Decision\n\n{'y' * 999}")
+    )
+    assert len(client.get_model_version("long", version.version).description) == MOST
+
+
 def test_versions_compete_and_the_champion_samples_where_the_project_is_not_importable(
     run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
 ) -> None:

@@ -36,7 +36,15 @@ def test_every_secret_must_be_given_and_none_has_a_default_or_is_an_argument() -
     text = (INFRA / "compose.yaml").read_text()
     assert {name for name in SECRETS if f"${{{name}:?" in text} == SECRETS
     used = set(re.findall(r"\$\{([A-Z0-9_]+)", text))
-    assert used - SECRETS <= {"PREFECT_PORT", "MLFLOW_PORT", "COMMIT", *IMAGES}
+    assert used - SECRETS <= {
+        "PREFECT_PORT",
+        "MLFLOW_PORT",
+        "COMMIT",
+        "IMAGES",
+        "TORCH_LOCK",
+        "PIP_EXTRA_INDEX_URL",
+        *IMAGES,
+    }
     for name, service in SERVICES.items():
         arguments = yaml.safe_dump([service.get("command"), service.get("entrypoint"), service.get("healthcheck")])
         assert not [secret for secret in SECRETS if f"${{{secret}" in arguments], name

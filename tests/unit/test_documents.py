@@ -9,6 +9,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [
     PROJECT / "README.md",
     PROJECT / "SECURITY.md",
+    PROJECT / "CONTRIBUTING.md",
+    PROJECT / "CHANGELOG.md",
     PROJECT / "tests/README.md",
     *sorted((PROJECT / "docs").glob("*.md")),
 ]

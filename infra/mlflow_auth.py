@@ -1,0 +1,34 @@
+"""MLflow's own users: where its server finds them, and that their password is the one that is asked for.
+
+`python infra/mlflow_auth.py` does both in a container, with MLFLOW_AUTH_DATABASE_URI, MLFLOW_AUTH_ADMIN_PASSWORD and
+MLFLOW_AUTH_CONFIG_PATH of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "mlflow" / "server.ini"
+
+
+def write_settings(path: Path, database: str) -> None:
+    """Write what MLFLOW_AUTH_CONFIG_PATH names."""
+    path.write_text(TEMPLATE.read_text().replace("= DATABASE_URI", f"= {database}"))
+
+
+def follow_password(database: str, password: str) -> None:
+    """Have the users, where there are any, know the password: MLflow keeps the one that its database was made with."""
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    users = SqlAlchemyStore()
+    users.init_db(database)
+    if users.has_user("admin") and not users.authenticate_user("admin", password):
+        users.update_user("admin", password)
+    users.engine.dispose()
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    write_settings(Path(os.environ["MLFLOW_AUTH_CONFIG_PATH"]), os.environ["MLFLOW_AUTH_DATABASE_URI"])
+    follow_password(os.environ["MLFLOW_AUTH_DATABASE_URI"], os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])

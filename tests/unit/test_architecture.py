@@ -1,0 +1,63 @@
+"""docs/architecture.md is true: the rooms import one way, and what the page names is there."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+PAGE = (PROJECT / "docs/architecture.md").read_text()
+FORBIDDEN = {
+    "diffusion": ("prefect", "ray", "flows"),
+    "diffusion/trust": ("torch", "diffusion.data", "diffusion.process", "diffusion.model", "diffusion.training"),
+    "diffusion/data": ("torch", "diffusion.process", "diffusion.model", "diffusion.training", "diffusion.evaluation"),
+    "diffusion/process": (
+        "logging",
+        "pathlib",
+        "accelerate",
+        "diffusion.data",
+        "diffusion.model",
+        "diffusion.training",
+    ),
+    "diffusion/model": ("diffusion.data", "diffusion.training", "diffusion.evaluation", "diffusion.tracking"),
+    "diffusion/training": ("mlflow", "diffusion.evaluation", "diffusion.tracking"),
+    "diffusion/evaluation": ("mlflow", "diffusion.tracking"),
+    "flows/tasks": ("torch",),
+}
+"""Of each room, what no module of it imports."""
+
+
+def imports(module: Path) -> Iterator[str]:
+    """What it imports as it is loaded, or later; but for what is there for types alone."""
+    tree = ast.parse(module.read_text())
+    for_types = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    left_out = {id(inner) for node in for_types for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in left_out:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_imports_point_one_way(room: str) -> None:
+    found = [
+        f"{module.relative_to(PROJECT)} imports {name}"
+        for module in sorted((PROJECT / room).rglob("*.py"))
+        for name in imports(module)
+        for forbidden in FORBIDDEN[room]
+        if name == forbidden or name.startswith(f"{forbidden}.")
+    ]
+    assert found == []
+
+
+def test_what_the_page_names_is_there() -> None:
+    named = re.findall(r"`((?:diffusion|flows|infra|mlflow|tests)/[\w/.]*)`", PAGE)
+    assert len(named) > 30
+    assert [name for name in named if not (PROJECT / name).exists()] == []
