@@ -136,6 +136,7 @@ def run_job(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     sys.stdout = sys.stderr = RankOutput(f"[rank {rank}] ", sys.stdout)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say of each setting where it found it
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
         if spec.deterministic:

@@ -208,6 +208,15 @@ def say_why(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
             prefect.set_flow_run_state(flow_run.id, Crashed(message=_why[0]), force=True)
 
 
+def cancel_tasks(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook: what a cancelled run was about was cancelled too; Prefect says crashed, for the signal that its process got."""
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
+    ended = TaskRunFilter.model_validate({"state": {"type": {"any_": ["CRASHED", "RUNNING", "PENDING"]}}})
+    with get_client(sync_client=True) as prefect:
+        for task in prefect.read_task_runs(flow_run_filter=of_run, task_run_filter=ended, limit=MOST_TASKS):
+            prefect.set_task_run_state(task.id, Cancelled(message=state.message), force=True)
+
+
 def end_with_worker() -> None:
     """End this process as a cancellation would, once the worker that started it has died: nobody else could cancel it.
 

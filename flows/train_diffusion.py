@@ -18,7 +18,7 @@ from flows.checks import check_before_compute
 from flows.course import course
 from flows.credentials import use_block
 from flows.nights import Nights, is_night, seed_of
-from flows.owner import be_the_only_run, end_with_worker, say_why
+from flows.owner import be_the_only_run, cancel_tasks, end_with_worker, say_why
 from flows.progress import attended
 from flows.request import RANGE, StartFrom, TrainingRequest, usual_preset
 from flows.run import tracked_run
@@ -57,7 +57,7 @@ def _name() -> str:
     return f"{datetime.now(UTC):%m%d-%H%M%S}{recipe}{seed}{start}{night}"
 
 
-@flow(name="train-diffusion", flow_run_name=_name, on_crashed=[say_why])
+@flow(name="train-diffusion", flow_run_name=_name, on_crashed=[say_why], on_cancellation=[cancel_tasks])
 def train_diffusion(
     preset: Annotated[str, Field(json_schema_extra={"pattern": PRESETS})] | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006  never changed; a form has no field for one that may be absent

@@ -122,6 +122,7 @@ def cancel(project: Project, run: FlowRun, key: str) -> tuple[int, float]:
     run.wait_for(lambda: run.told()["state"][0] == "CANCELLED")
     (tracked,) = [one for one in run.told()["runs"] if one["key"] == key]
     assert tracked["status"] == "KILLED"
+    run.wait_for(lambda: {"CANCELLED"} <= {*run.told()["tasks"]} <= {"CANCELLED", "COMPLETED"})
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert f"{step:09d}" in {path.name for path in (project.folder / "var/store/checkpoints" / key).iterdir()}
     return step, gone
