@@ -1,0 +1,61 @@
+#!/bin/bash
+# One training on the nodes of a Slurm allocation: Ray on all of them, the flow on the first.
+#   sbatch infra/slurm.sh                                 # the preset demo on two nodes
+#   sbatch --nodes=4 infra/slurm.sh --preset eurosat      # what follows the script's name goes to python -m flows.demo
+# This folder, its .venv (make ray) and var/ (or TRAIN_DIFFUSION_HOME, and the store) lie on a file system that all nodes share.
+# Submitted again after a cancellation, a lost node or the end of its time, it goes on from the newest checkpoint.
+#SBATCH --job-name=train-diffusion
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --signal=B:TERM@120
+#SBATCH --output=train-diffusion-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit it with sbatch}"
+umask 077
+python=.venv/bin/python
+
+export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+# Steps inherit the environment: the token is in no argument.
+RAY_AUTH_TOKEN=$($python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+port=$((20000 + SLURM_JOB_ID % 10000)) # allocations that share a node have one each
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address() { srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" hostname -I | cut -d' ' -f1; }
+head=$(address "${nodes[0]}")
+export RAY_ADDRESS="$head:$port"
+
+ray_on() { # node, and what tells a head from the others
+  local node=$1 own
+  shift
+  own=$(address "$node")
+  srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" .venv/bin/ray start "$@" --node-ip-address="$own" --block \
+    --min-worker-port=0 --max-worker-port=0 --disable-usage-stats &
+}
+ray_on "${nodes[0]}" --head --port="$port" --include-dashboard=false
+for node in "${nodes[@]:1}"; do ray_on "$node" --address="$RAY_ADDRESS"; done
+$python - "${#nodes[@]}" <<'END'
+import sys, time, ray
+deadline = time.monotonic() + 300
+while True:
+    try:
+        ray.init(log_to_driver=False)
+        break
+    except (ConnectionError, RuntimeError):
+        if time.monotonic() > deadline:
+            sys.exit("Ray did not start: see above")
+        time.sleep(1)
+while len([node for node in ray.nodes() if node["Alive"]]) < int(sys.argv[1]):
+    if time.monotonic() > deadline:
+        sys.exit("not every node has joined: see above")
+    time.sleep(1)
+END
+
+$python -m flows.demo "$@" &
+flow=$!
+trap 'kill -TERM $flow' TERM # a checkpoint, then gone
+code=0
+wait $flow || code=$?
+if kill -0 $flow 2>/dev/null; then wait $flow || code=$?; fi # asked to end, it is waited for
+kill %1 2>/dev/null || true # Ray's head; the others follow
+exit $code
