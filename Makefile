@@ -9,7 +9,7 @@ help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # Processes that tests run on, side by side. They wait for servers as often as they compute.
-WORKERS := 2
+WORKERS := 3
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 

@@ -6,5 +6,7 @@ import torch
 import diffusion.evaluation.job
 import diffusion.evaluation.measure_reference
 import diffusion.training.loop  # noqa: F401
+import mlflow  # noqa: F401
+import tests.faults.caller  # noqa: F401
 
 torch.set_num_threads(1)  # a fork has no threads but its own

@@ -45,10 +45,15 @@ class ForkedRank:
 
 def fork_rank(module: str, folder: Path, log: int, env: dict[str, str]) -> ForkedRank:
     """In place of `flows.launcher._start`."""
+    return fork(module, folder, folder / LOG, env)
+
+
+def fork(module: str, folder: Path, log: Path, env: dict[str, str]) -> ForkedRank:
+    """`python -m MODULE FOLDER`, in a session of its own, without Python's start and what is imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # The log by its name: where ranks are forked from, this process's files are not open.
-    process = context.Process(target=_be_rank, args=(module, str(folder), str(folder / LOG), env))
+    process = context.Process(target=_be_rank, args=(module, str(folder), str(log), env))
     process.start()
     return ForkedRank(process)
 

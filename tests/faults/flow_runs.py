@@ -176,22 +176,27 @@ def kept(project: Project) -> Iterator[None]:
         variable: str(urlsplit(project.servers[address]).port)
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI"))
     }
-    install = [sys.executable, "infra/service.py", "install"]
-    if os.geteuid() == 0:  # whose unit would be the machine's
-        hidden = 'mount -t tmpfs tmpfs /etc/systemd/system && exec "$@"'
-        install = ["unshare", "--mount", "sh", "-c", hidden, "sh", *install]
-    told = project.shell(*install, env=ports)
-    assert "systemd can't be asked here" in told.stderr, told.stdout + told.stderr
-    (command,) = [line for line in told.stderr.splitlines() if line.startswith("Without it")]
     with (project.folder / "var/stack/keeper.log").open("wb") as log:
-        keeper = subprocess.Popen(
-            shlex.split(command.partition("run this: ")[2]), cwd="/", env=project.env, stdout=log, stderr=log
-        )
+        keeper = subprocess.Popen(installed(project, ports), cwd="/", env=project.env | ports, stdout=log, stderr=log)
     try:
         yield
     finally:
         keeper.terminate()
         assert keeper.wait(60) == 0, log_of(project, "keeper")
+
+
+def installed(project: Project, ports: dict[str, str]) -> list[str]:
+    """What `make service` says that it would have systemd run."""
+    install = [sys.executable, str(project.folder / "infra/service.py"), "install"]
+    if os.geteuid() == 0:  # whose unit would be the machine's
+        if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+            return [*install[:2], "keep"]
+        hidden = 'mount -t tmpfs tmpfs /etc/systemd/system && exec "$@"'
+        install = ["unshare", "--mount", "sh", "-c", hidden, "sh", *install]
+    told = project.shell(*install, env=ports)
+    assert "systemd can't be asked here" in told.stderr, told.stdout + told.stderr
+    (command,) = [line for line in told.stderr.splitlines() if line.startswith("Without it")]
+    return shlex.split(command.partition("run this: ")[2])
 
 
 def prepare_restart(project: Project, name: str) -> Callable[[], None]:

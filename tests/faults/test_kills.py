@@ -1,7 +1,8 @@
 """Kill anything at any moment: the finished run has the same weights and journal, each metric once, and no process is left.
 
-Each trial is one training that is killed several times and begun again until it is done. What is killed, and when, is drawn from
-a recorded seed: SOAK_KILLS=200 SOAK_SEED=7 pytest tests/faults/test_kills.py. The table of all kills goes to SOAK_REPORT.
+Each trial is one training that is killed several times and begun again until it is done, now with one process, now with two. What is
+killed, and when, is drawn from a recorded seed: SOAK_KILLS=200 SOAK_SEED=7 pytest tests/faults/test_kills.py. The table of all kills
+goes to SOAK_REPORT.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +27,7 @@ from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.conftest import SEED
 from tests.faults.report import Kill
 from tests.processes import wait_until_ended
+from tests.ranks import ForkedRank, fork
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,7 @@ class Trial:
     tmp_path: Path
     tracking_uri: str
     kills: list[Kill] = field(default_factory=list)
+    told: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -67,20 +69,20 @@ class Trial:
             until=STEPS,
             checkpoint_every=EVERY,
         )
-        told = {"job": job.model_dump(mode="json"), "tracking_uri": self.tracking_uri, "processes": PROCESSES}
-        (self.folder / "caller.json").write_text(json.dumps(told))
+        self.told = {"job": job.model_dump(mode="json"), "tracking_uri": self.tracking_uri}
+        (self.folder / "caller.log").touch()
 
-    def begin(self, **env: str) -> subprocess.Popen[bytes]:
-        output = (self.folder / "caller.log").open("ab")
-        command = [sys.executable, "-m", "tests.faults.caller", str(self.folder)]
-        return subprocess.Popen(command, env={**os.environ, **env}, stdout=output, stderr=output)
+    def begin(self, processes: int = 1, **env: str) -> ForkedRank:
+        """The caller is forked; the ranks are started as the product starts them."""
+        (self.folder / "caller.json").write_text(json.dumps({**self.told, "processes": processes}))
+        return fork("tests.faults.caller", self.folder, self.folder / "caller.log", {**os.environ, **env})
 
     def step(self) -> int:
         journal = self.folder / JOURNAL
         found = records(journal.read_bytes()) if journal.exists() else []
         return int(found[-1]["step"]) if found else 0
 
-    def finish(self, caller: subprocess.Popen[bytes]) -> None:
+    def finish(self, caller: ForkedRank) -> None:
         assert caller.wait(600) == 0, (self.folder / "caller.log").read_text()[-3000:]
 
     def weights(self) -> str:
@@ -100,7 +102,7 @@ class Trial:
         return [(name, p.step, p.value) for name in names for p in client.get_metric_history(run, name)]
 
 
-def tree_of(caller: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+def tree_of(caller: ForkedRank) -> dict[str, psutil.Process]:
     """The caller and the ranks, as far as they live."""
     found = {"caller": psutil.Process(caller.pid)}
     for process in found["caller"].children(recursive=True):
@@ -126,12 +128,12 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     steps_on, delay = (
         (None, rng.uniform(0.5, 6.0)) if rng.random() < 0.2 else (rng.randrange(1, 25), rng.uniform(0, 0.2))
     )
-    first_step = trial.step()
-    caller = trial.begin(**env)
+    first_step, processes = trial.step(), 1 if victim.startswith("rank 0") else PROCESSES
+    caller = trial.begin(processes, **env)
     tree: dict[str, psutil.Process] = {}
     began = time.monotonic()
     while caller.poll() is None and time.monotonic() < began + 600:
-        tree |= tree_of(caller) if len(tree) < 1 + PROCESSES else {}
+        tree |= tree_of(caller) if len(tree) < 1 + processes else {}
         if victim == "rank 0 in a checkpoint":
             if said.exists():
                 break
@@ -170,7 +172,7 @@ def test_whatever_is_killed_the_run_ends_the_same(
 ) -> None:
     undisturbed = Trial("undisturbed", ingested, tmp_path, mlflow_server.url)
     undisturbed.prepare()
-    undisturbed.finish(undisturbed.begin())
+    undisturbed.finish(undisturbed.begin(PROCESSES))
     weights, journal, points = undisturbed.weights(), (undisturbed.folder / JOURNAL).read_bytes(), undisturbed.points()
     assert len(points) == 3 * STEPS == len({(name, step) for name, step, _ in points})
 
