@@ -24,7 +24,8 @@ import pytest
 
 from diffusion.training.journal import JOURNAL
 from tests.conftest import TINY, free_port
-from tests.faults.flow_runs import ENDS, QUERIES, on_generated
+from tests.faults.flow_runs import ENDS, on_generated
+from tests.servers import Servers
 
 PROJECT = Path(__file__).resolve().parents[2]
 STEPS = 300
@@ -120,6 +121,12 @@ class Containers:
         except urllib.error.HTTPError as error:
             return error.code, error.read()
 
+    @property
+    def servers(self) -> Servers:
+        prefect, mlflow = (f"http://127.0.0.1:{self.ports[port]}" for port in ("PREFECT_PORT", "MLFLOW_PORT"))
+        logins = [("admin", self.secrets[name]) for name in ("PREFECT_PASSWORD", "MLFLOW_PASSWORD")]
+        return Servers(f"{prefect}/api", mlflow, *logins)
+
     def as_admin(self, password: str) -> dict[str, str]:
         return {"Authorization": "Basic " + b64encode(f"admin:{self.secrets[password]}".encode()).decode()}
 
@@ -144,8 +151,8 @@ class Training:
         said = self.stack.inside(*command, "--params", json.dumps(on_generated(OVERRIDES)))
         self.id = next(line for line in said.splitlines() if "UUID" in line).split()[-1]
 
-    def told(self) -> dict[str, Any]:
-        return dict(json.loads(self.stack.inside("python", "-c", QUERIES, self.id)))
+    def state(self) -> str:
+        return self.stack.servers.state(self.id)[0]
 
     def wait_for_step(self, key: str, step: int) -> None:
         def reached() -> bool:
@@ -154,12 +161,9 @@ class Training:
 
         wait_for(reached)
 
-    def wait_for_end(self) -> dict[str, Any]:
-        wait_for(lambda: self.told()["state"][0] in ENDS)
-        told = self.told()
-        if told["state"][0] != "COMPLETED":
-            print(self.stack.run("logs", "--tail", "200", "worker"))
-        return told
+    def wait_for_end(self) -> None:
+        wait_for(lambda: self.state() in ENDS)
+        assert self.state() == "COMPLETED", self.stack.run("logs", "--tail", "200", "worker")
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +182,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
 @pytest.fixture(scope="module")
 def undisturbed(stack: Containers) -> Training:
     training = Training(stack)
-    told = training.wait_for_end()
-    assert told["state"][0] == "COMPLETED", told["state"]
+    training.wait_for_end()
     return training
 
 
@@ -204,7 +207,7 @@ def test_a_model_leads_back_to_its_commit_and_is_loaded_from_outside(
     stack: Containers, undisturbed: Training, tmp_path: Path
 ) -> None:
     address = f"http://127.0.0.1:{stack.ports['MLFLOW_PORT']}"
-    (run,) = undisturbed.told()["runs"]
+    (run,) = stack.servers.runs()
     assert run["status"] == "FINISHED"
     env = os.environ | {
         "MLFLOW_TRACKING_URI": address,
@@ -219,25 +222,24 @@ def test_a_model_leads_back_to_its_commit_and_is_loaded_from_outside(
 
 
 def test_whatever_dies_comes_back_and_the_weights_are_the_same(stack: Containers, undisturbed: Training) -> None:
-    key = undisturbed.told()["runs"][0]["key"]
+    key = stack.servers.runs()[0]["key"]
     training = Training(stack)
     for victim, step in VICTIMS.items():
         training.wait_for_step(training.id, step)
         stack.die(victim)
     own = f"demo-seed0-{training.id}"
-    wait_for(lambda: training.told()["state"][0] == "CRASHED")
+    wait_for(lambda: training.state() == "CRASHED")
     training.start()
     training.wait_for_step(own, STOPPED)
     stack.run("stop", "worker")
     asked = stack.run("run", "--rm", "--no-deps", "-T", "worker", "python", "-c", NEWEST, own).split()
     assert asked[0] == asked[1], "the worker was asked to end: its run leaves a checkpoint of where it is"
     stack.run("start", "worker")
-    wait_for(lambda: training.told()["state"][0] in ENDS)
+    wait_for(lambda: training.state() in ENDS)
     training.start()
-    told = training.wait_for_end()
-    assert told["state"][0] == "COMPLETED", told["state"]
+    training.wait_for_end()
     assert stack.inside("python", "-c", DIGEST, own) == stack.inside("python", "-c", DIGEST, key)
-    losses = {one["key"]: one["losses"] for one in told["runs"]}
+    losses = {one["key"]: one["losses"] for one in stack.servers.runs()}
     assert losses[own] == losses[key], "a point is missing, or there twice"
 
 

@@ -419,7 +419,7 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     assert "A flow run is under way, and would end: what it runs on has to start anew" in refused.stderr
     assert {process.pid for process in stack_processes(stack)} == before
     assert stack.shell("prefect", "flow-run", "cancel", run.id).returncode == 0
-    assert run.wait_for_end()["state"][0] == "CANCELLED"
+    assert run.wait_for_end()[0] == "CANCELLED"
     run.wait_for(lambda: not process(stack, "worker").children())
     cleaned = stack.stack("clean")
     assert " MB freed: copies of shards" in cleaned.stdout, cleaned.stderr

@@ -22,29 +22,8 @@ import requests
 
 from diffusion.data.store import FolderStore
 from diffusion.training.journal import JOURNAL, records
+from tests.servers import Servers
 from tests.stack import Project
-
-QUERIES = """
-import asyncio, json, sys
-from prefect import get_client
-from prefect.client.schemas.filters import FlowRunFilter
-from mlflow import MlflowClient
-async def main():
-    async with get_client() as client:
-        run = await client.read_flow_run(sys.argv[1])
-        state = [run.state.type.value, run.state.message or ""]
-        of_run = FlowRunFilter.model_validate({"id": {"any_": [sys.argv[1]]}})
-        tasks = [task.state.type.value for task in await client.read_task_runs(flow_run_filter=of_run)]
-    tracking = MlflowClient()
-    experiment = tracking.get_experiment_by_name("train-diffusion")
-    runs = tracking.search_runs([experiment.experiment_id]) if experiment else []
-    found = [{"status": r.info.status, "failure": r.data.tags.get("failure", ""), "seed": r.data.params.get("seed"),
-              "key": r.data.tags["train_diffusion.run"], "id": r.info.run_id,
-              "losses": [[p.step, p.value] for p in tracking.get_metric_history(r.info.run_id, "train/loss")]} for r in runs]
-    print(json.dumps({"state": state, "tasks": tasks, "runs": found}))
-asyncio.run(main())
-"""
-
 
 NIGHT = """
 import asyncio, json, sys
@@ -116,10 +95,12 @@ class FlowRun:
         done = self.project.shell(sys.executable, "-c", RETRY, self.id, env=self.project.servers)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    def told(self) -> dict[str, Any]:
-        done = self.project.shell(sys.executable, "-c", QUERIES, self.id, env=self.project.servers)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return dict(json.loads(done.stdout))
+    @property
+    def servers(self) -> Servers:
+        return Servers.of(self.project.servers)
+
+    def state(self) -> tuple[str, str]:
+        return self.servers.state(self.id)
 
     def journals(self) -> list[Path]:
         return list((self.project.folder / "var/runs").glob(f"demo-*/{JOURNAL}"))
@@ -133,9 +114,9 @@ class FlowRun:
     def wait_for_step(self, step: int, key: str = "") -> None:
         self.wait_for(lambda: any(last_step(path) >= step for path in self.journals() if key in str(path)))
 
-    def wait_for_end(self) -> dict[str, Any]:
-        self.wait_for(lambda: self.told()["state"][0] in ENDS)
-        return self.told()
+    def wait_for_end(self) -> tuple[str, str]:
+        self.wait_for(lambda: self.state()[0] in ENDS)
+        return self.state()
 
 
 def last_step(journal: Path) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,15 +44,6 @@ OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * S
 GONE_SECONDS = 90.0
 """Patience, not a promise: how long it took is in the table."""
 COMMIT = "c" * 40
-
-STATES = """
-import asyncio, json, sys
-from prefect import get_client
-async def main():
-    async with get_client() as client:
-        print(json.dumps([(await client.read_flow_run(run)).state.type.value for run in sys.argv[1:]]))
-asyncio.run(main())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +90,13 @@ def moment(victim: str) -> int:
     return random.Random(f"{SEED} {victim}").randrange(*MOMENTS[victim])
 
 
-def assert_the_same(project: Project, key: str, told: dict[str, Any], expected: tuple[str, bytes]) -> None:
+def assert_the_same(project: Project, key: str, run: FlowRun, expected: tuple[str, bytes]) -> None:
     assert weights(FolderStore(project.folder / "var/store"), key, STEPS) == expected[0]
     assert (project.folder / "var/runs" / key / JOURNAL).read_bytes() == expected[1]
-    (run,) = [run for run in told["runs"] if run["key"] == key]
-    assert run["status"] == "FINISHED"
+    (tracked,) = [one for one in run.servers.runs() if one["key"] == key]
+    assert tracked["status"] == "FINISHED"
     wanted = [[record["step"], record["loss"]] for record in records(expected[1]) if record["kind"] == "metrics"]
-    assert run["losses"] == wanted, "a point is missing, or there twice"
+    assert tracked["losses"] == wanted, "a point is missing, or there twice"
 
 
 def cancel(project: Project, run: FlowRun, key: str) -> tuple[int, float]:
@@ -119,10 +107,10 @@ def cancel(project: Project, run: FlowRun, key: str) -> tuple[int, float]:
     assert done.returncode == 0, done.stderr
     run.wait_for(lambda: wait_until_ended(tree, time.monotonic()) == [])
     gone = time.monotonic() - asked
-    run.wait_for(lambda: run.told()["state"][0] == "CANCELLED")
-    (tracked,) = [one for one in run.told()["runs"] if one["key"] == key]
+    run.wait_for(lambda: run.state()[0] == "CANCELLED")
+    (tracked,) = [one for one in run.servers.runs() if one["key"] == key]
     assert tracked["status"] == "KILLED"
-    run.wait_for(lambda: {"CANCELLED"} <= {*run.told()["tasks"]} <= {"CANCELLED", "COMPLETED"})
+    run.wait_for(lambda: {"CANCELLED"} <= {*run.servers.tasks(run.id)} <= {"CANCELLED", "COMPLETED"})
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert f"{step:09d}" in {path.name for path in (project.folder / "var/store/checkpoints" / key).iterdir()}
     return step, gone
@@ -143,8 +131,8 @@ def kill(project: Project, run: FlowRun, key: str, victim: str) -> tuple[int, fl
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert step < STEPS
     # With nobody left who could say so, the automation notices the silence.
-    run.wait_for(lambda: run.told()["state"][0] == "CRASHED")
-    assert ("No heartbeat" in run.told()["state"][1]) == (victim == "flow and worker")
+    run.wait_for(lambda: run.state()[0] == "CRASHED")
+    assert ("No heartbeat" in run.state()[1]) == (victim == "flow and worker")
     if "worker" in victim:
         wait_until_back(project, "worker", worker.pid)
     return step, gone
@@ -181,14 +169,14 @@ def outlive(project: Project, expected: tuple[str, bytes], tell: Callable[[list[
         else:
             wait_until_back(project, victim, kill_all(project, victim))
         kills.append(Kill(key, victim, "training", moment(victim), 0.0, 0.0, True))
-    told = run.wait_for_end()
-    assert told["state"][0] == "COMPLETED", told["state"]
-    assert_the_same(project, key, told, expected)
+    state = run.wait_for_end()
+    assert state[0] == "COMPLETED", state
+    assert_the_same(project, key, run, expected)
     for victim, dead in ended.items():
-        assert not {"RUNNING", "PENDING"} & {*dead.told()["tasks"]}, (
+        assert not {"RUNNING", "PENDING"} & {*dead.servers.tasks(dead.id)}, (
             f"{victim}: tasks of a run that has ended say that they run"
         )
-    assert ended["worker"].told()["state"][1] == "The worker that ran it has died."
+    assert ended["worker"].state()[1] == "The worker that ran it has died."
     tell(kills)
 
 
@@ -198,14 +186,9 @@ def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
     worker.kill()
     worker.wait()
     due = [datetime.now(UTC).replace(hour=2) - timedelta(days=days) for days in (3, 2, 1)]
-    nights = [FlowRun.by_schedule(project, "train-diffusion", on_generated(TINY), day).id for day in due]
+    nights = [FlowRun.by_schedule(project, "train-diffusion", on_generated(TINY), day) for day in due]
     restart()
-    deadline = time.monotonic() + 600
-    states: list[str] = []
-    while not states or {*states} - {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}:
-        assert time.monotonic() < deadline, states
-        time.sleep(1)
-        states = json.loads(project.shell(sys.executable, "-c", STATES, *nights, env=project.servers).stdout)
+    states = [night.wait_for_end()[0] for night in nights]
     assert sorted(states) == ["CANCELLED", "CANCELLED", "COMPLETED"]
     (seed,) = {path.name.split("-")[1] for path in (project.folder / "var/runs").glob("demo-seed20*")}
     assert seed == f"seed{due[-1]:%Y%m%d}"

@@ -105,18 +105,18 @@ def test_nights_end_with_what_they_must_whatever_was_killed(
         if victim is not None:
             run.wait_for_step(step, key)
             strike(project, victim, rng.uniform(1, 6))
-        while run.wait_for_end()["state"][0] == "CRASHED":
+        while run.wait_for_end()[0] == "CRASHED":
             run.retry()
-        told = run.told()
-        assert told["state"][0] == "COMPLETED", told["state"]
+        state = run.state()
+        assert state[0] == "COMPLETED", state
         expected = undisturbed(source, tmp_path, int(f"{due:%Y%m%d}"))
         assert weights(store, key, STEPS) == expected[0], (key, victim)
         assert (project.folder / "var/runs" / key / JOURNAL).read_bytes() == expected[1], (key, victim)
         kills.append(Kill(key, victim or "nothing", "night", step, 0.0, round(time.monotonic() - began, 1), True))
         if night == NIGHTS - 1 or due.weekday() == 6:
             sunday = {"keep_runs": KEPT, "keep_versions": KEPT, "keep_champions": KEPT}
-            assert FlowRun.by_schedule(project, "clean-up", sunday, due).wait_for_end()["state"][0] == "COMPLETED"
-    check_runs(run.told()["runs"], keys)
+            assert FlowRun.by_schedule(project, "clean-up", sunday, due).wait_for_end()[0] == "COMPLETED"
+    check_runs(run.servers.runs(), keys)
     live = check_promotions(store)
     check_disk(project, store, keys, live)
     tell(kills)
