@@ -8,8 +8,9 @@ BIN := .venv/bin
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-# Processes that tests run on, side by side. They wait for servers as often as they compute.
-WORKERS := 3
+# Processes that tests run on, side by side. Faults wait more than they compute.
+WORKERS := 2
+FAULT_WORKERS := 3
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
@@ -54,7 +55,7 @@ test: .venv/installed-dev ## All tests but those that kill; none needs a network
 	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/faults --ignore=tests/containers
 
 faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
-	$(BIN)/python -m pytest -n $(WORKERS) tests/faults
+	$(BIN)/python -m pytest -n $(FAULT_WORKERS) tests/faults
 
 containers: .venv/installed-dev ## infra/compose.yaml for real: a training outlives the death of each container (needs docker compose)
 	$(BIN)/python -m pytest -s tests/containers

@@ -19,7 +19,7 @@ from tests.stack import Project
 pytestmark = pytest.mark.slow
 
 MODEL = "generated-fields-and-water-ddpm"
-PATIENCE = 60_000  # ms
+PATIENCE = 300_000  # ms
 
 
 @pytest.fixture(scope="module")
