@@ -8,7 +8,7 @@ BIN := .venv/bin
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-# Processes that tests run on, side by side. Faults wait more than they compute.
+# Processes that tests run on, side by side.
 WORKERS := 2
 FAULT_WORKERS := 3
 

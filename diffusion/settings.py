@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -59,7 +60,7 @@ class Settings(BaseSettings):
     """Datasets, checkpoints and evaluations: a folder or s3://bucket/prefix. Default: store in the home."""
     tracking_uri: str = Field(default="", validation_alias="MLFLOW_TRACKING_URI")
     """MLflow: an http(s) URL, or sqlite:////absolute/path. Default: a database in the home."""
-    tracking_pages: str = Field(default="", pattern="^(https?://.+)?$", validation_alias="TRAIN_DIFFUSION_MLFLOW_UI")
+    tracking_pages: str = Field(default="", validation_alias="TRAIN_DIFFUSION_MLFLOW_UI")
     """http(s) URL at which people open MLflow, where that is not MLFLOW_TRACKING_URI: in containers, behind a proxy."""
     archive: Path | None = Field(default=None, validation_alias="EUROSAT_ARCHIVE")
     """EuroSAT as a zip or folder. Default: look in the home's downloads, then download."""
@@ -99,6 +100,16 @@ class Settings(BaseSettings):
     @classmethod
     def _of_the_user(cls, archive: Path | None) -> Path | None:
         return archive.expanduser() if archive else None
+
+    @field_validator("tracking_pages", mode="after")
+    @classmethod
+    def _for_everybody(cls, address: str) -> str:
+        parts = urlsplit(address)
+        if "@" in parts.netloc:
+            raise ValueError("it has a user or password in its address, which pages would show: people log in there")
+        if address and (parts.scheme not in ("http", "https") or not parts.netloc):
+            raise ValueError("it is no address like http://127.0.0.1:5000")
+        return address
 
     @field_validator("notify", mode="before")
     @classmethod
@@ -162,7 +173,7 @@ def settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        said = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()]
+        said = [f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}".removeprefix(": ") for one in error.errors()]
         allowed = (
             " It is true or false, 1 or 0, yes or no."
             if any(e["type"].startswith("bool") for e in error.errors())

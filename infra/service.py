@@ -18,7 +18,6 @@ from pathlib import Path
 
 import stack
 
-from diffusion.errors import UserError
 from diffusion.trust.private import read_private, use_private_home, write_private
 
 UNIT = "train-diffusion.service"
@@ -184,10 +183,4 @@ def keep() -> None:
 
 
 if __name__ == "__main__":
-    commands = {"install": install, "remove": remove, "keep": keep}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        raise SystemExit(__doc__)
-    try:
-        commands[sys.argv[1]]()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    stack.obey({"install": install, "remove": remove, "keep": keep}, __doc__)

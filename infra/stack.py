@@ -26,6 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -494,11 +495,15 @@ def status() -> None:
         print(OPEN_TO_ALL)
 
 
-if __name__ == "__main__":
-    commands = {"up": up, "down": down, "status": status, "password": password, "env": env, "clean": clean}
+def obey(commands: dict[str, Callable[[], None]], usage: str | None) -> None:
+    """Run the command that the command line names; end with a sentence if that is a user's to mend."""
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        raise SystemExit(__doc__)
+        raise SystemExit(usage)
     try:
         commands[sys.argv[1]]()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    obey({"up": up, "down": down, "status": status, "password": password, "env": env, "clean": clean}, __doc__)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NOBODY = 65534
+from tests.security.other_user import NOBODY
 
 
 def programs() -> Path | None:
@@ -29,9 +29,8 @@ def running_postgres(port: int) -> Iterator[str]:
     password = secrets.token_hex(8)
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     as_root = os.geteuid() == 0
-    who: dict[str, Any] = (
-        {"user": NOBODY, "group": NOBODY, "extra_groups": ()} if as_root else {}
-    )  # it does not run as root
+    # It does not run as root.
+    who: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": ()} if as_root else {}
     if as_root:
         os.chown(folder, NOBODY, NOBODY)
     data, told = folder / "data", folder / "password"

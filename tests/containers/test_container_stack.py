@@ -194,7 +194,6 @@ def test_both_servers_are_on_loopback_and_want_a_password(stack: Containers) -> 
         for one in ports or ()
     ]
     assert sorted(published) == sorted(("127.0.0.1", str(port)) for port in stack.ports.values())
-    assert stack.ask("PREFECT_PORT", "/api/flows/count")[0] in (401, 405)
     assert stack.ask("PREFECT_PORT", "/api/admin/version")[0] == 401
     assert stack.ask("MLFLOW_PORT", "/api/2.0/mlflow/experiments/search?max_results=1")[0] == 401
     assert stack.ask("PREFECT_PORT", "/api/admin/version", **stack.as_admin("PREFECT_PASSWORD"))[0] == 200

@@ -383,6 +383,7 @@ def test_a_card_of_any_length_is_kept(mlflow_server: Server) -> None:
     assert len(client.get_model_version("long", version.version).description) == MOST
 
 
+@pytest.mark.slow
 def test_versions_compete_and_the_champion_samples_where_the_project_is_not_importable(
     run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
 ) -> None:

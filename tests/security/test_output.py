@@ -23,6 +23,7 @@ MARKER = "s3cr3t-of-the-tests"
 ADDRESSES = {
     "TRAIN_DIFFUSION_STORE": f"s3://user:{MARKER}@bucket/prefix",
     "MLFLOW_TRACKING_URI": f"http://user:{MARKER}@127.0.0.1:9",
+    "TRAIN_DIFFUSION_MLFLOW_UI": f"http://user:{MARKER}@127.0.0.1:9",
     "AWS_ENDPOINT_URL_S3": f"http://user:{MARKER}@127.0.0.1:9",
     "TRAIN_DIFFUSION_INCEPTION": f"https://user:{MARKER}@127.0.0.1:9/x.pt",
 }
