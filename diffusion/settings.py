@@ -173,7 +173,8 @@ def settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        said = [f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}".removeprefix(": ") for one in error.errors()]
+        found = [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in error.errors()]
+        said = [f"{where}: {what}" if where else what for where, what in found]
         allowed = (
             " It is true or false, 1 or 0, yes or no."
             if any(e["type"].startswith("bool") for e in error.errors())
