@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from tests.conftest import BIN
 HERE = "10.77.0.1"
 """This machine, as they see it."""
 BRIDGE = "td-bridge"
+PATIENCE = 900.0
+"""Seconds: what takes ten of them on a quiet machine takes minutes where other tests keep it busy."""
 INIT = """
 import os, sys, time
 open(sys.argv[1], "w").write("up")
@@ -67,7 +69,7 @@ class Host:
         unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "bash", "-c", BOOT, "boot"]
         command = ["ip", "netns", "exec", self.name, *unshare, self.name, str(self.folder), sys.executable, INIT]
         self._outer = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-        wait_until(lambda: (here / "up").exists(), f"{self.name} does not start")
+        wait_until((here / "up").exists, lambda: f"{self.name} does not start")
 
     @property
     def _pid(self) -> int:
@@ -113,10 +115,11 @@ class Host:
         return self._outer is not None
 
 
-def wait_until(condition: object, what: str, seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
+def wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
+    """Fails with what is the matter by then."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what()
         time.sleep(0.1)
 
 
@@ -208,4 +211,4 @@ class Cluster:
             *(str(BIN / "ray"), *command.split()[1:], *options, "--object-store-memory=100000000"),
             **{"env": env, "stdout": log, "stderr": log, "stdin": subprocess.DEVNULL},
         )
-        assert started.wait(240) == 0, (host.folder / host.name / "ray.log").read_text()[-2000:]
+        assert started.wait(PATIENCE) == 0, (host.folder / host.name / "ray.log").read_text()[-2000:]
