@@ -120,7 +120,7 @@ def wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, what()
-        time.sleep(0.1)
+        time.sleep(0.5)  # looking costs what the hosts have need of
 
 
 @contextmanager

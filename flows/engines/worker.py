@@ -20,8 +20,6 @@ from typing import Any
 
 import psutil
 import ray
-import torch
-import torch.distributed as dist
 
 from diffusion.data.store import open_store
 from diffusion.errors import DataError
@@ -79,6 +77,10 @@ class Mailbox:
 class Worker:
     """One rank: a process that Ray starts for it on one of the hosts."""
 
+    def __init__(self) -> None:
+        """Where this fails, the host can't run a rank. Driver and mailbox, which share this module, have no use for torch."""
+        import accelerate  # noqa: F401
+
     def meet(self) -> tuple[str, int]:
         """Where the ranks may meet, if this is the first of them: on the cluster's network, and on no other."""
         self._door = socket.create_server((ray.util.get_node_ip_address(), 0))
@@ -87,6 +89,8 @@ class Worker:
     def run(self, told: dict[str, Any], rank: int, ranks: int, meeting: tuple[str, int]) -> None:
         """A rank's main. `told`: the job's module and spec, the mailbox, a marker in the store, the step that is committed, and the
         ranks that say what their hosts do."""
+        import torch
+
         mailbox = told["mailbox"]
         host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
         redact_logs()
@@ -120,6 +124,9 @@ class Worker:
 
 def _join(rank: int, ranks: int, meeting: tuple[str, int], door: socket.socket) -> None:
     """Meet the other ranks, if there are any. Ray gives each at most one GPU, and shows it no other."""
+    import torch
+    import torch.distributed as dist
+
     if rank > 0 or ranks == 1:
         door.close()
     if ranks == 1:  # no group: what the host's own environment says of one is not meant

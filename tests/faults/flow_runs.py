@@ -105,14 +105,15 @@ class FlowRun:
     def journals(self) -> list[Path]:
         return list((self.project.folder / "var/runs").glob(f"demo-*/{JOURNAL}"))
 
-    def wait_for(self, what: Callable[[], bool]) -> None:
+    def wait_for(self, what: Callable[[], bool], every: float = 0.5) -> None:
+        """Asks a server not more often than it can answer beside its work."""
         deadline = time.monotonic() + 600  # patience: a busy machine fails nothing
         while not what():
             assert time.monotonic() < deadline, log_of(self.project, "worker")
-            time.sleep(0.1)
+            time.sleep(every)
 
     def wait_for_step(self, step: int, key: str = "") -> None:
-        self.wait_for(lambda: any(last_step(path) >= step for path in self.journals() if key in str(path)))
+        self.wait_for(lambda: any(last_step(path) >= step for path in self.journals() if key in str(path)), 0.1)
 
     def wait_for_end(self) -> tuple[str, str]:
         self.wait_for(lambda: self.state()[0] in ENDS)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 
-STEPS, EVERY = 300, 5
+STEPS, EVERY = 400, 10
 STORE = "s3://tests/store"
 RANK = "ray::Worker"
 """How Ray calls a rank's process."""
@@ -42,7 +42,7 @@ class Machines:
     """A head and two hosts with a rank each, and S3 on a fourth address."""
 
     def __init__(self, cluster: Cluster, dataset: Manifest) -> None:
-        self.cluster, self.dataset = cluster, dataset
+        self.cluster, self.dataset, self.store = cluster, dataset, open_store(STORE)
         self.head, self.first, self.second = cluster.hosts
         self.expected: dict[int, str] = {}
 
@@ -89,7 +89,7 @@ class Trial:
 
     def step(self) -> int:
         """Of the newest checkpoint."""
-        return max(steps_with_checkpoint(open_store(STORE), self.name), default=0)
+        return max(steps_with_checkpoint(self.machines.store, self.name), default=0)
 
     def reach(self, step: int, caller: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: self.step() >= step or caller.poll() is not None, lambda: self.log[-3000:])
@@ -118,7 +118,7 @@ class Trial:
         return time.monotonic() - began
 
 
-def training(machines: Machines, name: str, folder: Path, steps: int) -> TrainingJob:
+def training(machines: Machines, name: str, folder: Path, steps: int, every: int = EVERY) -> TrainingJob:
     recipe = tiny_recipe(data__images=16 * steps, evaluation__every_images=16 * steps)
     return TrainingJob(
         run=name,
@@ -127,7 +127,7 @@ def training(machines: Machines, name: str, folder: Path, steps: int) -> Trainin
         shard_copies=folder / "copies",
         recipe=recipe,
         until=steps,
-        checkpoint_every=EVERY,
+        checkpoint_every=every,
     )
 
 
@@ -136,7 +136,7 @@ def expected(machines: Machines, folder: Path, steps: int) -> str:
     if steps not in machines.expected:
         nobody: Any = lambda said: None  # noqa: E731
         name = f"alone-{steps}"
-        job = training(machines, name, folder, steps)
+        job = training(machines, name, folder, steps, every=steps)
         run_job("diffusion.training.job", job, folder / name, 1, nobody, nobody, threads=1)
         machines.expected[steps] = result(name, steps)
     return machines.expected[steps]
@@ -174,7 +174,7 @@ def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp
     def strike(what: str, harm: Callable[[], None]) -> None:
         step, began = trial.step(), time.monotonic()
         harm()
-        trial.reach(trial.step() + 2 * EVERY, caller)
+        trial.reach(trial.step() + EVERY, caller)
         kills.append(Kill("hosts", f"hosts: {what}", "mid-run", step, 0.0, round(time.monotonic() - began, 1), True))
 
     def kill_a_rank() -> None:
@@ -273,7 +273,7 @@ def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path,
     trial.reach(10, caller)
     step, began = trial.step(), time.monotonic()
     machines.second.die()
-    trial.reach(step + 2 * EVERY, caller)
+    trial.reach(step + EVERY, caller)
     kills = [Kill("hosts", "hosts: a host", "mid-run", step, 0.0, round(time.monotonic() - began, 1), True)]
     machines.second.boot()  # and takes no part until the cluster starts anew
     for what in (signal.SIGKILL, signal.SIGTERM, "the head"):
