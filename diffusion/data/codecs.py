@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,6 +20,8 @@ MOST_BYTES = 256 << 20
 """Of an image's array: a few bytes of a file can mean gigabytes of pixels."""
 MOST_PAGES = 256
 """Of a TIFF: a page may be a band, a mask or a smaller copy."""
+PLAIN, DEFLATE, PACKBITS = (1,), (8, 32946), (32773,)
+"""A TIFF's compressions that are read. Others need a library that is not here, or take the memory that a file asks for."""
 PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Formats that Pillow decodes, by the extension that they have in a shard."""
 MODES = {"L": 1, "RGB": 3}
@@ -125,10 +128,36 @@ def _from_tiff(content: bytes) -> Array:
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series = file.series[0]
         _check_size(series.nbytes)
+        _check_segments(content, series)
         array, axes = series.asarray(), series.axes
     if array.ndim == 3 and not axes.endswith("S"):  # a plane a band
         array = np.moveaxis(array, 0, -1)
     return array
+
+
+def _check_segments(content: bytes, series: Any) -> None:
+    """Raises ValueError if the parts of an image unpack to more than an image may have: the decoder takes all they give."""
+    total = 0
+    for page in series.pages:
+        if page is None:
+            continue
+        kind = int(page.compression)
+        if kind not in PLAIN + DEFLATE + PACKBITS:
+            raise ValueError(f"it is packed by {page.compression!r}: write it uncompressed, or with deflate")
+        for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+            part = memoryview(content)[offset : offset + size]
+            most_of_a_byte = 64 if kind in PACKBITS else 1
+            total += _deflated(part, MOST_BYTES - total) if kind in DEFLATE else len(part) * most_of_a_byte
+            _check_size(total)
+
+
+def _deflated(part: memoryview, most: int) -> int:
+    """Bytes that it unpacks to, counted up to one more than `most`."""
+    decoder, total = zlib.decompressobj(), 0
+    while part and not decoder.eof and total <= most:
+        total += len(decoder.decompress(part, 1 << 20))
+        part = memoryview(decoder.unconsumed_tail)
+    return total
 
 
 def _check_pages(content: bytes) -> None:

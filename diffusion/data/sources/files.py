@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import tempfile
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Self
+from typing import BinaryIO, Self
 
 from diffusion.errors import DataError
 from diffusion.trust.reading import read_at_most, read_file
@@ -21,6 +22,9 @@ from diffusion.trust.redaction import shown
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Others may ask for gigabytes of memory for a few bytes."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+LZMA_BEGINNINGS = (b"\xfd7zXZ\0", b"\x5d\0\0")
+LZMA_BYTES = 256 << 20
+"""Of memory: a few bytes could ask for gigabytes. `xz -9` needs 65 MiB."""
 
 File = tuple[PurePosixPath, Callable[[], bytes]]
 """Where a file lies, and how its content is read."""
@@ -38,14 +42,20 @@ class Limits:
     what: str = "This is more than can be trained on."
 
 
-def read_files(path: Path, limits: Limits = Limits()) -> Iterator[File]:
-    """The files of a folder, zip or tar. Raises DataError if it is missing, damaged, unsafe or too large."""
+def read_files(
+    path: Path, limits: Limits = Limits(), wanted: Callable[[PurePosixPath], bool] = lambda name: True
+) -> Iterator[File]:
+    """The files of a folder, zip or tar. Raises DataError if it is missing, damaged, unsafe or too large.
+
+    Args:
+        wanted: which of them will be read: of a tar no others are kept.
+    """
     if not path.exists():
         raise DataError(f"There is nothing at {shown(str(path))}.")
     if path.is_dir():
         files = _folder_files(path, limits)
     elif path.name.endswith(TAR_SUFFIXES):
-        files = _tar_files(path, limits)
+        files = _tar_files(path, limits, wanted)
     else:
         files = _zip_files(path, limits)
     return _counted(path, files, limits)
@@ -93,6 +103,10 @@ class Meter:
     def read(self, read: Callable[[], bytes]) -> bytes:
         """The content of one more file."""
         content = read()
+        if len(content) > self._limits.file_bytes:
+            raise DataError(
+                f"{self._path} holds a file of more than {self._limits.file_bytes:,} bytes. {self._limits.what}"
+            )
         self._total += len(content)
         if self._total > self._limits.total_bytes:
             raise too_much(self._path, self._limits)
@@ -148,11 +162,54 @@ class WholeHeader(tarfile.TarInfo):
             raise ValueError("it does not end as a tar does") from error
 
 
-def check_tar(path: Path) -> None:
-    """Go through a tar's headers to its end. Raises an error if it was cut off."""
-    with tarfile.open(path, "r:*", tarinfo=WholeHeader) as archive:
-        for _ in _members(archive):
-            pass
+def check_tar(path: Path, limits: Limits) -> None:
+    """Go through a tar's headers to its end. Raises an error if it was cut off, or a sample's files together are too large."""
+    sample, size = "", 0
+    with _open_tar(path) as archive:
+        for number, member in enumerate(_members(archive), start=1):
+            folder, _, name = member.name.rpartition("/")
+            key = f"{folder}/{name.partition('.')[0]}"
+            sample, size = key, member.size + (size if key == sample else 0)
+            if number > limits.files or size > limits.file_bytes:
+                raise too_much(path, limits)
+
+
+class _Lzma:
+    """An .xz or .lzma file, read with little memory: `tarfile` by itself lets the file say how much it takes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._decoder = file, self._begin()
+
+    @staticmethod
+    def _begin() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=LZMA_BYTES)
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end."""
+        while True:
+            packed = b""
+            if self._decoder.eof:
+                packed = self._decoder.unused_data.lstrip(b"\0") or self._file.read(1 << 16).lstrip(b"\0")
+                if not packed:
+                    return b""
+                self._decoder = self._begin()  # as `xz` does with several one after the other
+            elif self._decoder.needs_input:
+                packed = self._file.read(1 << 16)
+                if not packed:
+                    raise EOFError("it is cut off")
+            if content := self._decoder.decompress(packed, size):
+                return content
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    with path.open("rb") as file:
+        packed = file.read(6).startswith(LZMA_BEGINNINGS)
+        file.seek(0)
+        # In one pass: a compressed one has no order but its own.
+        how = {"mode": "r|", "fileobj": _Lzma(file)} if packed else {"mode": "r|*", "fileobj": file}
+        with tarfile.open(tarinfo=WholeHeader, **how) as archive:  # type: ignore[call-overload]
+            yield archive
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -161,19 +218,21 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _tar_files(path: Path, limits: Limits) -> Iterator[File]:
-    """Of a tar in one pass: a compressed one has no order but its own."""
-    spool = Spool()
-    with _archive_errors(path, "tar"), tarfile.open(path, "r|*", tarinfo=WholeHeader) as archive:
+def _tar_files(path: Path, limits: Limits, wanted: Callable[[PurePosixPath], bool]) -> Iterator[File]:
+    spool, meter = Spool(), Meter(path, limits)
+    with _archive_errors(path, "tar"), _open_tar(path) as archive:
         for member in _members(archive):
             if member.isfile():
                 name = check_member(path, member.name)
+                if not wanted(PurePosixPath(name)):
+                    yield PurePosixPath(name), bytes
+                    continue
                 stream = archive.extractfile(member)
                 assert stream is not None
                 content = read_at_most(stream, limits.file_bytes, f"{path}: '{shown(name)}'")
                 if len(content) != member.size:
                     raise ValueError(f"{shown(name)} is cut off")
-                yield PurePosixPath(name), spool.keep(content)
+                yield PurePosixPath(name), spool.keep(meter.read(partial(bytes, content)))
 
 
 @contextmanager

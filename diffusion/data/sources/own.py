@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from diffusion.data.codecs import SUFFIXES
@@ -43,14 +44,10 @@ def name_of(path: Path) -> str:
 def _images(path: Path) -> Iterator[SourceImage]:
     files: dict[PurePosixPath, Callable[[], bytes]] = {}
     tables: list[File] = []
-    for relative, read in read_files(path, LIMITS):
+    for relative, read in read_files(path, LIMITS, _is_used):
         if relative.name == METADATA:
             tables.append((relative, read))
-        elif (
-            relative.suffix.lower() in SUFFIXES
-            and not relative.name.startswith(".")
-            and "__MACOSX" not in relative.parts
-        ):
+        elif _is_used(relative):
             files[relative] = read
     if not files:
         raise DataError(f"{path} holds no images. Files of these kinds are read: {', '.join(SUFFIXES)}.")
@@ -59,6 +56,12 @@ def _images(path: Path) -> Iterator[SourceImage]:
     for class_name, file_name, read in labelled:
         content = meter.read(read)
         yield SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), read)
+
+
+def _is_used(name: PurePosixPath) -> bool:
+    if name.name == METADATA:
+        return True
+    return name.suffix.lower() in SUFFIXES and not name.name.startswith(".") and "__MACOSX" not in name.parts
 
 
 Labelled = Iterator[tuple[str, str, Callable[[], bytes]]]
@@ -99,14 +102,19 @@ def _folders(path: Path, root: tuple[str, ...]) -> set[str]:
     return {parts[-1] for parts in folders if parts[:-1] == root and parts[-1] != "__MACOSX"}
 
 
+def _rows(path: Path, read: Callable[[], bytes]) -> Iterator[dict[str, str]]:
+    try:
+        yield from csv.DictReader(io.StringIO(read().decode("utf-8-sig")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: {METADATA} is no table in UTF-8 ({error}).") from error
+
+
 def _by_table(
     path: Path, table: PurePosixPath, read: Callable[[], bytes], files: dict[PurePosixPath, Callable[[], bytes]]
 ) -> Labelled:
-    try:
-        rows = list(csv.DictReader(io.StringIO(read().decode("utf-8-sig"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: {METADATA} is no table in UTF-8 ({error}).") from error
-    columns = list(rows[0]) if rows else []
+    rows = _rows(path, read)  # one by one: a row takes a hundred times what it takes in the file
+    first = next(rows, {})
+    columns = list(first)
     file_column = next((name for name in FILE_COLUMNS if name in columns), None)
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
     if file_column is None:
@@ -114,7 +122,9 @@ def _by_table(
             f"{path}: {METADATA} has no column with files: it must be called one of {', '.join(FILE_COLUMNS)}, and the one "
             f"with classes, if there are any, one of {', '.join(LABEL_COLUMNS)}."
         )
-    for number, row in enumerate(rows, start=2):
+    for number, row in enumerate(chain([first], rows), start=2):
+        if number - 1 > len(files):
+            raise DataError(f"{path}: {METADATA} has more lines than there are images. Name each once.")
         file = table.parent / (row[file_column] or "")
         label = (row[label_column] or "") if label_column else ""
         if file not in files:

@@ -23,7 +23,8 @@ WEBDATASET = "webdataset:"
 IMAGE_COLUMNS = ("image", "img")
 LIMITS = Limits()
 ROWS = 256
-"""Of a table, read at once."""
+"""Of a table, read at once, and fewer where they are large."""
+ROWS_BYTES = 64 << 20
 
 
 def is_webdataset(source: str) -> bool:
@@ -64,7 +65,7 @@ def _of_tars(tars: list[Path]) -> Iterator[SourceImage]:
     meter, spool = Meter(tars[0], LIMITS), Spool()
     for tar in tars:
         try:
-            check_tar(tar)
+            check_tar(tar, LIMITS)
             for sample in webdataset.WebDataset([str(tar)], shardshuffle=False, empty_check=False):
                 key = str(sample["__key__"])
                 found = [name for name in sample if f".{name.lower().rpartition('.')[2]}" in SUFFIXES]
@@ -106,7 +107,7 @@ def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
             table = parquet.ParquetFile(file)
             image, label, names = _columns(file, table.schema_arrow)
             number = 0
-            for batch in table.iter_batches(ROWS, columns=[image] + ([label] if label else [])):
+            for batch in table.iter_batches(_at_once(table), columns=[image] + ([label] if label else [])):
                 for row in batch.to_pylist():
                     cell = row[image]
                     content = cell["bytes"] if isinstance(cell, dict) else cell
@@ -122,6 +123,15 @@ def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
             raise
         except Exception as error:  # the library lets a dozen kinds through
             raise DataError(f"{file} is not a whole Parquet table of images ({error}). Get it again.") from error
+
+
+def _at_once(table: Any) -> int:
+    """Rows: a value may stand once in the file and in every row, so each could be as large as its column."""
+    groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > LIMITS.file_bytes * ROWS:
+        raise DataError(f"A group of its rows has {largest:,} bytes, and {LIMITS.file_bytes * ROWS:,} are the most.")
+    return max(1, min(ROWS, ROWS_BYTES // max(1, largest)))
 
 
 def _columns(file: Path, schema: Any) -> tuple[str, str | None, list[str]]:
