@@ -11,7 +11,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -138,13 +137,13 @@ class Optimizer(Part):
     kind: Literal["adamw", "muon"] = "muon"
     """adamw: Loshchilov & Hutter 2019, arXiv:1711.05101. muon: orthogonalised momentum for the weights of the blocks (Jordan
     et al. 2024), AdamW for all else."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1e6)
     """After warm-up."""
     warmup_images: int = Field(default=0, ge=0, le=IMAGES)
     """Images over which the rate rises from zero."""
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after warm-up; cosine falls to zero at the end of the budget."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Decay of AdamW's two moments."""
     weight_decay: float = Field(default=0.0, ge=0, le=1e6)
     """Decoupled weight decay."""
@@ -160,7 +159,7 @@ class MovingAverage(Part):
     )
     """Images after which an old weight counts half, for each of the averages that are kept. The first is scored on the
     way; after training the best is chosen, by the FID of samples that its scores do not use."""
-    ramp: PositiveFloat | None = 0.05
+    ramp: Annotated[float, Field(gt=0, le=1e6)] | None = 0.05
     """No half-life is more than this share of the images seen so far; null: never shortened."""
 
 

@@ -19,6 +19,7 @@ from prefect.plugins import HookContext, SetupResult, register_hook
 from diffusion.errors import SettingsError, UserError
 from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import OTHERS_WRITE, read_private
+from diffusion.trust.redaction import fit_to_leave, shown
 
 SERVERS = "stack/servers.json"
 """In the home, written by `make up`: addresses and credentials as environment variables."""
@@ -38,7 +39,7 @@ SECONDS = 5
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """What is absent from the environment and known here; and, if a deployment is named bare, its full name in sys.argv."""
     reach_loopback_directly()
-    position = bare_name_position(sys.argv)
+    position = name_position(sys.argv)
     try:
         home = settings().home
     except SettingsError as error:
@@ -49,10 +50,11 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     if "PREFECT_HOME" not in os.environ and _is_own(home):
         # pyproject.toml has it relative to this folder; processes that start elsewhere need it absolute.
         env["PREFECT_HOME"] = str(home / "prefect")
-    if position is not None:
+    if position is not None and "/" not in sys.argv[position]:
         api = os.environ.get("PREFECT_API_URL") or env.get("PREFECT_API_URL") or ctx.api_url
         given = os.environ.get("PREFECT_API_AUTH_STRING") or env.get("PREFECT_API_AUTH_STRING")
         sys.argv[position] = full_name(sys.argv[position], api, given or _auth_of_profile(api))
+    if position is not None:
         _check(sys.argv[position], sys.argv[position + 1 :])
     return SetupResult(env=env) if env else None
 
@@ -104,8 +106,8 @@ def _auth_of_profile(api: str | None) -> str | None:
     return settings.auth_string.get_secret_value() if settings.auth_string and settings.url == api else None
 
 
-def bare_name_position(arguments: list[str]) -> int | None:
-    """Where in `prefect … deployment run … NAME …` a name without a slash stands; None if this is another command."""
+def name_position(arguments: list[str]) -> int | None:
+    """Where in `prefect … deployment run … NAME …` the name stands; None if this is another command."""
     if not arguments or Path(arguments[0]).name not in ("prefect", "prefect.exe", "__main__.py", "-m"):
         return None
     if arguments[0] == "-m" and "prefect" not in sys.orig_argv:
@@ -121,7 +123,7 @@ def bare_name_position(arguments: list[str]) -> int | None:
         if argument in ("--id", "--help", "-h") or argument.startswith("--id="):
             return None
         if not argument.startswith("-"):
-            return None if "/" in argument else position
+            return position
         position += 1 if argument in FLAGS or "=" in argument else 2
     return None
 
@@ -142,8 +144,8 @@ def full_name(name: str, api: str | None, auth: str | None) -> str:
     found = [full for full in names if full.partition("/")[2] == name]
     found = found or [full for full in names if full.partition("/")[0] == name]
     if len(found) != 1:
-        known = ", ".join(found or names) or "none is registered"
-        _give_up(f"'{name}' is {'ambiguous' if found else 'no deployment'}. Deployments: {known}.")
+        known = ", ".join(map(shown, found or names)) or "none is registered"
+        _give_up(f"'{shown(name)}' is {'ambiguous' if found else 'no deployment'}. Deployments: {known}.")
     return found[0]
 
 
@@ -158,5 +160,5 @@ def _post(api: str, auth: str | None, path: str, body: dict[str, Any]) -> Any:
 
 
 def _give_up(sentence: str) -> NoReturn:
-    print(sentence, file=sys.stderr)
+    print(fit_to_leave(sentence), file=sys.stderr)
     raise SystemExit(1)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from diffusion.data.sources.remote import check_address
 from diffusion.data.sources.source import parse_options
+from diffusion.data.sources.tables import WEBDATASET
 from diffusion.errors import RecipeError
 from diffusion.recipe_files import is_file_name, load_recipe
+from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import shown
 
 ONE, ALL = ("-p", "--param"), "--params"
 
 
 def check_parameters(arguments: list[str]) -> None:
-    """Check what `prefect deployment run train-diffusion …` is given. Raises RecipeError, with the nearest name for a misspelt one.
+    """Check what `prefect deployment run train-diffusion …` is given. Raises RecipeError, with the nearest name for a misspelt one,
+    and DataError for an address that holds a password.
 
     A recipe's file is left to the worker, on whose machine it lies, unless it is here as well.
     """
@@ -28,6 +31,9 @@ def check_parameters(arguments: list[str]) -> None:
     if not is_file_name(preset) or Path(preset).expanduser().exists():
         load_recipe(preset, overrides)
     parse_options(options or {})
+    source = str(given.get("source") or "").removeprefix(WEBDATASET)
+    if "://" in source:
+        check_address(source)  # before a password in it is where pages show it
 
 
 EXAMPLES = {
@@ -56,6 +62,6 @@ def parameters_of(arguments: list[str]) -> dict[str, Any]:
 
 def _read(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text

@@ -37,6 +37,7 @@ import psutil
 from diffusion.errors import SettingsError, UserError
 from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import create_private, read_private, use_private_home, write_private
+from diffusion.trust.redaction import fit_to_leave
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -292,15 +293,14 @@ def follow_password(password: str) -> None:
 
 
 def register_deployments(env: dict[str, str]) -> None:
-    """The work pool and the automations, then the deployments of prefect.yaml."""
+    """The work pool and the automations, then the deployments of prefect.yaml. What runs goes on if that fails."""
     for command in (
         [sys.executable, "infra/automations.py"],
         [str(BIN / "prefect"), "--no-prompt", "deploy", "--all"],
     ):
         done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
         if done.returncode != 0:
-            down()
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+            raise SystemExit(f"{' '.join(command)} failed:\n{fit_to_leave(done.stdout + done.stderr)}")
         if "infra/automations.py" in command:
             print(done.stdout, end="")
 
@@ -364,7 +364,11 @@ def up(register: bool = True) -> None:
     env = {**own, **addresses.client_environment(), **cluster}
     if register:
         print("registering the deployments …", flush=True)
-        register_deployments(env)
+        try:
+            register_deployments(env)
+        except SystemExit:
+            down()  # servers without a worker are of no use
+            raise
     runs = table_of_runs(env)
     start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
     write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
@@ -481,6 +485,9 @@ def env() -> None:
     known = {name: value for name, value in known.items() if name in KEYS}
     for name, value in known.items():
         print(f"export {name}={shlex.quote(value)}")
+    reach_loopback_directly()  # and so does what that shell starts, also where it has a proxy for the world outside
+    for name in ("NO_PROXY", "no_proxy"):
+        print(f"export {name}={shlex.quote(os.environ.get(name, '*'))}")
     print(f'export PATH={shlex.quote(str(BIN))}:"$PATH"')
 
 

@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -89,6 +90,7 @@ def load_version(name: str, tracking_uri: str) -> Model:
         raise TrackingError(
             f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
         )
+    _check_own_database(tracking_uri)
     import mlflow.artifacts
     import mlflow.pyfunc
 
@@ -120,6 +122,23 @@ def load_version(name: str, tracking_uri: str) -> Model:
         raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)  # its code is imported from there as it is used
     return Model(model)
+
+
+def _check_own_database(tracking_uri: str) -> None:
+    """Raises TrackingError if there is no database at all, or it is somebody else's: it says what code a model may run."""
+    if urlsplit(tracking_uri).scheme != "sqlite":
+        return
+    path = Path(tracking_uri.split("///", 1)[-1])
+    if not path.exists():
+        raise TrackingError(
+            f"No MLflow is known here, and there is none at {path}. In the project's folder "
+            'eval "$(make env)" says where it is; or set MLFLOW_TRACKING_URI.'
+        )
+    for one in (path, path.parent):
+        if one.stat().st_uid != os.geteuid():
+            raise TrackingError(
+                f"{one} belongs to another user, who decides what is in it: nothing was loaded from there. Set MLFLOW_TRACKING_URI."
+            )
 
 
 def _find(client: MlflowClient, parts: re.Match[str]) -> ModelVersion:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from flows.deployment_plugin import bare_name_position
+from flows.deployment_plugin import name_position
 from tests.conftest import TINY, free_port
 from tests.faults.flow_runs import FlowRun, process
 from tests.running import Training, stack_processes
@@ -88,7 +88,7 @@ for try in $(seq 120); do {ask} >answer.json 2>/dev/null && grep -q predictions 
 cat answer.json
 """
     script = script.replace("eurosat-ddpm", "generated-fields-and-water-ddpm").replace("5001", port)
-    done = stack.shell("bash", "-c", script, env=DIRECTLY | {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    done = stack.shell("bash", "-c", script, env={"MLFLOW_DISABLE_TELEMETRY": "true"})
     assert Image.open(tmp_path / "river.png").size == (16, 16), done.stdout + done.stderr
     assert "(8, 16, 16, 3) (8, 16, 16, 3)" in done.stdout, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
@@ -338,9 +338,10 @@ def test_other_names_are_resolved_left_alone_or_refused_with_help(stack: Project
     refused = stack.shell("prefect", "deployment", "run", "nothing-like-it")
     assert refused.returncode == 1
     assert "clean-up/clean-up, train-diffusion/train-diffusion" in refused.stderr
-    wrong = stack.shell("prefect", "deployment", "run", "train-diffusion", "-p", "preset=demos")
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith("There is no preset 'demos': did you mean 'demo'?")
+    for name in ("train-diffusion", "train-diffusion/train-diffusion"):
+        wrong = stack.shell("prefect", "deployment", "run", name, "-p", "preset=demos", "--watch")
+        assert wrong.returncode == 1
+        assert wrong.stderr.startswith("There is no preset 'demos': did you mean 'demo'?")
     module = stack.shell(sys.executable, "-m", "prefect", "deployment", "run", "nothing-like-it")
     assert "no deployment" in module.stderr
     elsewhere = stack.shell(
@@ -411,6 +412,11 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     assert f"{servers['MLFLOW_TRACKING_URI']}/#/experiments/1/runs?viewStateShareKey=train-diffusion" in again.stdout
     assert {process.pid for process in stack_processes(stack)} == before
 
+    wrong = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"})
+    assert wrong.returncode != 0
+    assert "nobody" in wrong.stderr
+    assert {process.pid for process in stack_processes(stack)} == before, "a misspelt block ends nothing"
+
     # A setting of the worker's differs: it would have to start anew, and end what it runs.
     run = FlowRun.by_hand(stack, TINY | {"data.images": 1_600_000, "evaluation.every_images": 1_600_000})
     run.wait_for_step(1, run.id)
@@ -470,7 +476,7 @@ def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
         ("prefect deployment run train-diffusion", 3),
         ("prefect deployment run -p preset=demo --watch train-diffusion", 6),
         ("/x/bin/prefect --profile other deployments run --param=a=b train-diffusion --tag x", 6),
-        ("prefect deployment run clean-up/clean-up", None),
+        ("prefect deployment run clean-up/clean-up", 3),
         ("prefect deployment run --id 123", None),
         ("prefect deployment run --help", None),
         ("prefect deployment ls", None),
@@ -479,5 +485,5 @@ def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
         ("pytest deployment run x", None),
     ],
 )
-def test_only_a_bare_name_of_deployment_run_is_touched(line: str, position: int | None) -> None:
-    assert bare_name_position(line.split()) == position
+def test_only_the_name_of_deployment_run_is_looked_at(line: str, position: int | None) -> None:
+    assert name_position(line.split()) == position

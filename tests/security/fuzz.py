@@ -46,7 +46,7 @@ from diffusion.tracking.promotion import past_champions
 from diffusion.training.journal import COMMITTED, JOURNAL, Journal, committed_step, records
 from diffusion.training.state import FORMAT_VERSION as STATE_FORMAT
 from diffusion.training.state import State, load_state
-from flows.deployment_plugin import bare_name_position
+from flows.deployment_plugin import name_position
 from flows.owner import read_owner
 from flows.request import parse_range
 from tests.scores import made
@@ -220,7 +220,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "options": Target((b'{"size": 64, "fit": "crop", "bands": ["a", "b"], "name": "x", "levels": [0, 1]}',), options),
         "processes": Target((b"2-8", b"4"), lambda content: parse_range(content.decode(errors="replace"))),
         "owner": Target((b'{"host": "h", "boot": "b", "pid": 1, "started": 0.0}',), lambda c: read_owner(c.decode(errors="replace"))),
-        "argv": Target(argv, lambda content: bare_name_position(content.decode(errors="replace").split("\0"))),
+        "argv": Target(argv, lambda content: name_position(content.decode(errors="replace").split("\0"))),
     }  # fmt: skip
 
 

@@ -74,6 +74,9 @@ def test_each_service_knows_no_more_secrets_and_no_more_neighbours_than_it_needs
     }
     assert ("postgres", "worker") not in met
     assert ("postgres", "s3") not in met
+    assert "-ip=127.0.0.1 -ip.bind=127.0.0.1 -s3.ip.bind=0.0.0.0" in str(SERVICES["s3"]["command"]), (
+        "what asks for no key is met by nobody"
+    )
     assert ("prefect-server", "s3") not in met
     internal = {name for name, network in COMPOSE["networks"].items() if network and network.get("internal")}
     assert internal == set(COMPOSE["networks"]) - {"servers"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -71,3 +72,23 @@ def test_changed_files_are_refused_before_their_code_runs(
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(TrackingError, match="names no model version"):
         diffusion.load(name)
+
+
+@pytest.mark.parametrize("other", ["file", "folder"])
+def test_what_somebody_else_put_into_the_folder_where_one_stands_is_not_loaded(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "TRAIN_DIFFUSION_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrackingError, match=r"make env"):
+        diffusion.load(f"{MODEL}@champion")
+    assert list(tmp_path.iterdir()) == [], "nothing is begun there"
+    database = tmp_path / "var" / "mlflow" / "mlflow.db"
+    database.parent.mkdir(parents=True)
+    database.touch()
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files to others")
+    os.chown(database if other == "file" else database.parent, 65534, 65534)
+    with pytest.raises(TrackingError, match="belongs to another user"):
+        diffusion.load(f"{MODEL}@champion")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.errors import RecipeError
+from diffusion.errors import DataError, RecipeError
 from flows.submission import check_parameters, parameters_of
 
 
@@ -30,9 +30,19 @@ def test_what_is_wrong_is_said_with_the_nearest_name(words: list[str], said: str
         check_parameters(words)
 
 
+@pytest.mark.parametrize(
+    "source", ["s3://key:secret@images/a-{00..02}.tar", "webdataset:https://me:secret@x.org/a.tar"]
+)
+def test_an_address_with_a_password_is_refused_before_it_is_a_parameter(source: str) -> None:
+    with pytest.raises(DataError, match="user or password in it") as error:
+        check_parameters(["-p", f"source={source}"])
+    assert "secret" not in str(error.value)
+
+
 def test_what_is_right_or_lies_on_the_worker_s_machine_passes(tmp_path: Path) -> None:
     check_parameters([])
     check_parameters(["-p", "preset=demo", "-p", 'overrides={"network.width": 96}', "-p", "source=/data/images"])
+    check_parameters(["-p", "source=s3://images/a-{00..02}.tar"])
     check_parameters(["-p", "preset=/only/there/mine.yaml", "-p", 'overrides={"network.width": 96}'])
     (tmp_path / "mine.yaml").write_text("data: {imags: 3}\n")
     with pytest.raises(RecipeError, match="did you mean"):
