@@ -19,4 +19,4 @@ def load(name: str) -> Model:
     from diffusion.settings import settings
     from diffusion.tracking.loading import load_version
 
-    return load_version(name, settings().tracking_uri)
+    return load_version(name, settings())

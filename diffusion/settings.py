@@ -18,6 +18,8 @@ from diffusion.errors import SettingsError, nearest
 from diffusion.trust.redaction import redacted, shown
 
 PREFIX = "TRAIN_DIFFUSION_"
+DATABASE = Path("mlflow", "mlflow.db")
+"""MLflow's, in the home."""
 LOOPBACK = ("127.0.0.1", "localhost")
 OF_TESTS = ("TRAIN_DIFFUSION_TEST_INSTALL",)
 SECRETS = (
@@ -124,9 +126,15 @@ class Settings(BaseSettings):
         home = cls._absolute(Path(values.get("TRAIN_DIFFUSION_HOME", "var")))
         defaults = {
             "TRAIN_DIFFUSION_STORE": str(home / "store"),
-            "MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{home / DATABASE}",
         }
         return defaults | values
+
+    @property
+    def database(self) -> Path | None:
+        """MLflow's database in the home, if nothing else is named."""
+        path = self.home / DATABASE
+        return path if self.tracking_uri == f"sqlite:///{path}" else None
 
     @property
     def inception(self) -> InceptionSource | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusion.data.sources.remote import check_address
 from diffusion.data.sources.source import parse_options
-from diffusion.data.sources.tables import WEBDATASET
+from diffusion.data.sources.tables import is_webdataset, tars_meant
 from diffusion.errors import RecipeError
 from diffusion.recipe_files import is_file_name, load_recipe
 from diffusion.trust.reading import parse_json
@@ -18,7 +17,7 @@ ONE, ALL = ("-p", "--param"), "--params"
 
 def check_parameters(arguments: list[str]) -> None:
     """Check what `prefect deployment run train-diffusion …` is given. Raises RecipeError, with the nearest name for a misspelt one,
-    and DataError for an address that holds a password.
+    and DataError for an address that is none or holds a password.
 
     A recipe's file is left to the worker, on whose machine it lies, unless it is here as well.
     """
@@ -31,9 +30,8 @@ def check_parameters(arguments: list[str]) -> None:
     if not is_file_name(preset) or Path(preset).expanduser().exists():
         load_recipe(preset, overrides)
     parse_options(options or {})
-    source = str(given.get("source") or "").removeprefix(WEBDATASET)
-    if "://" in source:
-        check_address(source)  # before a password in it is where pages show it
+    if is_webdataset(source := str(given.get("source") or "")):
+        tars_meant(source)  # before a password in an address is where pages show it
 
 
 EXAMPLES = {

@@ -35,7 +35,7 @@ import mlflow_auth
 import psutil
 
 from diffusion.errors import SettingsError, UserError
-from diffusion.settings import reach_loopback_directly, settings
+from diffusion.settings import DATABASE, reach_loopback_directly, settings
 from diffusion.trust.private import create_private, read_private, use_private_home, write_private
 from diffusion.trust.redaction import fit_to_leave
 from flows.keyring import PASSWORD, encryption_key, known_password, new_password
@@ -104,7 +104,7 @@ by their origin, but not those that make their own name point to this machine. U
 
 OWN_DATABASES = {
     "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}",
-    "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{HOME / 'mlflow' / 'mlflow.db'}",
+    "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{HOME / DATABASE}",
 }
 
 

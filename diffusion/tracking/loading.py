@@ -13,11 +13,11 @@ import tempfile
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
 from diffusion.errors import TrackingError, nearest
+from diffusion.settings import Settings
 from diffusion.tracking.connection import connect
 from diffusion.trust.redaction import shown
 
@@ -75,12 +75,12 @@ class Model:
         return [Image.open(io.BytesIO(base64.b64decode(one))) for one in pngs]
 
 
-def load_version(name: str, tracking_uri: str) -> Model:
+def load_version(name: str, settings: Settings) -> Model:
     """The model of a version, once its files have been found to be its own.
 
     Args:
         name: `eurosat-ddpm@champion` or `eurosat-ddpm/3`, with or without `models:/`.
-        tracking_uri: the MLflow server.
+        settings: the MLflow server is theirs.
 
     Raises TrackingError if there is no such version, the server does not answer, or the files are others: none of their code is
     run then. A version that was made before versions carried a digest is loaded with a warning.
@@ -90,16 +90,17 @@ def load_version(name: str, tracking_uri: str) -> Model:
         raise TrackingError(
             f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
         )
-    _check_own_database(tracking_uri)
+    if settings.database:
+        _check_own(settings.database)
     import mlflow.artifacts
     import mlflow.pyfunc
 
-    version = _find(connect(tracking_uri), parts)
+    version = _find(connect(settings.tracking_uri), parts)
     folder = Path(tempfile.mkdtemp(prefix="train-diffusion-model-"))
     os.chmod(folder, 0o700)
     try:
         mlflow.artifacts.download_artifacts(
-            f"models:/{version.name}/{version.version}", dst_path=str(folder), tracking_uri=tracking_uri
+            f"models:/{version.name}/{version.version}", dst_path=str(folder), tracking_uri=settings.tracking_uri
         )
         # Whoever loads a model where it lies leaves bytecode there, which is no file of the model's, and would be run in its place.
         for bytecode in [*folder.rglob("__pycache__")]:
@@ -124,11 +125,8 @@ def load_version(name: str, tracking_uri: str) -> Model:
     return Model(model)
 
 
-def _check_own_database(tracking_uri: str) -> None:
-    """Raises TrackingError if there is no database at all, or it is somebody else's: it says what code a model may run."""
-    if urlsplit(tracking_uri).scheme != "sqlite":
-        return
-    path = Path(tracking_uri.split("///", 1)[-1])
+def _check_own(path: Path) -> None:
+    """Raises TrackingError if there is no database where one stands, or it is somebody else's: it says what code a model may run."""
     if not path.exists():
         raise TrackingError(
             f"No MLflow is known here, and there is none at {path}. In the project's folder "

@@ -127,5 +127,5 @@ def _images(path: Path) -> Iterator[SourceImage]:
         if key in seen:
             raise DataError(f"{path} holds {shown('/'.join(key))} twice, under different folders. Keep one copy.")
         seen.add(key)
-        content = meter.read(read)
+        content = meter.count(read())
         yield SourceImage(*key, hashlib.sha256(content).hexdigest(), len(content), read)

@@ -48,7 +48,7 @@ def read_files(
     """The files of a folder, zip or tar. Raises DataError if it is missing, damaged, unsafe or too large.
 
     Args:
-        wanted: which of them will be read: of a tar no others are kept.
+        wanted: which of them. Of a tar no others are kept until they are read.
     """
     if not path.exists():
         raise DataError(f"There is nothing at {shown(str(path))}.")
@@ -58,7 +58,7 @@ def read_files(
         files = _tar_files(path, limits, wanted)
     else:
         files = _zip_files(path, limits)
-    return _counted(path, files, limits)
+    return (file for file in _counted(path, files, limits) if wanted(file[0]))
 
 
 class Spool:
@@ -95,14 +95,13 @@ def check_member(path: Path, name: str) -> str:
 
 
 class Meter:
-    """Counts what a source has had read of it. Raises DataError beyond its limits."""
+    """Counts what was read of a source. Raises DataError beyond its limits."""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self._path, self._limits, self._total = path, limits, 0
 
-    def read(self, read: Callable[[], bytes]) -> bytes:
-        """The content of one more file."""
-        content = read()
+    def count(self, content: bytes) -> bytes:
+        """The content of one more file, as it is."""
         if len(content) > self._limits.file_bytes:
             raise DataError(
                 f"{self._path} holds a file of more than {self._limits.file_bytes:,} bytes. {self._limits.what}"
@@ -166,11 +165,11 @@ def check_tar(path: Path, limits: Limits) -> None:
     """Go through a tar's headers to its end. Raises an error if it was cut off, or a sample's files together are too large."""
     sample, size = "", 0
     with _open_tar(path) as archive:
-        for number, member in enumerate(_members(archive), start=1):
+        for member in _members(archive, path, limits):
             folder, _, name = member.name.rpartition("/")
             key = f"{folder}/{name.partition('.')[0]}"
             sample, size = key, member.size + (size if key == sample else 0)
-            if number > limits.files or size > limits.file_bytes:
+            if size > limits.file_bytes:
                 raise too_much(path, limits)
 
 
@@ -212,27 +211,27 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
             yield archive
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(archive: tarfile.TarFile, path: Path, limits: Limits) -> Iterator[tarfile.TarInfo]:
+    number = 0
     while (member := archive.next()) is not None:
         archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+        number += 1
+        if number > limits.files:
+            raise too_much(path, limits)
         yield member
 
 
 def _tar_files(path: Path, limits: Limits, wanted: Callable[[PurePosixPath], bool]) -> Iterator[File]:
     spool, meter = Spool(), Meter(path, limits)
     with _archive_errors(path, "tar"), _open_tar(path) as archive:
-        for member in _members(archive):
-            if member.isfile():
-                name = check_member(path, member.name)
-                if not wanted(PurePosixPath(name)):
-                    yield PurePosixPath(name), bytes
-                    continue
+        for member in _members(archive, path, limits):
+            if member.isfile() and wanted(PurePosixPath(name := check_member(path, member.name))):
                 stream = archive.extractfile(member)
                 assert stream is not None
                 content = read_at_most(stream, limits.file_bytes, f"{path}: '{shown(name)}'")
                 if len(content) != member.size:
                     raise ValueError(f"{shown(name)} is cut off")
-                yield PurePosixPath(name), spool.keep(meter.read(partial(bytes, content)))
+                yield PurePosixPath(name), spool.keep(meter.count(content))
 
 
 @contextmanager

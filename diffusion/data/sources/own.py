@@ -47,14 +47,14 @@ def _images(path: Path) -> Iterator[SourceImage]:
     for relative, read in read_files(path, LIMITS, _is_used):
         if relative.name == METADATA:
             tables.append((relative, read))
-        elif _is_used(relative):
+        else:
             files[relative] = read
     if not files:
         raise DataError(f"{path} holds no images. Files of these kinds are read: {', '.join(SUFFIXES)}.")
     labelled = _by_table(path, *tables[0], files) if tables else _by_folder(path, files)
     meter = Meter(path, LIMITS)
     for class_name, file_name, read in labelled:
-        content = meter.read(read)
+        content = meter.count(read())
         yield SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), read)
 
 

@@ -32,12 +32,19 @@ def is_webdataset(source: str) -> bool:
     return source.startswith(WEBDATASET) or "://" in source
 
 
-def find_tars(source: str, folder: Path, progress: Progress | None = None) -> list[Path]:
-    """The tars that a source means, those of other machines copied into `folder`. Raises DataError if one is missing."""
+def tars_meant(source: str) -> list[str]:
+    """The paths or addresses that a source means. Raises DataError if they are none that can be read, or show a password."""
     names = expand(source.removeprefix(WEBDATASET))
     if any("://" in name for name in names):
         for name in names:
             check_address(name)
+    return names
+
+
+def find_tars(source: str, folder: Path, progress: Progress | None = None) -> list[Path]:
+    """The tars that a source means, those of other machines copied into `folder`. Raises DataError if one is missing."""
+    names = tars_meant(source)
+    if "://" in names[0]:
         return copy_tars(names, folder, progress)
     tars = [Path(name).expanduser().absolute() for name in names]
     for tar in tars:
@@ -71,7 +78,7 @@ def _of_tars(tars: list[Path]) -> Iterator[SourceImage]:
                 found = [name for name in sample if f".{name.lower().rpartition('.')[2]}" in SUFFIXES]
                 if len(found) != 1:
                     raise DataError(f"{tar}: the sample {shown(key)} has {len(found)} images: one is needed.")
-                content = meter.read(lambda sample=sample, found=found: sample[found[0]])  # type: ignore[misc]
+                content = meter.count(sample[found[0]])
                 yield _kept(spool, _label(sample, tar), f"{key.rpartition('/')[2]}.{found[0]}", content)
         except (DataError, GeneratorExit):
             raise
@@ -116,8 +123,7 @@ def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
                     path = cell.get("path") if isinstance(cell, dict) else None
                     file_name = Path(path).name if path else f"{file.stem}-{number:08d}.{file_format(content)}"
                     class_name = "" if label is None else _class(row[label], names, file)
-                    meter.read(lambda content=content: content)  # type: ignore[misc]
-                    yield _kept(spool, class_name, file_name, content)
+                    yield _kept(spool, class_name, file_name, meter.count(content))
                     number += 1
         except DataError:
             raise
