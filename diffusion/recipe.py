@@ -137,7 +137,7 @@ class Optimizer(Part):
     kind: Literal["adamw", "muon"] = "muon"
     """adamw: Loshchilov & Hutter 2019, arXiv:1711.05101. muon: orthogonalised momentum for the weights of the blocks (Jordan
     et al. 2024), AdamW for all else."""
-    learning_rate: float = Field(default=1e-3, gt=0, le=1e6)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """After warm-up."""
     warmup_images: int = Field(default=0, ge=0, le=IMAGES)
     """Images over which the rate rises from zero."""

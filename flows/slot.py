@@ -43,8 +43,13 @@ def kept_slot(lease: UUID, *_: Any, **__: Any) -> Iterator[None]:
             while not ended.is_set():
                 try:
                     if _is_taken_for_dead(client, run):
-                        before, held = held, _come_back(client, run)
-                        if before is not None and held is None:
+                        before, held = held, _take_slot(client, run)
+                        if held is not None and not _is_taken_for_dead(client, run):  # it has ended meanwhile
+                            client.release_concurrency_slots_with_lease(held)
+                            held = None
+                        elif held is not None:
+                            _say_that_it_lives(client, run, held)
+                        elif before is not None:
                             log.warning(
                                 "Another run began while the server took this one for dead, which goes on to its end."
                             )
@@ -58,11 +63,13 @@ def kept_slot(lease: UUID, *_: Any, **__: Any) -> Iterator[None]:
                     log.warning("The slot of this run was not renewed (%s).", type(error).__name__)
                 ended.wait(RENEW_SECONDS)
 
-    threading.Thread(target=keep, name="slot", daemon=True).start()
+    keeper = threading.Thread(target=keep, name="slot", daemon=True)
+    keeper.start()
     try:
         yield
     finally:
         ended.set()
+        keeper.join(RENEW_SECONDS)  # or the process could end when it has just taken the slot, which nobody gives back
 
 
 def _is_taken_for_dead(client: SyncPrefectClient, run: UUID) -> bool:
@@ -70,8 +77,8 @@ def _is_taken_for_dead(client: SyncPrefectClient, run: UUID) -> bool:
     return state is not None and state.type == StateType.CRASHED and (state.message or "").startswith(TAKEN_FOR_DEAD)
 
 
-def _come_back(client: SyncPrefectClient, run: UUID) -> UUID | None:
-    """Say that the run lives, if the slot is free. Returns the slot's lease; None if another run has it."""
+def _take_slot(client: SyncPrefectClient, run: UUID) -> UUID | None:
+    """The slot's lease; None if another run has it."""
     name = f"deployment:{client.read_flow_run(run).deployment_id}"
     try:
         answer = client.increment_concurrency_slots_with_lease([name], 1, "concurrency", LEASE_SECONDS)
@@ -79,14 +86,16 @@ def _come_back(client: SyncPrefectClient, run: UUID) -> UUID | None:
         if error.response.status_code == LOCKED:
             return None
         raise
-    lease = UUID(answer.json()["lease_id"])
+    return UUID(answer.json()["lease_id"])
+
+
+def _say_that_it_lives(client: SyncPrefectClient, run: UUID, lease: UUID) -> None:
     message = "It was taken for dead while the server was away, and lives."
     details = StateDetails(flow_run_id=run, deployment_concurrency_lease_id=lease)
     client.set_flow_run_state(
         run, State(type=StateType.RUNNING, name="Running", message=message, state_details=details), force=True
     )
     log.warning("The server took this run for dead; it lives.")
-    return lease
 
 
 def keep_slots() -> None:

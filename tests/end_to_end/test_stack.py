@@ -274,6 +274,22 @@ with client:
     run_flow(tried, flow_run=client.read_flow_run(begun.id), parameters={})
     print("at the end", client.read_flow_run(begun.id).state_name, held())
     client.release_concurrency_slots_with_lease(others[0])
+
+    def late(keeper, run, take=flows.slot._take_slot):
+        flows.slot.RENEW_SECONDS = 60
+        wait_until(lambda: client.read_flow_run(run).state_name == "Completed")
+        return take(keeper, run)
+
+    @flow
+    def short(start_from):
+        flows.slot._take_slot = late
+        client.set_flow_run_state(runtime.flow_run.id, Crashed(message=flows.slot.TAKEN_FOR_DEAD), force=True)
+        time.sleep(1)
+
+    begun = client.create_flow_run_from_deployment(deployment.id)
+    client.set_flow_run_state(begun.id, Pending())
+    run_flow(short, flow_run=client.read_flow_run(begun.id), parameters={})
+    print("ended meanwhile", client.read_flow_run(begun.id).state_name, held())
 """
 
 
@@ -287,6 +303,7 @@ def test_a_run_keeps_its_slot_and_says_that_it_lives_when_the_server_takes_it_fo
         "alone It was taken for dead while the server was away, and lives. 1",
         "beside another Crashed 1",
         "at the end Completed 1",
+        "ended meanwhile Completed 0",
     ], done.stderr[-2000:]
 
 

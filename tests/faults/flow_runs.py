@@ -109,7 +109,7 @@ class FlowRun:
         """Asks a server not more often than it can answer beside its work."""
         deadline = time.monotonic() + 600  # patience: a busy machine fails nothing
         while not what():
-            assert time.monotonic() < deadline, log_of(self.project, "worker")
+            assert time.monotonic() < deadline, f"{self.state()}\n{log_of(self.project, 'worker')}"
             time.sleep(every)
 
     def wait_for_step(self, step: int, key: str = "") -> None:

@@ -213,7 +213,7 @@ ABSURD = {
     "network.multipliers": [1] * 1000,
     "network.blocks": 10**6,
     "process.log_snr_max": 1e300,
-    "optimizer.learning_rate": 1e9,
+    "optimizer.learning_rate": float("inf"),
     "optimizer.betas": [2.0, 2.0],
     "ema.ramp": 1e9,
     "ema.half_lives": list(range(1, 10_000)),
