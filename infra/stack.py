@@ -134,7 +134,8 @@ def start(name: str, command: list[str], env: dict[str, str]) -> None:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    (STACK / f"{name}.pid").write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
+    # Whole at every moment: others look at it, and what is killed here leaves no half of one.
+    write_private(STACK / f"{name}.pid", f"{process.pid} {psutil.Process(process.pid).create_time()}")
 
 
 def runs(process: psutil.Process) -> bool:

@@ -38,6 +38,7 @@ from diffusion.job import (
     report_of,
 )
 from diffusion.training.journal import committed_step
+from diffusion.trust.private import put
 from diffusion.trust.redaction import redact_logs
 from flows.engines.attempt import Attempt, capacity, growth, reserve
 from flows.engines.placement import PLACEMENT, Placement
@@ -167,7 +168,7 @@ def main() -> int:
         with lock_folder(folder), connected(placement.threads):
             return 0 if run(folder, stop) else 128 + signal.SIGTERM
     except Exception as error:
-        (folder / ERROR).write_text(json.dumps(report_of(error, 0)))
+        put(folder / ERROR, json.dumps(report_of(error, 0)).encode(), Path.replace)
         log.exception("the job failed")
         return 1
 

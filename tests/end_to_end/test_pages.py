@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -53,11 +54,10 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
 def prefect_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1440, "height": 1400})
     context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.goto(prefect_address(stack))
-    # What the login form keeps.
-    page.evaluate("secret => localStorage.setItem('prefect-password', btoa('admin:' + secret))", password(stack))
-    yield page
+    # What the login form keeps, before the page's own code runs: whenever an answer without it comes late, it throws it away.
+    secret = json.dumps(f"admin:{password(stack)}")
+    context.add_init_script(f"localStorage.setItem('prefect-password', btoa({secret}))")
+    yield context.new_page()
     context.close()
 
 

@@ -467,6 +467,27 @@ def test_a_process_that_nobody_reaps_is_not_waited_for(stack: Project) -> None:
     assert done.stdout == "False True\n", done.stderr
 
 
+STARTED_AGAIN = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "infra")
+import stack
+stack.STACK = Path(sys.argv[1])
+stack.start("it", ["true"], dict(os.environ))
+before = (stack.STACK / "it.pid").read_text()
+with (stack.STACK / "it.pid").open() as looked_at:
+    stack.start("it", ["true"], dict(os.environ))
+    print(looked_at.read() == before != (stack.STACK / "it.pid").read_text())
+"""
+
+
+def test_who_looks_where_a_process_is_while_it_is_started_again_reads_a_whole_answer(
+    stack: Project, tmp_path: Path
+) -> None:
+    done = stack.shell(sys.executable, "-c", STARTED_AGAIN, str(tmp_path))
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
 @pytest.mark.last(2)
 def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
     roots = stack_processes(stack)
