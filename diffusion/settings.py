@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     """MLflow: an http(s) URL, or sqlite:////absolute/path. Default: a database in the home."""
     tracking_pages: str = Field(default="", validation_alias="TRAIN_DIFFUSION_MLFLOW_UI")
     """http(s) URL at which people open MLflow, where that is not MLFLOW_TRACKING_URI: in containers, behind a proxy."""
+    flow_pages: str = Field(default="", validation_alias="TRAIN_DIFFUSION_PREFECT_UI")
+    """http(s) URL at which people open Prefect's server of make up, where a proxy stands before it."""
     archive: Path | None = Field(default=None, validation_alias="EUROSAT_ARCHIVE")
     """EuroSAT as a zip or folder. Default: look in the home's downloads, then download."""
     inception_location: str | None = Field(default=None, validation_alias="TRAIN_DIFFUSION_INCEPTION")
@@ -103,7 +105,7 @@ class Settings(BaseSettings):
     def _of_the_user(cls, archive: Path | None) -> Path | None:
         return archive.expanduser() if archive else None
 
-    @field_validator("tracking_pages", mode="after")
+    @field_validator("tracking_pages", "flow_pages", mode="after")
     @classmethod
     def _for_everybody(cls, address: str) -> str:
         parts = urlsplit(address)

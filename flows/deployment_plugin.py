@@ -10,7 +10,9 @@ import base64
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,11 +152,22 @@ def full_name(name: str, api: str | None, auth: str | None) -> str:
 
 
 def _post(api: str, auth: str | None, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(  # noqa: S310  the address is the user's own API
-        api.rstrip("/") + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json"}
     if auth:
-        request.add_header("Authorization", f"Basic {base64.b64encode(auth.encode()).decode()}")
+        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+    try:
+        return _ask(api, path, headers, json.dumps(body).encode())
+    except urllib.error.HTTPError as error:
+        if error.code != 403:
+            raise
+    client = uuid.uuid4().hex  # the server wants to know that no page of another site sends this
+    token = _ask(api, f"/csrf-token?client={client}", headers)["token"]
+    of_ours = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
+    return _ask(api, path, headers | of_ours, json.dumps(body).encode())
+
+
+def _ask(api: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Any:
+    request = urllib.request.Request(api.rstrip("/") + path, body, headers)  # noqa: S310  the user's own API
     with urllib.request.urlopen(request, timeout=SECONDS) as response:  # noqa: S310
         return json.load(response)
 

@@ -18,7 +18,7 @@ from diffusion.trust.private import create_private, read_private, write_private
 
 SHORTEST = 12
 """Characters of a password; MLflow takes none that is shorter."""
-PASSWORD, KEY = "password", "prefect-encryption-key"
+PASSWORD, KEY, TOKEN = "password", "prefect-encryption-key", "ray-token"
 
 
 def new_password(stack: Path) -> str:
@@ -35,14 +35,23 @@ def known_password(stack: Path) -> str:
     """
     path = stack / PASSWORD
     try:
-        password = read_private(path).strip()
+        return _secret(path, "make password makes a new one.")
     except FileNotFoundError:
         return new_password(stack)
-    if len(password) < SHORTEST or not (password.isascii() and password.isprintable()):
-        raise UserError(
-            f"{path} holds no password of {SHORTEST} or more plain characters. make password makes a new one."
-        )
-    return password
+
+
+def cluster_token(stack: Path) -> str:
+    """The token of the Ray that is started here, made at the first start. Raises UserError like `known_password`."""
+    path = stack / TOKEN
+    create_private(path, secrets.token_hex(32))
+    return _secret(path, "Move it away: the next start makes a new one.")
+
+
+def _secret(path: Path, remedy: str) -> str:
+    secret = read_private(path).strip()
+    if len(secret) < SHORTEST or not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"{path} holds no secret of {SHORTEST} or more plain characters. {remedy}")
+    return secret
 
 
 def encryption_key(stack: Path, own: Path) -> str:

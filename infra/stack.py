@@ -36,9 +36,9 @@ import psutil
 
 from diffusion.errors import SettingsError, UserError
 from diffusion.settings import DATABASE, reach_loopback_directly, settings
-from diffusion.trust.private import create_private, read_private, use_private_home, write_private
+from diffusion.trust.private import read_private, use_private_home, write_private
 from diffusion.trust.redaction import fit_to_leave
-from flows.keyring import PASSWORD, encryption_key, known_password, new_password
+from flows.keyring import PASSWORD, TOKEN, cluster_token, encryption_key, known_password, new_password
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
@@ -50,7 +50,6 @@ except SettingsError as error:
 STACK = HOME / "stack"
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 MLFLOW_USERS = STACK / "mlflow-auth.db"
-CLUSTER_SECRET = "ray-token"  # noqa: S105  a file's name
 RAY_FOLDER = "ray-folder"
 NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 """What there may be of it, in the order in which it is stopped."""
@@ -67,6 +66,16 @@ class Addresses:
     mlflow: str
     password: str | None
     """Of the user `admin` on both; None: no credentials."""
+
+    @property
+    def prefect_pages(self) -> str:
+        """Where people open Prefect."""
+        return settings().flow_pages.rstrip("/") or self.prefect
+
+    @property
+    def mlflow_pages(self) -> str:
+        """Where people open MLflow."""
+        return settings().tracking_pages.rstrip("/") or self.mlflow
 
     def client_environment(self) -> dict[str, str]:
         """What a client needs to know."""
@@ -106,6 +115,12 @@ OWN_DATABASES = {
     "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}",
     "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{HOME / DATABASE}",
 }
+
+
+def origin(address: str) -> str:
+    """Of a page, as browsers tell it."""
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def base_environment(*withheld: str) -> dict[str, str]:
@@ -212,13 +227,15 @@ def check_port(port: int, name: str, variable: str) -> None:
 
 def start_prefect(port: int, addresses: Addresses) -> None:
     """The Prefect server."""
+    pages = addresses.prefect_pages
     env = {
         **base_environment(*WITHHELD["prefect-server"]),
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": addresses.prefect,  # and of no other page
+        # The pages of its own, and no others.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(dict.fromkeys((addresses.prefect, origin(pages)))),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_UI_API_URL": f"{addresses.prefect}/api",
-        "PREFECT_UI_URL": addresses.prefect,  # for the links in notifications
+        "PREFECT_UI_API_URL": f"{pages}/api",
+        "PREFECT_UI_URL": pages,  # for the links in notifications
         # Concurrency leases in files outlive a restart of the server; in its memory, the run would be ended by one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
@@ -228,6 +245,8 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, HOME / "prefect" / "prefect.db")
     if addresses.password:
         env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
+    else:  # else pages of other sites could have it do what they like, though not read what it answers
+        env["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] = "true"
     start("prefect-server", [str(BIN / "prefect"), "server", "start"], env)
 
 
@@ -238,9 +257,9 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     env = {**base_environment(*WITHHELD["mlflow-server"]), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # In the environment: an argument, which may hold a password, is seen by every user of the machine.
     env.setdefault("MLFLOW_BACKEND_STORE_URI", OWN_DATABASES["MLFLOW_BACKEND_STORE_URI"])
-    hosts = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
-    env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(hosts)
-    env["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{host}" for host in hosts)
+    pages = [addresses.mlflow, f"http://localhost:{port}", *filter(None, [settings().tracking_pages])]
+    env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(urlsplit(page).netloc for page in pages)
+    env["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(map(origin, pages))
     artifacts = (HOME / "mlflow" / "artifacts").as_uri()
     command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--default-artifact-root", artifacts, "--no-serve-artifacts"]
@@ -261,10 +280,9 @@ def start_ray(port: int) -> dict[str, str]:
     """Ray on this machine, for this user alone; returns what a client of it needs to know."""
     if importlib.util.find_spec("ray") is None:
         raise SystemExit("TRAIN_DIFFUSION_ENGINE is ray, which is not installed: make ray")
-    create_private(STACK / CLUSTER_SECRET, secrets.token_hex(32))
     own = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": read_private(STACK / CLUSTER_SECRET),
+        "RAY_AUTH_TOKEN": cluster_token(STACK),
         # For other systems than Linux it would say so by itself: no cluster with other machines. Else it takes the machine's
         # address for 127.0.0.1, and listens everywhere.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -362,7 +380,7 @@ def up(register: bool = True) -> None:
         wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
     # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
     own = base_environment(*WITHHELD["worker"])
-    env = {**own, **addresses.client_environment(), **cluster}
+    env = {**own, **addresses.client_environment(), **cluster, "PREFECT_UI_URL": addresses.prefect_pages}
     if register:
         print("registering the deployments …", flush=True)
         try:
@@ -410,7 +428,7 @@ def refuse_under_a_run(command: str, why: str) -> None:
 
 def tell_where(addresses: Addresses, runs: str) -> None:
     """Say where everything is."""
-    print(f"\nPrefect  {addresses.prefect}\nMLflow   {addresses.mlflow}/{runs}")
+    print(f"\nPrefect  {addresses.prefect_pages}\nMLflow   {addresses.mlflow_pages}/{runs}")
     if password := addresses.password:
         # Not into a file or a pipe, where it would stay.
         shown = password if sys.stdout.isatty() else "PASSWORD"
@@ -496,7 +514,7 @@ def status() -> None:
     """Say what is running."""
     for name in reversed(NAMES):
         process = find(name)
-        if process is None and name == "ray" and not (STACK / CLUSTER_SECRET).exists():
+        if process is None and name == "ray" and not (STACK / TOKEN).exists():
             continue
         print(f"{name:15} {f'running, pid {process.pid}' if process else 'not running'}")
     if SERVERS.exists() and "PREFECT_API_AUTH_STRING" not in json.loads(SERVERS.read_text()):

@@ -73,7 +73,14 @@ def tiny_recipe(**overrides: Any) -> Recipe:
 SHARED = {
     "hosts": ("test_hosts.py",),
     "stack of its own": ("test_flow_faults.py",),
-    "stack": ("test_stack.py", "test_pages.py", "test_running.py", "test_model_files.py", "test_secrets.py"),
+    "stack": (
+        "test_stack.py",
+        "test_pages.py",
+        "test_running.py",
+        "test_model_files.py",
+        "test_secrets.py",
+        "test_doors.py",
+    ),
     "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py"),
     "mlflow_server": ("test_tracking.py", "test_kills.py", "test_mlflow_faults.py"),
     "s3": ("test_s3_store.py", "test_s3_faults.py"),

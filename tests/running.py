@@ -19,8 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from tests.conftest import TINY
 from tests.stack import Project, running_project
@@ -174,6 +176,27 @@ def training(stack: Project, received: list[dict[str, str]]) -> Training:
     printed = typed.stdout.read().decode()
     assert typed.returncode == 0, printed[-3000:]
     return Training(printed, found)
+
+
+SCRIPT = """'"><img src=x onerror="alert(1)">"""
+"""A name that is a script where a page shows it as it is."""
+
+
+@pytest.fixture(scope="session")
+def own_images(stack: Project) -> str:
+    """What the third command of the README prints, with a smaller recipe behind it. The classes have names that are scripts."""
+    readme = Path(__file__).parents[1] / "README.md"
+    (command,) = [line for line in readme.read_text().splitlines() if "source=$HOME" in line]
+    rng = np.random.default_rng(0)
+    for name in (SCRIPT, "<script>alert(2)<!-- "):
+        images = Path(stack.env["HOME"]) / "my-images" / name
+        images.mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(images / f"{number}.png")
+    overrides = json.dumps({**TINY, "evaluation.every_images": TINY["data.images"]})
+    done = stack.shell("sh", "-c", f"{command} -p processes=1 --param '{overrides=!s}'")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def stack_processes(stack: Project) -> list[psutil.Process]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from tests.conftest import BIN, free_port
 
@@ -24,6 +28,8 @@ class Project:
     folder: Path
     env: dict[str, str]
     printed: str
+    arguments: set[str] = field(default_factory=set)
+    """Of processes: what others could see while `stack` and `watched` ran."""
 
     def shell(
         self, *command: str, folder: Path | None = None, env: dict[str, str] | None = None
@@ -37,8 +43,26 @@ class Project:
         """The environment of a client of the servers."""
         return dict(json.loads((self.folder / "var/stack/servers.json").read_text()))
 
-    def stack(self, verb: str) -> subprocess.CompletedProcess[str]:
-        return self.shell(sys.executable, "infra/stack.py", verb)
+    def stack(self, verb: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.watched("infra/stack.py", verb, **env)
+
+    def watched(self, script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """A script of the project, while the arguments of all that it starts are looked at, as any user of the machine can."""
+        ended, own = threading.Event(), psutil.Process()
+
+        def look() -> None:
+            while not ended.wait(0.1):
+                for process in own.children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        self.arguments.add("\0".join(process.cmdline()))
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        try:
+            return self.shell(sys.executable, script, *words, env=env)
+        finally:
+            ended.set()
+            looking.join()
 
 
 @contextmanager
@@ -73,6 +97,6 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
         assert up.returncode == 0, up.stdout + up.stderr
         for port in ("PREFECT_PORT", "MLFLOW_PORT"):
             del env[port]  # a fresh shell knows nothing of them
-        yield Project(folder, env, up.stdout)
+        yield Project(folder, env, up.stdout, made.arguments)
     finally:
         made.stack("down")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from diffusion.errors import DataError, StoreError
-from diffusion.trust.identifiers import check_object_path
+from diffusion.trust.identifiers import check_object_path, is_object_path
 from diffusion.trust.private import name_anew, put, sync_folder
 from diffusion.trust.reading import read_file
 
@@ -140,10 +140,16 @@ class FolderStore:
         # Only the folder that the prefix lies in is walked, not the whole store.
         top = self.folder / check_object_path(prefix).rpartition("/")[0]
         found = (path.relative_to(self.folder).as_posix() for path in top.rglob("*") if path.is_file())
-        return sorted(name for name in found if name.startswith(prefix) and not name.endswith(".part"))
+        return sorted(
+            name for name in found if name.startswith(prefix) and not name.endswith(".part") and is_object_path(name)
+        )
 
     def delete(self, name: str) -> None:
-        self.path(name).unlink(missing_ok=True)
+        target = self.path(name)
+        try:
+            target.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._failure(error, target) from error
 
 
 class S3Store:
@@ -228,7 +234,7 @@ class S3Store:
             keys = [item.get("Key", "") for page in pages for item in page.get("Contents", [])]
         except (BotoCoreError, ClientError) as error:
             raise self._failure("listed", error) from error
-        return sorted(key.removeprefix(self.prefix) for key in keys)
+        return sorted(filter(is_object_path, (key.removeprefix(self.prefix) for key in keys)))
 
     def delete(self, name: str) -> None:
         from botocore.exceptions import BotoCoreError, ClientError

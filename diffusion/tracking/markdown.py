@@ -17,7 +17,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")
+    return plain(text).replace("|", "/").replace("\n", " ")
+
+
+def plain(text: str) -> str:
+    """Text with names in it that somebody else has chosen: a tag, or a comment without end, hides what comes after it."""
+    return text.replace("<", "&lt;")
 
 
 def fit_description(card: str) -> str:

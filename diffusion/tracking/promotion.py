@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from diffusion.data.ingest import find_dataset
+from diffusion.data.sealed import CHECKSUM, checksum
 from diffusion.data.store import Store
 from diffusion.errors import DataError, TrackingError
 from diffusion.evaluation.comparison import (
@@ -29,7 +30,7 @@ from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
-from diffusion.tracking.markdown import fit_description
+from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
@@ -93,7 +94,7 @@ class Promotion:
     def to_bytes(self) -> bytes:
         """As it lies in the store."""
         fields = {"from": self.before, "to": self.to, "reason": self.reason, "gates": [asdict(g) for g in self.gates]}
-        return json.dumps(fields, indent=1).encode()
+        return json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1).encode()
 
 
 def promote(
@@ -272,7 +273,7 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
         client.set_model_version_tag(decision.model, decision.version, f"gate.{gate.name}", text)
     card = client.get_model_version(decision.model, decision.version).description or ""
     table = f"\n{gates_table(decision.gates)}\n" if decision.gates else ""
-    section = f"## Decision\n\n{decision.reason}\n{table}\n"
+    section = f"## Decision\n\n{plain(decision.reason)}\n{table}\n"
     card, found = DECISION_SECTION.subn(lambda _: section, card)
     card = fit_description(card if found else f"{card}\n{section}")
     client.update_model_version(decision.model, decision.version, card)
@@ -304,6 +305,8 @@ def _read_entry(store: Store, name: str) -> Promotion:
     """Raises KeyError if there is none, DataError if it can't be read: without it nobody knows what was live."""
     try:
         fields = parse_json(store.read(name))
+        if CHECKSUM in fields and fields.pop(CHECKSUM) != checksum(fields):  # earlier versions wrote none
+            raise ValueError("its checksum is not its own")
         return TypeAdapter(Promotion).validate_python({**fields, "before": fields.pop("from")})
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         if isinstance(error, KeyError) and error.args != ("from",):

@@ -19,7 +19,7 @@ from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
 from diffusion.recipe import Recipe
 from diffusion.tracking.loading import FILES_TAG, files_digest
-from diffusion.tracking.markdown import fit_description
+from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
@@ -227,7 +227,7 @@ def _real(one: Figure, row: Row) -> str:
 
 def _listed(classes: tuple[str, ...], most: int = 40) -> str:
     """Class names, made by somebody else, as text of a page."""
-    names = ", ".join(shown(name, 60).replace("|", "/").replace("`", "'") for name in classes[:most])
+    names = ", ".join(plain(shown(name, 60)).replace("|", "/").replace("`", "'") for name in classes[:most])
     return f"{names} and {len(classes) - most:,} more" if len(classes) > most else names
 
 

@@ -23,9 +23,13 @@ LongestName = 1024
 
 def check_object_path(name: str) -> str:
     """The name of an object, or the beginning of one, if it stays within its store. Raises StoreError if it does not."""
-    parts = name.split("/")
-    inner = parts[:-1] if name.endswith("/") or name == "" else parts
-    bad = any(part in ("", ".", "..") for part in inner) or not name.isprintable() or "\\" in name
-    if bad or len(name) > LongestName:
+    beginning = name.endswith("/") or name == ""
+    if not is_object_path(f"{name}x" if beginning else name):
         raise StoreError(f"'{shown(name)}' is no name of an object in a store: it was not used.")
     return name
+
+
+def is_object_path(name: str) -> bool:
+    """Whether an object in a store of ours can have this name: what others put there may have any."""
+    inside = not any(part in ("", ".", "..") for part in name.split("/"))
+    return inside and name.isprintable() and "\\" not in name and len(name) <= LongestName

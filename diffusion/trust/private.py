@@ -173,4 +173,7 @@ def read_private(path: Path, limit: int = 1 << 16) -> str:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise NotPrivate(f"{path} has more than {limit:,} bytes: it is not what it should be.")
-    return content.decode()
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise NotPrivate(f"{path} holds no text: it is not what it should be.") from None

@@ -14,7 +14,7 @@ from diffusion.evaluation.figures import full_name, in_order, of_how_many, table
 from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.gates import gates_table
-from diffusion.tracking.markdown import markdown_table
+from diffusion.tracking.markdown import markdown_table, plain
 from diffusion.tracking.pages import run_page
 from diffusion.tracking.promotion import Decision
 from diffusion.tracking.scores_tag import scores_of
@@ -48,7 +48,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     try:
         run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
         run.tracked.conclude(
-            f"Version {decision.version} became **{decision.alias}** on {datetime.now(UTC):%d %B %Y}. {decision.reason}",
+            f"Version {decision.version} became **{decision.alias}** on {datetime.now(UTC):%d %B %Y}. {plain(decision.reason)}",
             GALLERY,
         )
     except Exception as error:  # a page is no reason to call a run failed whose model may be live
@@ -110,7 +110,7 @@ def _figure(value: float | None, error: float | None) -> str:
 
 def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], decision: Decision) -> str:
     grid = base64.b64encode(thumbnail(evaluation_picture(run, state.step, "grid"), GRID_PIXELS)).decode()
-    parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {decision.reason}"]
+    parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {plain(decision.reason)}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({_mlflow_page(run, GALLERY)})")
     parts.append(markdown_table(("what", "value"), ((key, text) for key, text in rows.items() if key != GRID)))

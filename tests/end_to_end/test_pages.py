@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from diffusion.evaluation.figures import FIGURES
 from diffusion.tracking.pages import runs_page
-from tests.running import Training
+from tests.running import SCRIPT, Training
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
@@ -149,6 +149,50 @@ def test_the_flow_run_page_of_prefect(prefect_page: Page, stack: Project) -> Non
     prefect_page.get_by_role("link", name="Gallery").wait_for()
     prefect_page.get_by_text("bits_per_dim is below that of no model").wait_for()
     prefect_page.wait_for_function("[...document.images].some(one => one.naturalWidth > 300)")
+
+
+EVIL = f"<p>It is shown. {SCRIPT}<script>alert(3); try {{ parent.document.title = 'taken' }} catch {{}}</script></p>"
+
+
+def test_no_script_from_names_or_artifacts_runs_in_a_browser(
+    browser: Browser, stack: Project, own_images: str, mlflow_page: Page, prefect_page: Page
+) -> None:
+    ran: list[str] = []
+
+    def refuse(dialog: Dialog) -> None:
+        ran.append(dialog.message)
+        dialog.dismiss()
+
+    server, api = stack.servers["MLFLOW_TRACKING_URI"], stack.servers["PREFECT_API_URL"]
+    search = {"experiment_ids": ["1"], "filter": "tags.`dataset.name` = 'my-images'"}
+    (run,) = ask(stack, f"{server}/api/2.0/mlflow/runs/search", search)["runs"]
+    (folder,) = (stack.folder / "var/mlflow/artifacts").glob(f"*/{run['info']['run_id']}/artifacts")
+    assert "onerror" in (folder / "gallery.html").read_text(), "the class has its name"
+    (folder / "evil.html").write_text(EVIL)
+    alone = browser.new_page()
+    for page in (mlflow_page, prefect_page, alone):
+        page.on("dialog", refuse)
+    alone.goto((folder / "gallery.html").as_uri())
+    address = f"{mlflow_address(stack)}/experiments/{run['info']['experiment_id']}/runs/{run['info']['run_id']}"
+    mlflow_page.goto(address)
+    mlflow_page.get_by_text("data.images").first.wait_for()
+    for artifact, shown in (("gallery.html", "Samples and real images"), ("evil.html", "It is shown.")):
+        mlflow_page.goto("about:blank")  # else the page goes on showing the artifact before
+        mlflow_page.goto(f"{address}/artifacts/{artifact}")
+        mlflow_page.frame_locator("iframe").get_by_text(shown).first.wait_for()
+    assert mlflow_page.title() != "taken"
+    mlflow_page.goto(f"{mlflow_address(stack)}/models/my-images-ddpm/versions/1")
+    mlflow_page.get_by_text("Lineage").first.wait_for()  # which comes after the names
+    evil = ask(stack, f"{api}/artifacts/", {"key": "evil", "type": "markdown", "data": EVIL})
+    (report, *_) = [
+        one
+        for one in ask(stack, f"{api}/artifacts/filter", {})
+        if one["key"] == "report" and "my-images" in one["data"]
+    ]
+    for artifact, shown in ((evil, "It is shown."), (report, "Gallery")):
+        prefect_page.goto(f"{prefect_address(stack)}/artifacts/artifact/{artifact['id']}")
+        prefect_page.get_by_text(shown).first.wait_for()
+    assert ran == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

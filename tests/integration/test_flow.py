@@ -120,10 +120,15 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert first.rows["fid_eurosat"] == second.rows["fid_eurosat"]
     assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
 
-    # Scored by another protocol: the champion is scored so as well, and they compete.
+    # Scored by another protocol: the champion is scored so as well, and they compete. What the real images look like to the
+    # extractor was damaged meanwhile: it is measured again, and not asked for by hand.
+    (reference,) = (home / "store" / "references").glob("*.safetensors")
+    measured = reference.read_bytes()
+    reference.write_bytes(measured[:-1] + bytes([measured[-1] ^ 1]))
     third = run_flow(overrides=ONE_MILESTONE | {"evaluation.samples": 90, "network.width": 24})
     assert "Against version 1, scored again as this one was: " in third.rows["model version"]
     assert " over 90 samples" in third.rows["model version"]
+    assert reference.read_bytes() == measured
 
 
 def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow.exceptions import MlflowException
 
 import diffusion
 import mlflow
 from diffusion.errors import TrackingError
+from tests.conftest import free_port
 from tests.running import Training
 from tests.stack import Project
 
@@ -66,6 +74,54 @@ def test_changed_files_are_refused_before_their_code_runs(
         assert not marker.exists()
         path.unlink() if before is None else path.write_bytes(before)
     diffusion.load(f"models:/{MODEL}/1")
+
+
+@pytest.mark.slow
+def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_left(
+    training: Training, stack: Project, tmp_path: Path
+) -> None:
+    port = free_port()
+    command = [
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        f"models:/{MODEL}@champion",
+        "-p",
+        str(port),
+        "--env-manager",
+        "local",
+    ]
+    env = stack.env | stack.servers | {"NO_PROXY": "127.0.0.1"}
+    with (tmp_path / "serve.log").open("wb") as log:
+        serving = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    tree: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+                break
+            time.sleep(0.3)
+        tree = [psutil.Process(serving.pid), *psutil.Process(serving.pid).children(recursive=True)]
+        asked = json.dumps({"inputs": [], "params": {"n": 160, "steps": 48, "guidance": 1.0}}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"
+            client.sendall(head.encode() + asked)
+            working = tree[-1].cpu_times().user + 1
+            while tree[-1].cpu_times().user < working:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        for process in tree:
+            process.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=300)
+        assert alive == []
+    finally:
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        serving.kill()
+        serving.wait()
 
 
 @pytest.mark.parametrize("name", ["../x/1", "m/1/../../y", "m", "m@a'b", "http://127.0.0.1/m/1", "m/1\n"])

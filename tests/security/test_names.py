@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffusion.job import TrainingJob
 from diffusion.recipe import Start
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
-from diffusion.tracking.promotion import past_champions
+from diffusion.tracking.promotion import Promotion, past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
 from diffusion.training.state import State
 from flows.request import TrainingRequest, usable_processes
@@ -58,6 +59,17 @@ def test_no_store_takes_a_name_that_leads_out_of_it(tmp_path: Path, name: str) -
                 use(name)
     assert victim.read_text() == "mine"
     assert not (tmp_path / "stores").exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "\x1b[2J", os.fsdecode(b"not\xfftext")])
+def test_what_others_put_into_a_store_under_an_odd_name_is_passed_over(tmp_path: Path, name: str) -> None:
+    store = FolderStore(tmp_path)
+    store.write("runs/mine", b"")
+    (tmp_path / "runs" / name).touch()
+    (tmp_path / "runs" / "folder").mkdir()
+    assert store.names("runs/") == ["runs/mine"]
+    with pytest.raises(StoreError, match="can't be written"):
+        store.delete("runs/folder")
 
 
 @given(st.text())
@@ -184,6 +196,18 @@ def test_a_damaged_promotion_is_named(tmp_path: Path, entry: bytes) -> None:
         past_champions(store, 10)
 
 
+def test_a_promotion_with_a_changed_figure_is_damaged_and_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    store, name = FolderStore(tmp_path), "promotions/m/000000.json"
+    written = Promotion("6", "7").to_bytes()
+    store.write(name, written)
+    assert past_champions(store, 10) == {"m": ["6", "7"]}
+    store.write(name, written.replace(b'"7"', b'"1"'))
+    with pytest.raises(DataError, match="can't be read"):
+        past_champions(store, 10)
+    store.write(name, b'{"from": "6", "to": "7", "reason": "", "gates": []}')
+    assert past_champions(store, 10) == {"m": ["6", "7"]}
+
+
 def test_a_reference_that_was_changed_or_damaged_is_not_used(tmp_path: Path) -> None:
     import numpy as np
 
@@ -203,6 +227,12 @@ def test_a_reference_that_was_changed_or_damaged_is_not_used(tmp_path: Path) -> 
     store.delete("references/x.json")  # as earlier versions left it
     with pytest.raises(DataError, match="must be measured"):
         load_reference(store, name)
+
+
+@pytest.mark.parametrize("preset", ["../presets/demo", "/etc/passwd", "demo/../demo", "demo\n", "..", "demo\0"])
+def test_a_preset_is_one_of_ours_or_a_file_that_is_meant(preset: str) -> None:
+    with pytest.raises(RecipeError, match="There is no preset"):
+        load_recipe(preset)
 
 
 ABSURD = {

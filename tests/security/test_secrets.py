@@ -32,9 +32,11 @@ from pydantic import ValidationError
 
 from diffusion.errors import UserError
 from diffusion.trust.private import NotPrivate, read_private, use_private_home, write_private
-from flows.keyring import KEY, PASSWORD, encryption_key, known_password
+from flows.keyring import KEY, PASSWORD, TOKEN, cluster_token, encryption_key, known_password
 from flows.mail import SmtpMail
+from tests.conftest import free_port
 from tests.running import OLD_KEY
+from tests.security.other_user import listening
 from tests.stack import Project
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,16 @@ def test_a_password_file_without_a_password_means_no_start(keys: Path, content: 
     with pytest.raises(UserError, match="make password"):
         known_password(keys)
     assert (keys / PASSWORD).read_text() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 40, b"x" * 100_000])
+def test_a_token_of_ray_that_is_none_means_no_start(keys: Path, content: bytes) -> None:
+    assert len(made := cluster_token(keys)) == 64
+    assert cluster_token(keys) == made
+    (keys / TOKEN).write_bytes(content)
+    with pytest.raises(UserError, match=r"no secret|no text|more than"):
+        cluster_token(keys)
+    assert (keys / TOKEN).read_bytes() == content
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
@@ -305,24 +317,10 @@ def status_of(url: str, user: str, password: str) -> int:
 
 @pytest.fixture
 def stranger() -> Iterator[tuple[int, list[str]]]:
-    """Somebody who listens on a port of this machine, and what they are told in headers."""
-    told: list[str] = []
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def listen() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            connection.settimeout(2)
-            told.append(connection.recv(65536).decode(errors="replace"))
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
-            connection.close()
-
-    threading.Thread(target=listen, daemon=True).start()
-    yield server.getsockname()[1], told
-    server.close()
+    """Somebody who listens on a port of this machine, and what they are told."""
+    port = free_port()
+    with listening(str(port)) as told:
+        yield port, told
 
 
 def prefect(folder: Path, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -411,7 +409,7 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
 @pytest.mark.slow
 @pytest.mark.last(1)
 def test_a_new_password_is_followed_everywhere_and_the_old_one_is_refused(stack: Project) -> None:
-    made = stack.shell(sys.executable, "infra/profile.py")
+    made = stack.watched("infra/profile.py")
     assert made.returncode == 0, made.stderr
     profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
     old, before = stack.servers["MLFLOW_TRACKING_PASSWORD"], stack.servers
@@ -430,5 +428,9 @@ def test_a_new_password_is_followed_everywhere_and_the_old_one_is_refused(stack:
     assert f"admin:{new}" in text
     assert old not in text
     assert stat.S_IMODE(profiles.stat().st_mode) == 0o600
-    found = stack.shell("prefect", "deployment", "ls", folder=Path(stack.env["HOME"]))
-    assert "train-diffusion" in found.stdout, found.stderr
+    ran = stack.shell("prefect", "deployment", "run", "clean-up/clean-up", "--watch", folder=Path(stack.env["HOME"]))
+    assert "Completed" in ran.stdout, ran.stdout + ran.stderr
+    # What `up`, `profile` and `password` started was looked at meanwhile.
+    assert [line for line in stack.arguments if "prefect\0server" in line]
+    assert [line for line in stack.arguments if "profile.py" in line]
+    assert not [line for line in stack.arguments if old in line or new in line]

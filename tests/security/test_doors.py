@@ -1,0 +1,167 @@
+"""All routes of both servers for whoever has no password; what is told to a stranger; and the servers that have none."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import urllib.request
+from base64 import b64encode
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import free_port
+from tests.security.other_user import listening
+from tests.security.test_running import ask
+from tests.stack import Project
+
+pytestmark = pytest.mark.slow
+
+MLFLOW_ROUTES = """
+import json, os, sys
+os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"] = "of no server's"
+os.environ["_MLFLOW_SGI_NAME"] = "uvicorn"
+os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = "none"
+sys.path.insert(0, "infra")
+import mlflow_auth
+from pathlib import Path
+home = Path(sys.argv[1])
+mlflow_auth.write_settings(home / "auth.ini", f"sqlite:///{home / 'auth.db'}")
+os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(home / "auth.ini")
+from mlflow.server import app
+from mlflow.server.auth import create_app
+served = create_app()
+found = {(method, rule.rule) for rule in app.url_map.iter_rules() for method in rule.methods - {"OPTIONS", "HEAD"}}
+found |= {(method.upper(), path) for path, verbs in served.openapi()["paths"].items() for method in verbs}
+print(json.dumps(sorted(found)))
+"""
+
+
+def basic(password: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {b64encode(f'admin:{password}'.encode()).decode()}"}
+
+
+def walk(server: str, routes: list[tuple[str, str]], headers: dict[str, str]) -> dict[tuple[str, str], int]:
+    """What each route answers."""
+    connection, answers = HTTPConnection(urlsplit(server).netloc, timeout=30), {}
+    for method, route in routes:
+        path = re.sub(r"<[^>]*>|\{[^}]*\}", "11111111-1111-1111-1111-111111111111", route)
+        connection.request(method, path, b"{}", headers | {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+        answers[method, route] = answer.status
+    connection.close()
+    return answers
+
+
+def test_no_route_of_prefect_answers_without_the_password(stack: Project, password: str) -> None:
+    server = stack.servers["PREFECT_API_URL"].removesuffix("/api")
+    connection = HTTPConnection(urlsplit(server).netloc, timeout=30)
+    connection.request("GET", "/openapi.json", headers=basic(password))
+    known = json.loads(connection.getresponse().read())["paths"]
+    routes = [(verb.upper(), f"/api{path}") for path, verbs in known.items() for verb in verbs]
+    assert len(routes) > 150
+    alive = {("GET", "/api/health"), ("GET", "/api/ready")}
+    for headers in ({}, basic("not the password"), {"Authorization": "Bearer x"}):  # Prefect compares, MLflow hashes
+        answers = walk(server, routes, headers)
+        assert {route for route, status in answers.items() if status != 401} == alive, answers
+
+
+def test_no_route_of_mlflow_answers_without_the_password(stack: Project, tmp_path: Path) -> None:
+    listed = stack.shell(sys.executable, "-c", MLFLOW_ROUTES, str(tmp_path))
+    assert listed.returncode == 0, listed.stderr
+    routes = [(method, path) for method, path in json.loads(listed.stdout.splitlines()[-1])]
+    assert len(routes) > 150
+    server = stack.servers["MLFLOW_TRACKING_URI"]
+    info = {("GET", f"/{api}/3.0/mlflow/server-info") for api in ("api", "ajax-api")}
+    for headers in ({}, {"Authorization": "Bearer x"}):
+        answers = walk(server, routes, headers)
+        known = {route for route, status in answers.items() if status != 401}
+        assert known == {("GET", "/health"), ("GET", "/static-files/<path:path>"), *info}, answers
+    assert walk(server, routes[:1], basic("not the password")) == {routes[0]: 401}
+    with urllib.request.urlopen(server + info.pop()[1], timeout=10) as answer:
+        assert set(json.load(answer)) == {"store_type", "workspaces_enabled", "trace_archival_enabled"}
+
+
+PAGES = {
+    "TRAIN_DIFFUSION_PREFECT_UI": "https://prefect.example.org",
+    "TRAIN_DIFFUSION_MLFLOW_UI": "https://mlflow.example.org",
+}
+UP = "import sys; sys.path.insert(0, 'infra'); import stack; stack.up(register=False)"
+
+
+@pytest.fixture
+def ports(stack: Project) -> dict[str, str]:
+    """Where nothing listens, and where `make up` is to start its servers next; the stack is down."""
+    assert stack.stack("down").returncode == 0
+    return {name: str(free_port()) for name in ("PREFECT_PORT", "MLFLOW_PORT")}
+
+
+@pytest.mark.last(3)
+def test_behind_a_proxy_the_servers_answer_to_its_names_and_after_them_a_stranger_is_told_nothing(
+    stack: Project, ports: dict[str, str]
+) -> None:
+    up = stack.shell(sys.executable, "-c", UP, env=ports | PAGES)
+    assert up.returncode == 0, up.stderr
+    assert all(address in up.stdout for address in PAGES.values()), up.stdout
+    servers = stack.servers
+    known = basic(servers["MLFLOW_TRACKING_PASSWORD"])
+    prefect, mlflow = servers["PREFECT_API_URL"].removesuffix("/api"), servers["MLFLOW_TRACKING_URI"]
+    search = f"{mlflow}/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+    for host, status in (("mlflow.example.org", 200), (urlsplit(mlflow).netloc, 200), ("other.example.org", 403)):
+        assert ask(search, "GET", known | {"Host": host})[0] == status, host
+    for server, path, page in (
+        (prefect, "/api/flows/filter", PAGES["TRAIN_DIFFUSION_PREFECT_UI"]),
+        (mlflow, "/ajax-api/2.0/mlflow/experiments/search", PAGES["TRAIN_DIFFUSION_MLFLOW_UI"]),
+    ):
+        for origin, allowed in ((page, page), ("https://other.example.org", None)):
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            assert ask(server + path, "OPTIONS", headers)[1].get("access-control-allow-origin") == allowed, server
+    with urllib.request.urlopen(f"{prefect}/ui-settings", timeout=10) as answer:
+        assert json.load(answer)["api_url"] == "https://prefect.example.org/api"
+
+    assert stack.shell(sys.executable, "infra/profile.py").returncode == 0
+    home = Path(stack.env["HOME"])
+    before = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=home)
+    assert "train-diffusion/train-diffusion" in before.stderr, "the profile knows the servers"
+    assert stack.stack("down").returncode == 0
+    with listening(ports["PREFECT_PORT"]) as told, listening(ports["MLFLOW_PORT"]) as told_too:
+        for folder in (stack.folder, home):
+            for words in (("run", "train-diffusion"), ("run", "nothing-like-it"), ("ls",)):
+                stack.shell("prefect", "deployment", *words, folder=folder)
+    assert (told, told_too) == ([], []), "a password went to whoever listens there now"
+
+
+@pytest.mark.last(3)
+def test_without_a_password_it_is_said_each_time_and_other_pages_are_refused(
+    stack: Project, ports: dict[str, str]
+) -> None:
+    for _ in range(2):
+        up = stack.stack("up", AUTH="off", **ports)
+        assert up.returncode == 0, up.stderr
+        assert "WARNING: the servers run without a password. Every user of this machine" in up.stdout
+    assert "WARNING: the servers run without a password" in stack.stack("status").stdout
+    servers = stack.servers
+    assert not [name for name in servers if "PASSWORD" in name or "AUTH" in name]
+    prefect, mlflow = servers["PREFECT_API_URL"].removesuffix("/api"), servers["MLFLOW_TRACKING_URI"]
+    for server, path in ((prefect, "/api/flows/filter"), (mlflow, "/ajax-api/2.0/mlflow/experiments/search")):
+        for origin in ("https://example.org", "null"):
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            assert ask(server + path, "OPTIONS", headers)[1].get("access-control-allow-origin") is None
+    experiment = f"{mlflow}/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+    assert ask(experiment, "GET", {})[0] == 200
+    assert ask(experiment, "GET", {"Host": "rebound.example.org"})[0] == 403
+    # What needs no leave, browsers send at once.
+    connection = HTTPConnection(urlsplit(prefect).netloc, timeout=30)
+    for kind in ({}, {"Content-Type": "text/plain"}):
+        connection.request(
+            "POST", "/api/flows/", b'{"name": "from another page"}', {"Origin": "https://example.org", **kind}
+        )
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (403, b'{"detail":"Missing CSRF token."}'), kind
+    connection.close()
+    ran = stack.shell("prefect", "deployment", "run", "clean-up", "--watch")
+    assert "Completed" in ran.stdout, ran.stdout + ran.stderr
