@@ -90,7 +90,12 @@ class Course:
             self._seconds_a_pass["evaluation"] = (self._clock() - self._now[1]) / part.passes
 
     def advance(self, share: float) -> None:
-        """So much of the stage is done. Raises RecipeError if the run would take longer than its limit."""
+        """So much of the stage is done. Raises RecipeError if the run would take longer than its limit, or has."""
+        if self._clock() - self._began > self._limit:
+            raise RecipeError(
+                f"The {duration(self._limit)} of time_limit are over. What is done is kept: a retry, or a run of the same seed and "
+                "recipe, goes on from the newest checkpoint for as long again."
+            )
         stage, began, first = self._now
         part = self._part()
         if part is None or part.kind != "training":

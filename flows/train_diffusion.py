@@ -91,7 +91,7 @@ def train_diffusion(
             only if images, recipe or code have changed since the last.
         skip_unchanged: End at once if a finished run has the same dataset, recipe, code and seed; empty: on scheduled nights.
         time_limit: Hours that the run may take; empty: 20 on scheduled nights. One that would take longer is refused after a minute of
-            training, with what it would take and what fits.
+            training, with what it would take and what fits; one that does take longer ends with a checkpoint.
         fid_margin: How far below the live model's the FID must be, beyond all doubt (95 %), for the new one to go live.
         bits_margin: How far above the live model's its bits/dim may be, beyond doubt, all the same.
         fid_bar: The first version of a model must have less than this share of the FID of one picture drawn over and over.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -21,6 +23,9 @@ Images = NDArray[Any]
 Band = Annotated[str, Field(min_length=1, max_length=40)]
 RGB = ("red", "green", "blue")
 GREY = ("grey",)
+
+
+KIND = ("bands", "dtype", "low", "high", "classes")
 
 
 class ImageSpec(BaseModel):
@@ -66,9 +71,13 @@ class ImageSpec(BaseModel):
 
     def check_alike(self, other: ImageSpec) -> None:
         """Raises DataError if a model of the other images can't be judged by these: only how they are distributed may differ."""
-        names = ("bands", "size", "dtype", "low", "high", "classes")
-        if different := [name for name in names if getattr(self, name) != getattr(other, name)]:
+        if different := [name for name in ("size", *KIND) if getattr(self, name) != getattr(other, name)]:
             raise DataError(f"Its images are of another kind than these: they differ in {', '.join(different)}.")
+
+    @property
+    def kind(self) -> str:
+        """Digest of what models have in common, beside the images' size, that can be judged by the same images."""
+        return hashlib.sha256(json.dumps([getattr(self, name) for name in KIND]).encode()).hexdigest()
 
     @property
     def counted(self) -> bool:

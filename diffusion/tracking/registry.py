@@ -8,11 +8,12 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import diffusion
+from diffusion.data.ingest import find_dataset
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.data.spec import ImageSpec
 from diffusion.data.store import Store
-from diffusion.errors import UserError
+from diffusion.errors import DataError, StoreError, UserError
 from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, metrics, with_interval
 from diffusion.evaluation.names import OwnExtractor, find_own
 from diffusion.evaluation.pictures import grid_caption
@@ -51,15 +52,29 @@ def protocol(recipe: Recipe) -> str:
     )
 
 
-def model_name(client: MlflowClient, dataset: Manifest, image_size: int) -> str:
+def model_name(client: MlflowClient, store: Store, dataset: Manifest, image_size: int) -> str:
     """The registered model of a dataset: models of `EuroSAT` are `eurosat-ddpm`, and others never compete with them.
 
-    Where its champion draws images of another size, there is a second one: `eurosat-ddpm-64`.
+    Where its champion can't be scored by these images, there is a second one: `eurosat-ddpm-64` for another size, and for other
+    bands, levels or classes one with the beginning of their digest, `eurosat-ddpm-1f0c9ab2`.
     """
     name = f"{dataset.source.lower()}-ddpm"
     champion = champion_version(client, name)
-    other = champion is not None and champion.tags.get("image_size", str(image_size)) != str(image_size)
-    return f"{name}-{image_size}" if other else name
+    if champion is not None and champion.tags.get("image_size", str(image_size)) != str(image_size):
+        name = f"{name}-{image_size}"
+        champion = champion_version(client, name)
+    kind = dataset.images.kind
+    other = champion is not None and _kind_of(store, champion.tags.get("dataset.digest", "")) not in (None, kind)
+    return f"{name}-{kind[:8]}" if other else name
+
+
+def _kind_of(store: Store, digest: str) -> str | None:
+    """Of the images of a dataset; None where it is gone."""
+    try:
+        found = find_dataset(store, digest)
+    except (DataError, StoreError):  # a tag, which may name anything
+        return None
+    return found.images.kind if found else None
 
 
 def publish(
@@ -85,7 +100,7 @@ def publish(
     from mlflow.models import Model, ModelSignature
 
     client = run.client
-    name = model_name(client, dataset, state.recipe.data.image_size)
+    name = model_name(client, store, dataset, state.recipe.data.image_size)
     tags = {
         **tags,
         "run": state.run,

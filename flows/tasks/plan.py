@@ -10,7 +10,7 @@ from prefect.states import Completed, State
 from pydantic import ValidationError
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.store import open_store
+from diffusion.data.store import Store, open_store
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, Start
 from diffusion.settings import settings
@@ -42,23 +42,23 @@ def plan(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> tuple[R
     """
     client, experiment_id = open_tracking(settings())
     if request.start_from == "champion":
-        recipe = _from_champion(client, experiment_id, recipe, dataset)
+        recipe = _from_champion(client, open_store(settings().store_uri), experiment_id, recipe, dataset)
     same = finished_run(client, experiment_id, recipe, dataset, git_commit()) if request.skip_unchanged else None
     return recipe, same
 
 
-def _from_champion(client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest) -> Recipe:
+def _from_champion(client: MlflowClient, store: Store, experiment_id: str, recipe: Recipe, dataset: Manifest) -> Recipe:
     # A retry goes on as it began, though there may be another champion by now.
     begun, start = recorded_start(client, experiment_id, str(runtime.flow_run.id))
     if not begun:
-        champion = champion_version(client, model_name(client, dataset, recipe.data.image_size))
+        champion = champion_version(client, model_name(client, store, dataset, recipe.data.image_size))
         if champion is not None:
             start = start_at(champion)
             say(f"Going on from version {champion.version}, the champion: step {start.step:,} of {start.run}.")
     if start is None:
         say("There is no champion to go on from: beginning with new weights.")
         return recipe
-    state = load_state(open_store(settings().store_uri), start.run, start.step)
+    state = load_state(store, start.run, start.step)
     if state.dataset != dataset.digest:
         raise RecipeError(
             f"The champion ({start.run}) was trained on dataset {state.dataset[:16]}, and this one is {dataset.digest[:16]}: its "

@@ -72,10 +72,8 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
     evaluation = run.recipe.evaluation
     if state.recipe.data.image_size != run.recipe.data.image_size:
         raise DataError("Images of another size are another model's.")
-    if state.recipe.needs_class and evaluation.guidance != 1:
-        raise DataError(
-            f"It can't draw with evaluation.guidance {evaluation.guidance:g}: it was told the class of every image."
-        )
+    if state.recipe.needs_class:  # it can't be guided, which is no fault of the new one's: each draws as well as it can
+        evaluation = evaluation.model_copy(update={"guidance": 1.0})
     before = scores_of(champion, run.store)
     weights = before.weights if before else None
     known = [run.dataset.digest, weights, evaluation.model_dump(mode="json")]

@@ -75,11 +75,17 @@ def ask(stack: Project, url: str, body: dict[str, Any]) -> Any:
     return answer.json()
 
 
+def run_of(stack: Project, dataset: str) -> Any:
+    """The MLflow run that was trained on it."""
+    wanted = {"experiment_ids": ["1"], "filter": f"tags.`dataset.name` = '{dataset}'"}
+    (run,) = ask(stack, f"{stack.servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/runs/search", wanted)["runs"]
+    return run
+
+
 @pytest.fixture
 def run(stack: Project, training: Training) -> dict[str, Any]:
     """The MLflow run."""
-    url = f"{stack.servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/runs/search"
-    return dict(ask(stack, url, {"experiment_ids": ["1"]})["runs"][0]["info"])
+    return dict(run_of(stack, "generated-fields-and-water")["info"])
 
 
 def test_the_run_page_of_mlflow(mlflow_page: Page, stack: Project, run: dict[str, Any]) -> None:
@@ -134,17 +140,17 @@ def test_the_model_page_of_mlflow(mlflow_page: Page, stack: Project) -> None:
         mlflow_page.get_by_text(text).first.wait_for()
 
 
-def test_the_flow_run_page_of_prefect(prefect_page: Page, stack: Project) -> None:
+def test_the_flow_run_page_of_prefect(prefect_page: Page, stack: Project, run: dict[str, Any]) -> None:
     api = stack.servers["PREFECT_API_URL"]
-    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    flow_run = ask(stack, f"{api}/flow_runs/filter", completed)[0]
+    (flow_run,) = ask(stack, f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": [run["run_name"]]}}})
     prefect_page.goto(f"{prefect_address(stack)}/runs/flow-run/{flow_run['id']}")
     prefect_page.get_by_text(flow_run["name"]).first.wait_for()
     prefect_page.get_by_text("Completed").first.wait_for()
     prefect_page.locator("#task-runs").click()
     for name in ("train to step 16", "evaluate step 16", "promote version 1", "report"):
         prefect_page.get_by_text(name).first.wait_for()
-    artifact = ask(stack, f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["report"]}}})[0]
+    of_it = {"key": {"any_": ["report"]}, "flow_run_id": {"any_": [flow_run["id"]]}}
+    (artifact,) = ask(stack, f"{api}/artifacts/filter", {"artifacts": of_it})
     prefect_page.goto(f"{prefect_address(stack)}/artifacts/artifact/{artifact['id']}")
     prefect_page.get_by_role("link", name="Gallery").wait_for()
     prefect_page.get_by_text("bits_per_dim is below that of no model").wait_for()
@@ -163,9 +169,7 @@ def test_no_script_from_names_or_artifacts_runs_in_a_browser(
         ran.append(dialog.message)
         dialog.dismiss()
 
-    server, api = stack.servers["MLFLOW_TRACKING_URI"], stack.servers["PREFECT_API_URL"]
-    search = {"experiment_ids": ["1"], "filter": "tags.`dataset.name` = 'my-images'"}
-    (run,) = ask(stack, f"{server}/api/2.0/mlflow/runs/search", search)["runs"]
+    api, run = stack.servers["PREFECT_API_URL"], run_of(stack, "my-images")
     (folder,) = (stack.folder / "var/mlflow/artifacts").glob(f"*/{run['info']['run_id']}/artifacts")
     assert "onerror" in (folder / "gallery.html").read_text(), "the class has its name"
     (folder / "evil.html").write_text(EVIL)

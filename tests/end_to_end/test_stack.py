@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from flows.deployment_plugin import name_position
 from tests.conftest import TINY, free_port
 from tests.faults.flow_runs import FlowRun, process
 from tests.running import Training, stack_processes
+from tests.security.other_user import listening
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
@@ -44,7 +46,7 @@ def test_the_literal_command_trains_a_model(stack: Project, training: Training, 
     servers = stack.servers
     code = (
         "from mlflow import MlflowClient; c = MlflowClient(); r = c.search_runs([c.get_experiment_by_name('train-diffusion')"
-        ".experiment_id])[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
+        ".experiment_id], 'tags.`dataset.name` = \"generated-fields-and-water\"')[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
         "print(c.get_model_version_by_alias('generated-fields-and-water-ddpm', 'champion').version)"
     )
     found = stack.shell(sys.executable, "-c", code, env=DIRECTLY | {"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
@@ -478,7 +480,10 @@ def test_who_looks_where_a_process_is_while_it_is_started_again_reads_a_whole_an
 
 
 @pytest.mark.last(2)
-def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
+def test_down_stops_all_of_it_and_only_it_and_nobody_else_is_told_the_password(stack: Project) -> None:
+    made = stack.shell(sys.executable, "infra/profile.py")
+    assert made.returncode == 0, made.stderr
+    servers, home = stack.servers, Path(stack.env["HOME"])
     roots = stack_processes(stack)
     processes = [process for root in roots for process in (root, *root.children(recursive=True))]
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -490,11 +495,18 @@ def test_down_stops_all_of_it_and_only_it(stack: Project) -> None:
     finally:
         bystander.kill()
     assert "not running" in stack.stack("status").stdout
-    gone = stack.shell("prefect", "deployment", "run", "train-diffusion", folder=stack.folder.parent)
-    assert gone.returncode != 0
-    # A profile's address goes with the servers: who listens there next is told nothing.
-    profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
-    assert "PREFECT_API" not in profiles.read_text()
+    # The profile's address goes with the servers.
+    assert "PREFECT_API" not in (home / ".prefect" / "profiles.toml").read_text()
+    ports = [str(urlsplit(servers[name]).port) for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")]
+    with listening(ports[0]) as told, listening(ports[1]) as told_too:
+        for folder, words in (
+            (stack.folder, ("run", "train-diffusion")),
+            (home, ("run", "train-diffusion")),
+            (home, ("ls",)),
+        ):
+            gone = stack.shell("prefect", "deployment", *words, folder=folder)
+            assert (gone.returncode != 0) == ("run" in words), gone.stdout
+    assert (told, told_too) == ([], []), "whoever listens there now"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ from tests.ranks import fork_rank
 pytestmark = pytest.mark.slow
 
 ONE_MILESTONE = {"evaluation.every_images": TINY["data.images"]}
+TOLD = {"network.label_dropout": 0.0, "evaluation.guidance": 1.0}
+"""A network that is told the class of every image can't be guided."""
 MODEL = f"{generated.NAME}-ddpm"
 START_RANK = launcher._start
 
@@ -87,7 +89,7 @@ def test_the_flow_trains_scores_registers_and_competes(
     with monkeypatch.context() as product:  # for once with ranks and a database of its own
         product.setattr("flows.launcher._start", START_RANK)
         (home / "mlflow" / "mlflow.db").unlink()
-        first = run_flow()
+        first = run_flow(overrides=TOLD)
     assert "champion" in first.rows["model version"]
     assert first.rows["dataset"].startswith("generated-fields-and-water")
     client = connect(settings().tracking_uri)
@@ -107,7 +109,7 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert tasks["train to step 8"] == tasks["train to step 16"] == ["Completed"]
 
     # Again: ingestion and reference are found, a second version competes with the first.
-    second = run_flow(fid_margin=5.0)
+    second = run_flow(fid_margin=5.0, overrides=TOLD)
     assert f"{MODEL} 2" in second.rows["model version"]
     assert "asked for: below -5" in second.rows["model version"]
     description = client.get_model_version(MODEL, "2").description
@@ -120,8 +122,8 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert first.rows["fid_eurosat"] == second.rows["fid_eurosat"]
     assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
 
-    # Scored by another protocol: the champion is scored so as well, and they compete. What the real images look like to the
-    # extractor was damaged meanwhile: it is measured again, and not asked for by hand.
+    # Scored by another protocol: the champion is scored so as well, but for the guidance, and they compete. What the real images
+    # look like to the extractor was damaged meanwhile: it is measured again, and not asked for by hand.
     (reference,) = (home / "store" / "references").glob("*.safetensors")
     measured = reference.read_bytes()
     reference.write_bytes(measured[:-1] + bytes([measured[-1] ^ 1]))

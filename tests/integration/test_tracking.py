@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 import mlflow
+from diffusion.data.manifest import manifest_path
 from diffusion.data.sealed import seal
 from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
@@ -320,9 +321,9 @@ def write_reference(store: FolderStore, dataset: str) -> None:
 
 def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: str, **fields: Any) -> str:
     """Publish an untrained model: what it says is another matter."""
-    expected = fields.pop("model", MODEL)
+    expected, dataset = fields.pop("model", MODEL), fields.pop("dataset", ingested.manifest)
     recipe = tiny_recipe(seed=fields.pop("seed", 0), data__image_size=fields.pop("image_size", 16))
-    network = build_network(recipe, ingested.manifest.images)
+    network = build_network(recipe, dataset.images)
     torch.manual_seed(recipe.seed)
     for parameter in network.parameters():  # wake the zero-initialised layers
         torch.nn.init.normal_(parameter, std=0.1)
@@ -332,7 +333,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
         run=name,
         step=2,
         images_seen=32,
-        dataset=ingested.manifest.digest,
+        dataset=dataset.digest,
         recipe=recipe,
         sha256={},
     )
@@ -345,7 +346,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     made = scores(checkpoint=state.digest, evidence_sha256=hashlib.sha256(evidence).hexdigest(), **fields)
     store.write(f"{evaluation_folder(name, 2)}/scores.json", seal(made))
     pictures = {"grid": grid(), "closest": grid()}
-    model, version = publish(run, store, state, made, ingested.manifest, pictures, tags, "")
+    model, version = publish(run, store, state, made, dataset, pictures, tags, "")
     assert model == expected
     return version
 
@@ -409,6 +410,15 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert make_version(run, ingested, store, "early", seed=40, image_size=32) == early, "it keeps its name on a retry"
     assert client.get_model_version(f"{MODEL}-32", bigger).tags["image_size"] == "32", "another size is another model"
     assert champion_version(client, f"{MODEL}-32") is None, "which has a first version of its own"
+    store.write(manifest_path(ingested.manifest.digest), ingested.manifest.to_json())
+    images = ingested.manifest.images
+    more = ingested.manifest.model_copy(
+        update={"digest": "d" * 64, "images": images.model_copy(update={"classes": (*images.classes, "Roofs")})}
+    )
+    second = f"{MODEL}-{more.images.kind[:8]}"
+    make_version(run, ingested, store, "f", seed=5, fid=1.0, dataset=more, model=second)
+    assert champion_version(client, second) is None, "nor does one of other classes compete"
+    store.delete(manifest_path(ingested.manifest.digest))
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
     store.write(evidence_name("a", 2), b"torn")
     assert "is damaged" in promote(client, store, MODEL, better).reason

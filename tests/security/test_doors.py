@@ -1,9 +1,10 @@
-"""All routes of both servers for whoever has no password; what is told to a stranger; and the servers that have none."""
+"""All routes of both servers for whoever has no password; a password that is changed; servers that have none."""
 
 from __future__ import annotations
 
 import json
 import re
+import stat
 import sys
 import urllib.request
 from base64 import b64encode
@@ -14,7 +15,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import free_port
-from tests.security.other_user import listening
 from tests.security.test_running import ask
 from tests.stack import Project
 
@@ -90,29 +90,44 @@ PAGES = {
     "TRAIN_DIFFUSION_PREFECT_UI": "https://prefect.example.org",
     "TRAIN_DIFFUSION_MLFLOW_UI": "https://mlflow.example.org",
 }
-UP = "import sys; sys.path.insert(0, 'infra'); import stack; stack.up(register=False)"
 
 
-@pytest.fixture
-def ports(stack: Project) -> dict[str, str]:
-    """Where nothing listens, and where `make up` is to start its servers next; the stack is down."""
-    assert stack.stack("down").returncode == 0
-    return {name: str(free_port()) for name in ("PREFECT_PORT", "MLFLOW_PORT")}
-
-
-@pytest.mark.last(3)
-def test_behind_a_proxy_the_servers_answer_to_its_names_and_after_them_a_stranger_is_told_nothing(
-    stack: Project, ports: dict[str, str]
-) -> None:
-    up = stack.shell(sys.executable, "-c", UP, env=ports | PAGES)
-    assert up.returncode == 0, up.stderr
-    assert all(address in up.stdout for address in PAGES.values()), up.stdout
+@pytest.mark.last(1)
+def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_names_of_a_proxy(stack: Project) -> None:
+    """Both take a start of the servers."""
+    made = stack.watched("infra/profile.py")
+    assert made.returncode == 0, made.stderr
+    home = Path(stack.env["HOME"])
+    profiles = home / ".prefect" / "profiles.toml"
+    old, before = stack.servers["MLFLOW_TRACKING_PASSWORD"], stack.servers
+    assert f"admin:{old}" in profiles.read_text()
+    changed = stack.stack("password", **PAGES)
+    assert changed.returncode == 0, changed.stdout + changed.stderr
     servers = stack.servers
-    known = basic(servers["MLFLOW_TRACKING_PASSWORD"])
+    new = servers["MLFLOW_TRACKING_PASSWORD"]
+    assert new != old
+    assert new not in changed.stdout + changed.stderr
+    assert {key: value for key, value in servers.items() if old not in before[key]} == {
+        key: value for key, value in before.items() if old not in value
+    }, "on the same ports"
     prefect, mlflow = servers["PREFECT_API_URL"].removesuffix("/api"), servers["MLFLOW_TRACKING_URI"]
+    for url in (f"{prefect}/api/admin/version", f"{mlflow}/version"):
+        assert [ask(url, "GET", basic(one))[0] for one in (old, new)] == [401, 200], url
+    text = profiles.read_text()
+    assert f"admin:{new}" in text
+    assert old not in text
+    assert stat.S_IMODE(profiles.stat().st_mode) == 0o600
+    ran = stack.shell("prefect", "deployment", "run", "clean-up", "--watch", folder=home)
+    assert "Completed" in ran.stdout, ran.stdout + ran.stderr
+    # What `up`, `profile` and `password` started was looked at meanwhile.
+    for words in ("prefect\0server", "mlflow\0server", "infra/profile.py"):
+        assert [line for line in stack.arguments if words in line], words
+    assert not [line for line in stack.arguments if old in line or new in line]
+
+    assert all(address in changed.stdout for address in PAGES.values()), changed.stdout
     search = f"{mlflow}/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
     for host, status in (("mlflow.example.org", 200), (urlsplit(mlflow).netloc, 200), ("other.example.org", 403)):
-        assert ask(search, "GET", known | {"Host": host})[0] == status, host
+        assert ask(search, "GET", basic(new) | {"Host": host})[0] == status, host
     for server, path, page in (
         (prefect, "/api/flows/filter", PAGES["TRAIN_DIFFUSION_PREFECT_UI"]),
         (mlflow, "/ajax-api/2.0/mlflow/experiments/search", PAGES["TRAIN_DIFFUSION_MLFLOW_UI"]),
@@ -123,22 +138,13 @@ def test_behind_a_proxy_the_servers_answer_to_its_names_and_after_them_a_strange
     with urllib.request.urlopen(f"{prefect}/ui-settings", timeout=10) as answer:
         assert json.load(answer)["api_url"] == "https://prefect.example.org/api"
 
-    assert stack.shell(sys.executable, "infra/profile.py").returncode == 0
-    home = Path(stack.env["HOME"])
-    before = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=home)
-    assert "train-diffusion/train-diffusion" in before.stderr, "the profile knows the servers"
-    assert stack.stack("down").returncode == 0
-    with listening(ports["PREFECT_PORT"]) as told, listening(ports["MLFLOW_PORT"]) as told_too:
-        for folder in (stack.folder, home):
-            for words in (("run", "train-diffusion"), ("run", "nothing-like-it"), ("ls",)):
-                stack.shell("prefect", "deployment", *words, folder=folder)
-    assert (told, told_too) == ([], []), "a password went to whoever listens there now"
-
 
 @pytest.mark.last(3)
 def test_without_a_password_it_is_said_each_time_and_other_pages_are_refused(
-    stack: Project, ports: dict[str, str]
+    stack: Project,
 ) -> None:
+    assert stack.stack("down").returncode == 0
+    ports = {name: str(free_port()) for name in ("PREFECT_PORT", "MLFLOW_PORT")}
     for _ in range(2):
         up = stack.stack("up", AUTH="off", **ports)
         assert up.returncode == 0, up.stderr

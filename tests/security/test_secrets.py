@@ -404,33 +404,3 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     assert status_of(f"{stack.servers['PREFECT_API_URL']}/admin/version", "admin", password) == 200
-
-
-@pytest.mark.slow
-@pytest.mark.last(1)
-def test_a_new_password_is_followed_everywhere_and_the_old_one_is_refused(stack: Project) -> None:
-    made = stack.watched("infra/profile.py")
-    assert made.returncode == 0, made.stderr
-    profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
-    old, before = stack.servers["MLFLOW_TRACKING_PASSWORD"], stack.servers
-    assert f"admin:{old}" in profiles.read_text()
-    changed = stack.stack("password")
-    assert changed.returncode == 0, changed.stdout + changed.stderr
-    new = stack.servers["MLFLOW_TRACKING_PASSWORD"]
-    assert new != old
-    assert new not in changed.stdout + changed.stderr
-    assert {key: value for key, value in stack.servers.items() if old not in before[key]} == {
-        key: value for key, value in before.items() if old not in value
-    }, "on the same ports"
-    for url in (f"{stack.servers['PREFECT_API_URL']}/admin/version", f"{stack.servers['MLFLOW_TRACKING_URI']}/version"):
-        assert (status_of(url, "admin", old), status_of(url, "admin", new)) == (401, 200), url
-    text = profiles.read_text()
-    assert f"admin:{new}" in text
-    assert old not in text
-    assert stat.S_IMODE(profiles.stat().st_mode) == 0o600
-    ran = stack.shell("prefect", "deployment", "run", "clean-up/clean-up", "--watch", folder=Path(stack.env["HOME"]))
-    assert "Completed" in ran.stdout, ran.stdout + ran.stderr
-    # What `up`, `profile` and `password` started was looked at meanwhile.
-    assert [line for line in stack.arguments if "prefect\0server" in line]
-    assert [line for line in stack.arguments if "profile.py" in line]
-    assert not [line for line in stack.arguments if old in line or new in line]

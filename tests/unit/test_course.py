@@ -106,6 +106,19 @@ def test_what_has_cost_hours_is_not_refused_in_a_later_stage() -> None:
     course.advance(0.001)  # at this speed: weeks
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_is_ended_when_its_time_is_over_whatever_it_does(stage: int) -> None:
+    clock, recipe = Clock(), tiny_recipe()
+    course = Course(clock)
+    course.begin(recipe, limit_seconds=20 * 3600)
+    course.enter(parts_of(recipe)[stage].key)
+    clock.now = 20 * 3600
+    course.advance(0.0)
+    clock.now += 1
+    with pytest.raises(RecipeError, match=r"The 20 hours of time_limit are over\. What is done is kept"):
+        course.advance(0.01)
+
+
 def test_a_run_that_goes_on_is_measured_by_what_it_does_now() -> None:
     clock = Clock()
     course = Course(clock)
