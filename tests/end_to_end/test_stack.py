@@ -45,8 +45,9 @@ def test_the_literal_command_trains_a_model(stack: Project, training: Training, 
     assert "Completed" in training.printed
     servers = stack.servers
     code = (
-        "from mlflow import MlflowClient; c = MlflowClient(); r = c.search_runs([c.get_experiment_by_name('train-diffusion')"
-        ".experiment_id], 'tags.`dataset.name` = \"generated-fields-and-water\"')[0]; print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
+        "from mlflow import MlflowClient; c = MlflowClient(); e = c.get_experiment_by_name('train-diffusion').experiment_id;"
+        "(r,) = c.search_runs([e], 'tags.`dataset.name` = \"generated-fields-and-water\"');"
+        "print(r.info.status, r.data.tags['prefect.flow_run_url'], r.data.metrics['score/fid_eurosat']);"
         "print(c.get_model_version_by_alias('generated-fields-and-water-ddpm', 'champion').version)"
     )
     found = stack.shell(sys.executable, "-c", code, env=DIRECTLY | {"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
