@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from diffusion.evaluation.figures import FIGURES
 from diffusion.tracking.pages import runs_page
+from diffusion.trust.private import write_private
 from tests.running import SCRIPT, Training
 from tests.stack import Project
 
@@ -172,7 +173,7 @@ def test_no_script_from_names_or_artifacts_runs_in_a_browser(
     api, run = stack.servers["PREFECT_API_URL"], run_of(stack, "my-images")
     (folder,) = (stack.folder / "var/mlflow/artifacts").glob(f"*/{run['info']['run_id']}/artifacts")
     assert "onerror" in (folder / "gallery.html").read_text(), "the class has its name"
-    (folder / "evil.html").write_text(EVIL)
+    write_private(folder / "evil.html", EVIL)
     alone = browser.new_page()
     for page in (mlflow_page, prefect_page, alone):
         page.on("dialog", refuse)
