@@ -104,7 +104,7 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
                 break
             time.sleep(0.3)
         tree = [psutil.Process(serving.pid), *psutil.Process(serving.pid).children(recursive=True)]
-        asked = json.dumps({"inputs": [], "params": {"n": 160, "steps": 48, "guidance": 1.0}}).encode()
+        asked = json.dumps({"inputs": [], "params": {"n": 96, "steps": 48, "guidance": 1.0}}).encode()
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"
             client.sendall(head.encode() + asked)
