@@ -1,4 +1,4 @@
-"""Progress for people: a bar with the time left on a terminal, plain lines elsewhere, an artifact in the Prefect UI."""
+"""Progress for people: a bar with the time left on a terminal, plain lines elsewhere, one artifact a run in the Prefect UI."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import functools
 import sys
 import time
 from types import TracebackType
+from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger, runtime
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.table import Column
@@ -17,12 +20,12 @@ from rich.table import Column
 from diffusion.trust.redaction import fit_to_leave
 from flows.course import course, duration
 
-LINE_SECONDS = 10.0
-
-
-PROGRESS = "progress"
-"""The artifact that shows it: one for the whole run, which each stage goes on with."""
-_artifacts: dict[str, UUID] = {}
+LINE_SECONDS, LATER_SECONDS = 10.0, 60.0
+"""Between two lines of a stage: in its first minutes, and after them."""
+FIRST_SECONDS = 120.0
+PAGE = "report"
+"""The artifact of a run: its description says how far the run is, its page shows what there is to see, and at the end the report."""
+_pages: dict[UUID, UUID] = {}
 """Their ids, by flow run."""
 
 
@@ -70,13 +73,13 @@ class Stage:
         left = self._left(now, share)
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=done, total=total, note=note, left=left)
-        if now - self._last_line < LINE_SECONDS:
+        if now - self._last_line < (LINE_SECONDS if now - self._first[0] < FIRST_SECONDS else LATER_SECONDS):
             return
         if self._last_line:
             left = f", {left}" if left else ""
             if self._bar is None:
                 say(f"{self.name}: {share:.0%}{left}" + (f" ({note})" if note else ""))
-            self._show(100 * share, f"{note}{left}")
+            show(f"{self.name}: {share:.0%}{left}")
         self._last_line = now
 
     def _left(self, now: float, share: float) -> str:
@@ -88,18 +91,6 @@ class Stage:
         since, before = self._first
         return f"{duration((now - since) * (1 - share) / (share - before))} left here" if share > before else ""
 
-    def _show(self, percent: float, note: str) -> None:
-        run = str(runtime.flow_run.id)
-        try:
-            if run in _artifacts:
-                update_progress_artifact(_artifacts[run], percent, description=f"{self.name}. {note}")
-            else:
-                made = create_progress_artifact(percent, key=PROGRESS, description=self.name)
-                assert isinstance(made, UUID)
-                _artifacts[run] = made
-        except Exception as error:  # no trouble of the Prefect server's is a reason to end what is being shown
-            say(f"Prefect does not take the progress ({type(error).__name__}).")
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -108,9 +99,33 @@ class Stage:
                 self._bar.update(self._bar_task, completed=1, total=1)
             self._bar.stop()
         if kind is None:
-            if str(runtime.flow_run.id) in _artifacts:
-                self._show(100.0, "Done")
             course.leave()
+
+
+def show(description: str, page: str | None = None) -> None:
+    """Say in the run's artifact how far it is, and what there is to see, as Markdown; without `page` that stays as it is."""
+    run = UUID(str(runtime.flow_run.id))
+    shown: dict[str, Any] = {"description": fit_to_leave(description)} | ({"data": page} if page else {})
+    try:
+        with get_client(sync_client=True) as client:
+            if run not in _pages:  # a retry goes on with that of the first try
+                its = ArtifactFilter(
+                    flow_run_id=ArtifactFilterFlowRunId(any_=[run]), key=ArtifactFilterKey(any_=[PAGE])
+                )
+                for found in client.read_artifacts(artifact_filter=its):
+                    _pages[run] = found.id
+            if run in _pages:
+                client.update_artifact(_pages[run], ArtifactUpdate(**shown))
+            else:
+                begun: dict[str, Any] = {
+                    "key": PAGE,
+                    "type": "markdown",
+                    "flow_run_id": run,
+                    "data": "There is nothing to see yet.",
+                }
+                _pages[run] = client.create_artifact(ArtifactCreate(**begun | shown)).id
+    except Exception as error:  # no trouble of the Prefect server's is a reason to end what is being shown
+        say(f"Prefect does not take the progress ({type(error).__name__}).")
 
 
 def say(line: str) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 
-from prefect import task
-from prefect.artifacts import create_image_artifact
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from diffusion.evaluation.pictures import thumbnail
+from diffusion.evaluation.figures import full_name, in_order, with_error
+from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob
 from diffusion.training.state import State
 from flows.engines.placement import Workers
+from flows.progress import show
 from flows.run import Run, run_stage
 from flows.tasks.retrying import RETRIED
 
@@ -43,12 +44,19 @@ def evaluate(run: Run, state: State, workers: Workers) -> Scores:
         # MLflow's slider begins at 0.
         run.tracked.log_image("samples", 0, evaluation_picture(run, step, "noise"))
     run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))
-    create_image_artifact(
-        image_url=f"data:image/webp;base64,{base64.b64encode(thumbnail(grid, GRID_PIXELS)).decode()}",
-        key="samples",
-        description=f"{run.name}: samples at step {step:,}, {state.images_seen:,} images seen.",
+    figures = ", ".join(
+        f"{full_name(row)} {with_error(row)}" for one, row in in_order(scores) if one.place == "headline"
     )
+    at = f"Step {step:,}, {state.images_seen:,} images seen"
+    show(f"{at}.", f"# {runtime.flow_run.name}\n\n{at}: {figures}\n\n{grid_for_prefect(run, step)}\n")
     return scores
+
+
+def grid_for_prefect(run: Run, step: int) -> str:
+    """The samples of a step, as Markdown."""
+    grid = base64.b64encode(thumbnail(evaluation_picture(run, step, "grid"), GRID_PIXELS)).decode()
+    caption = grid_caption(run.dataset.images, run.recipe.network.class_conditional)
+    return f"![{caption}](data:image/webp;base64,{grid})"
 
 
 def evaluations(run: Run, until: int) -> list[Scores]:

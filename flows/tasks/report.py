@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from datetime import UTC, datetime
 
 from prefect import runtime, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
 from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
-from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder
 from diffusion.tracking.gates import gates_table
 from diffusion.tracking.markdown import markdown_table, plain
@@ -21,9 +18,9 @@ from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import State, checkpoint_file
 from flows.gallery import gallery
-from flows.progress import say
+from flows.progress import say, show
 from flows.run import Run
-from flows.tasks.evaluate import GRID_PIXELS, evaluation_picture
+from flows.tasks.evaluate import grid_for_prefect
 from flows.tasks.retrying import RETRIED
 
 GALLERY = "gallery.html"
@@ -69,9 +66,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
     rows[GRID] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
-    create_markdown_artifact(_markdown(run, state, scores, rows, decision), key="report")
-    if link := _mlflow_page(run):
-        create_link_artifact(link, "The run in MLflow: metrics, samples, model", key="mlflow-run")
+    show(f"Version {decision.version} became {decision.alias}.", _markdown(run, state, scores, rows, decision))
     return Report(rows=rows)
 
 
@@ -109,7 +104,6 @@ def _figure(value: float | None, error: float | None) -> str:
 
 
 def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], decision: Decision) -> str:
-    grid = base64.b64encode(thumbnail(evaluation_picture(run, state.step, "grid"), GRID_PIXELS)).decode()
     parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {plain(decision.reason)}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({_mlflow_page(run, GALLERY)})")
@@ -117,6 +111,5 @@ def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], deci
     parts.append(_comparison(run, scores, decision))
     if decision.gates:
         parts.append(gates_table(decision.gates))
-    caption = grid_caption(run.dataset.images, run.recipe.network.class_conditional)
-    parts.append(f"![{caption}](data:image/webp;base64,{grid})")
+    parts.append(grid_for_prefect(run, state.step))
     return "\n\n".join(parts) + "\n"

@@ -83,6 +83,15 @@ def states_by_task() -> dict[str, list[str]]:
     return found
 
 
+def artifacts(flow_run_id: Any) -> list[tuple[str | None, str | None]]:
+    """Keys and descriptions of what a flow run shows in Prefect."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        of_it = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        return [(one.key, one.description) for one in client.read_artifacts(artifact_filter=of_it)]
+
+
 def test_the_flow_trains_scores_registers_and_competes(
     run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +196,7 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
     from prefect.flow_engine import run_flow as run_engine
     from prefect.states import Scheduled
 
+    from flows.progress import _pages
     from flows.tasks.report import Report
     from flows.train_diffusion import train_diffusion
 
@@ -195,7 +205,10 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
         flow_run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
         client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"), force=True)
         flow_run = client.read_flow_run(flow_run.id)
+    assert artifacts(flow_run.id) == [("report", "Version 1 became champion.")], "one page, which ends as the report"
+    _pages.clear()  # as in a process of its own
     second = run_engine(train_diffusion, flow_run=flow_run, parameters=flow_run.parameters)
+    assert artifacts(flow_run.id) == [("report", "Version 1 became champion.")]
     assert isinstance(second, Report)
     assert second.rows == first.rows
     tracking = connect(settings().tracking_uri)
