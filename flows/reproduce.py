@@ -29,6 +29,7 @@ from diffusion.errors import DataError, TrackingError, UserError
 from diffusion.job import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
+from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file
@@ -107,14 +108,15 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Original:
         text = load("recipe.json")
         # Of the file as it stands: today's recipes may have values that those of then had not.
         digest = hashlib.sha256(json.dumps(parse_json(text), sort_keys=True).encode()).hexdigest()
-        if digest != version.tags["recipe.digest"]:
+        tags = tags_of(version)
+        if digest != tags["recipe.digest"]:
             raise TrackingError(
                 f"The recipe that lies in {name} is not the one that it was tagged with: it was changed."
             )
         weights = hashlib.sha256(load("weights.safetensors")).hexdigest()
-        original = Original(name, dict(version.tags), Recipe.model_validate_json(text), weights)
+        original = Original(name, tags, Recipe.model_validate_json(text), weights)
         wanted = ("git.commit", "dataset.name", "dataset.digest", "checkpoint.digest", "checkpoint.step")
-        int({tag: version.tags[tag] for tag in wanted}["checkpoint.step"])
+        int({tag: tags[tag] for tag in wanted}["checkpoint.step"])
     except (KeyError, ValueError, OSError) as error:
         raise TrackingError(
             f"{name} can't be reproduced: its tags or files are not those of a version of ours ({error})."

@@ -19,6 +19,7 @@ from PIL import Image
 from diffusion.errors import TrackingError, nearest
 from diffusion.settings import Settings
 from diffusion.tracking.connection import connect
+from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FILES_TAG = "files.digest"
-"""Of a version: the digest of its files. It lies in MLflow's database, the files lie elsewhere."""
+"""Of a version, among its lineage: the digest of its files. It lies in MLflow's database, the files lie elsewhere."""
 ADDED_BY_DOWNLOAD = ("registered_model_meta",)
 NAME = re.compile(
     r"(?:models:/)?(?P<model>[A-Za-z0-9_][A-Za-z0-9._-]*)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[0-9]{1,9}))"
@@ -105,7 +106,7 @@ def load_version(name: str, settings: Settings) -> Model:
         # Whoever loads a model where it lies leaves bytecode there, which is no file of the model's, and would be run in its place.
         for bytecode in [*folder.rglob("__pycache__")]:
             shutil.rmtree(bytecode)
-        expected = version.tags.get(FILES_TAG)
+        expected = tags_of(version).get(FILES_TAG)
         if expected is None:
             log.warning(
                 "%s %s was made before versions carried a digest: its files are not checked.",

@@ -32,6 +32,7 @@ from diffusion.evaluation.scores import Scores
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
 from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.scores_tag import scores_of
+from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import shown
@@ -166,7 +167,7 @@ def _judge(
         raise DataError(
             f"Version {challenger.version} of {challenger.name} has no scores that can be read: it can't be judged."
         )
-    dataset = find_dataset(store, challenger.tags["dataset.digest"])
+    dataset = find_dataset(store, tags_of(challenger)["dataset.digest"])
     classes = dataset.images.classes if dataset else ()
     try:
         if champion is None:
@@ -189,7 +190,7 @@ def _variation(store: Store, version: ModelVersion, scores: Scores, classes: tup
     """By class, what its samples vary as a share of what its real images do; empty without classes."""
     if not scores.parts("fid_of_class"):
         return {}
-    evidence = load_evidence(store, version.tags["run"], scores)
+    evidence = load_evidence(store, tags_of(version)["run"], scores)
     found = variation_of_classes(evidence, _reference(store, version, scores), len(classes))
     return {classes[label]: share for label, share in found.items()}
 
@@ -202,7 +203,7 @@ def _spread(store: Store, version: ModelVersion, scores: Scores) -> float:
 
 def _reference(store: Store, version: ModelVersion, scores: Scores) -> Reference:
     """The real images by which a version was scored."""
-    by, tags = scores.extractors[0], version.tags
+    by, tags = scores.extractors[0], tags_of(version)
     name = reference_name(tags["dataset.digest"], by.name, by.sha256, int(tags["image_size"]))
     return load_reference(store, name)
 
@@ -226,14 +227,15 @@ def _comparable(
             raise DataError(f"{why} {error}") from None
     assert old is not None
     try:
-        return opening, Scored(TypeAdapter(RunName).validate_python(champion.tags.get("run")), old)
+        return opening, Scored(TypeAdapter(RunName).validate_python(tags_of(champion).get("run")), old)
     except ValidationError:
         raise DataError(f"The tag 'run' of version {champion.version}, the champion, names no run.") from None
 
 
 def _differences(challenger: ModelVersion, champion: ModelVersion, new: Scores, old: Scores | None) -> list[str]:
     """In what the scores of two versions were made differently, with both values."""
-    found = {tag: (challenger.tags.get(tag, "none"), champion.tags.get(tag, "none")) for tag in COMPARABLE}
+    ours, theirs = tags_of(challenger), tags_of(champion)
+    found = {tag: (ours.get(tag, "none"), theirs.get(tag, "none")) for tag in COMPARABLE}
     if old is None:
         return [*_said(found), "the form of their scores"]
     found["the extractor"] = (new.extractors[0].sha256[:12], old.extractors[0].sha256[:12])
@@ -250,7 +252,7 @@ def _against(
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if what they were scored from is gone."""
     reference = _reference(store, challenger, new)
-    first = load_evidence(store, challenger.tags["run"], new)
+    first = load_evidence(store, tags_of(challenger)["run"], new)
     second = load_evidence(store, old.run, old.scores, old.evaluation)
 
     def of_class(name: str) -> Difference | None:
@@ -268,9 +270,8 @@ def _number(version: ModelVersion | None) -> str | None:
 def _tell(client: MlflowClient, decision: Decision) -> None:
     """Keep the decision on the version: as tags, and in its card."""
     client.set_model_version_tag(decision.model, decision.version, "decision", decision.reason)
-    for gate in decision.gates:
-        text = f"{'passed' if gate.passed else 'FAILED'}: {gate.figures}"
-        client.set_model_version_tag(decision.model, decision.version, f"gate.{gate.name}", text)
+    gates = {gate.name: f"{'passed' if gate.passed else 'FAILED'}: {gate.figures}" for gate in decision.gates}
+    client.set_model_version_tag(decision.model, decision.version, "gates", json.dumps(gates))
     card = client.get_model_version(decision.model, decision.version).description or ""
     table = f"\n{gates_table(decision.gates)}\n" if decision.gates else ""
     section = f"## Decision\n\n{plain(decision.reason)}\n{table}\n"

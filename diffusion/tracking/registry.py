@@ -14,7 +14,7 @@ from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.data.spec import ImageSpec
 from diffusion.data.store import Store
 from diffusion.errors import DataError, StoreError, UserError
-from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, metrics, with_interval
+from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, metrics, with_error, with_interval
 from diffusion.evaluation.names import OwnExtractor, find_own
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
@@ -24,6 +24,7 @@ from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
+from diffusion.tracking.version_tags import tags_of, with_lineage
 from diffusion.training.state import State, checkpoint_file
 from diffusion.trust.private import close_to_others
 from diffusion.trust.redaction import shown
@@ -60,11 +61,11 @@ def model_name(client: MlflowClient, store: Store, dataset: Manifest, image_size
     """
     name = f"{dataset.source.lower()}-ddpm"
     champion = champion_version(client, name)
-    if champion is not None and champion.tags.get("image_size", str(image_size)) != str(image_size):
+    if champion is not None and tags_of(champion).get("image_size", str(image_size)) != str(image_size):
         name = f"{name}-{image_size}"
         champion = champion_version(client, name)
     kind = dataset.images.kind
-    other = champion is not None and _kind_of(store, champion.tags.get("dataset.digest", "")) not in (None, kind)
+    other = champion is not None and _kind_of(store, tags_of(champion).get("dataset.digest", "")) not in (None, kind)
     return f"{name}-{kind[:8]}" if other else name
 
 
@@ -101,8 +102,12 @@ def publish(
 
     client = run.client
     name = model_name(client, store, dataset, state.recipe.data.image_size)
+    headline = ", ".join(
+        f"{full_name(row)} {with_error(row)}" for one, row in in_order(scores) if one.place == "headline"
+    )
     tags = {
         **tags,
+        "result": headline,
         "run": state.run,
         "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
@@ -115,13 +120,13 @@ def publish(
     if state.recipe.start is not None:
         tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
     for version in client.search_model_versions(f"run_id = '{run.run_id}'"):  # under whichever name
-        if version.tags.get("checkpoint.digest") == state.digest:
+        if tags_of(version).get("checkpoint.digest") == state.digest:
             _tell_start(client, version.name, state, str(version.version))
             return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
     card = model_card(name, state, scores, dataset, tags, run.run_id, compute, find_own(store, dataset.digest))
     logged = client.create_logged_model(
-        run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=tags
+        run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=with_lineage(tags)
     )
     status = "FAILED"
     try:
@@ -164,7 +169,7 @@ def publish(
         source=f"models:/{logged.model_id}",
         run_id=run.run_id,
         model_id=logged.model_id,
-        tags={**tags, FILES_TAG: files, **scores_tags(scores)},
+        tags={**with_lineage({**tags, FILES_TAG: files}), **scores_tags(scores)},
         description=fit_description(card),
         await_creation_for=0,
     )
@@ -175,9 +180,9 @@ def publish(
 def _tell_start(client: MlflowClient, name: str, state: State, version: str) -> None:
     """Tag the versions of the checkpoint that this one went on from: lineage leads both ways."""
     if state.recipe.start is not None:
-        query = f"name = '{name}' and tags.`checkpoint.digest` = '{state.recipe.start.digest}'"
-        for before in client.search_model_versions(query):
-            client.set_model_version_tag(name, before.version, f"continued_by.{version}", state.run)
+        for before in client.search_model_versions(f"name = '{name}'"):
+            if tags_of(before).get("checkpoint.digest") == state.recipe.start.digest:
+                client.set_model_version_tag(name, before.version, f"continued_by.{version}", state.run)
 
 
 def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> None:

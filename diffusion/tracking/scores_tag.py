@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.store import Store
 from diffusion.evaluation.scores import Scores, find_scores
+from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import RunName
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def scores_of(version: ModelVersion, store: Store) -> Scores | None:
         scores = Scores.model_validate_json(version.tags[TAG])
         if ELSEWHERE not in version.tags:
             return scores
-        run = TypeAdapter(RunName).validate_python(version.tags["run"])
+        run = TypeAdapter(RunName).validate_python(tags_of(version)["run"])
     except (KeyError, ValidationError):
         return None
     return find_scores(store, run, scores.step, scores.samples, checkpoint=scores.checkpoint)

@@ -17,6 +17,7 @@ from diffusion.settings import settings
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.registry import model_name
 from diffusion.tracking.run import finished_run, recorded_start
+from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows.progress import say
 from flows.request import TrainingRequest
@@ -70,8 +71,9 @@ def _from_champion(client: MlflowClient, store: Store, experiment_id: str, recip
 def start_at(champion: ModelVersion) -> Start:
     """The checkpoint of a version, which its tags name. Raises RecipeError if they name none."""
     names = {"run": "run", "step": "checkpoint.step", "digest": "checkpoint.digest"}
+    tags = tags_of(champion)
     try:
-        return Start.model_validate({name: champion.tags.get(tag) for name, tag in names.items()})
+        return Start.model_validate({name: tags.get(tag) for name, tag in names.items()})
     except ValidationError:
         raise RecipeError(
             f"The tags {', '.join(names.values())} of version {champion.version} of {champion.name}, the champion, name no "

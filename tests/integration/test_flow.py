@@ -29,6 +29,7 @@ from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
 from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import champion_version
+from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows import launcher
 from flows.checks import check_free
@@ -236,7 +237,7 @@ def test_going_on_from_the_champion_is_as_if_it_had_never_stopped(run_flow: Any,
     (second, first) = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
     assert json.loads(second.data.tags["recipe.start"])["run"] == first.data.tags["train_diffusion.run"]
     assert second.info.run_name.endswith("-demo-seed0-from-champion")
-    tags = [client.get_model_version(MODEL, number).tags for number in ("1", "2")]
+    tags = [tags_of(client.get_model_version(MODEL, number)) for number in ("1", "2")]
     assert tags[1]["start.run"] == tags[0]["run"]
     assert tags[0]["continued_by.2"] == tags[1]["run"]
     losses = [metric.step for metric in client.get_metric_history(second.info.run_id, "train/loss")]

@@ -51,6 +51,7 @@ from diffusion.tracking.registry import publish
 from diffusion.tracking.run import NOTE, Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
+from diffusion.tracking.version_tags import tags_of
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from diffusion.training.state import FORMAT_VERSION, State
@@ -408,7 +409,9 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert "differ in the number of samples" in promote(client, store, MODEL, other).reason
     bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32, model=f"{MODEL}-32")
     assert make_version(run, ingested, store, "early", seed=40, image_size=32) == early, "it keeps its name on a retry"
-    assert client.get_model_version(f"{MODEL}-32", bigger).tags["image_size"] == "32", "another size is another model"
+    assert tags_of(client.get_model_version(f"{MODEL}-32", bigger))["image_size"] == "32", (
+        "another size is another model"
+    )
     assert champion_version(client, f"{MODEL}-32") is None, "which has a first version of its own"
     store.write(manifest_path(ingested.manifest.digest), ingested.manifest.to_json())
     images = ingested.manifest.images
@@ -428,12 +431,14 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     champion = champion_version(client, MODEL)
     assert champion is not None
     assert champion.version == better
-    assert champion.tags["dataset.digest"] == ingested.manifest.digest
+    assert tags_of(champion)["dataset.digest"] == ingested.manifest.digest
+    assert set(champion.tags) == {"result", "dataset.name", "git.commit", "decision", "gates", "lineage", "scores"}
+    assert champion.tags["result"].startswith("fid_eurosat 15.00")
     assert "fid_eurosat | 15.00 (14.02 to 15.98)" in champion.description
     assert "| fid_eurosat is lower | yes | 15.00 against 20.00" in champion.description
     assert champion.description.index("## Decision") < champion.description.index("## Use")
     assert champion.description.count("## Decision") == 1, "a repetition added it again"
-    assert champion.tags["gate.nothing more is copied"].startswith("passed")
+    assert json.loads(champion.tags["gates"])["nothing more is copied"].startswith("passed")
     entries = [json.loads(store.read(name)) for name in store.names("promotions/") if name.endswith(".json")]
     assert [(entry["from"], entry["to"]) for entry in entries] == [(None, first), (first, better)]
 
