@@ -79,7 +79,7 @@ class Stage:
             left = f", {left}" if left else ""
             if self._bar is None:
                 say(f"{self.name}: {share:.0%}{left}" + (f" ({note})" if note else ""))
-            show(f"{self.name}: {share:.0%}{left}")
+            show(f"{left.removeprefix(', ') + ': ' if left else ''}{self.name}, {share:.0%}")  # cards cut it
         self._last_line = now
 
     def _left(self, now: float, share: float) -> str:

@@ -107,7 +107,8 @@ def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], deci
     parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {plain(decision.reason)}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({_mlflow_page(run, GALLERY)})")
-    parts.append(markdown_table(("what", "value"), ((key, text) for key, text in rows.items() if key != GRID)))
+    shown = {**rows, "model version": f"{decision.model} {decision.version}"}  # what became of it stands above
+    parts.append(markdown_table(("what", "value"), ((key, text) for key, text in shown.items() if key != GRID)))
     parts.append(_comparison(run, scores, decision))
     if decision.gates:
         parts.append(gates_table(decision.gates))
