@@ -66,7 +66,12 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
     rows[GRID] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
 
-    show(f"Version {decision.version} became {decision.alias}.", _markdown(run, state, scores, rows, decision))
+    try:
+        page = _markdown(run, state, scores, rows, decision)
+    except Exception as error:  # nor is this one
+        say(f"There is no report of this run: {type(error).__name__}: {error}")
+        page = None
+    show(f"Version {decision.version} became {decision.alias}.", page)
     return Report(rows=rows)
 
 

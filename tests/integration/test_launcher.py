@@ -165,3 +165,27 @@ def test_being_asked_to_end_many_times_at_once_is_being_asked_once() -> None:
         child.send_signal(signal.SIGTERM)
     said, _ = child.communicate(timeout=60)
     assert (said, child.returncode) == ("ends by itself\n", 0)
+
+
+LONG = """
+import hashlib
+import diffusion.job
+diffusion.job.STOP_SECONDS = 1
+asked = diffusion.job.listen_to_sigterm()
+print("listens", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour, in which Python's own code does not run
+"""
+
+
+def test_a_rank_ends_in_time_though_one_operation_takes_longer() -> None:
+    """As the backward pass of a large network: nobody may be left of those who could kill the rank."""
+    process = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listens\n"
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(120) == -signal.SIGALRM
+    finally:
+        process.kill()
+        process.wait()

@@ -51,11 +51,12 @@ def read(source: str, environment: Settings) -> Source:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the tars with ETags, and breaks one transfer off."""
+    """Serves the tars with ETags and ranges; is busy once, and breaks every transfer of the second one off."""
 
     folder: Path
     sent: list[str]
-    broken = False
+    busy = False
+    ranges = True
 
     def do_GET(self) -> None:
         cls = type(self)
@@ -69,51 +70,65 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(304)
             self.end_headers()
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        if not cls.busy:
+            cls.busy = True
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        start = 0
+        if cls.ranges and self.headers.get("If-Range") == etag:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
         self.send_header("ETag", etag)
         self.end_headers()
-        cls.sent.append(self.path)
-        if self.path.endswith("001.tar") and not cls.broken:
-            cls.broken = True
-            self.wfile.write(body[:1000])
+        cls.sent.append(f"{self.path} from {start}")
+        if self.path.endswith("001.tar"):
+            body = body[: start + 8192]
             self.close_connection = True
-            return
-        self.wfile.write(body)
+        self.wfile.write(body[start:])
 
     def log_message(self, *_: object) -> None:
         """Nothing: the test's output is not the place."""
 
 
 @pytest.fixture
-def web(tars: Path) -> Iterator[tuple[str, list[str]]]:
-    """The tars' address, and which were sent."""
+def web(tars: Path) -> Iterator[tuple[str, type[Handler]]]:
+    """The tars' address, and how they are served."""
     handler = type("OwnHandler", (Handler,), {"folder": tars, "sent": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/lakes-{BRACES}", handler.sent  # type: ignore[attr-defined]
+    yield f"http://127.0.0.1:{server.server_port}/lakes-{BRACES}", handler
     server.shutdown()
 
 
 def test_on_the_web_they_are_fetched_once(
-    tars: Path, web: tuple[str, list[str]], here: Settings, tmp_path: Path
+    tars: Path, web: tuple[str, type[Handler]], here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, sent = web
+    source, handler = web
+    sent = handler.sent
     expected = read(f"{WEBDATASET}{tars}/lakes-{BRACES}", here)
+    monkeypatch.setattr("diffusion.data.sources.remote.time.sleep", lambda seconds: None)
+    handler.ranges = False
     with pytest.raises(
-        StoreError, match=r"1,000 of|IncompleteRead|broken"
+        StoreError, match=r"8,?192 of|IncompleteRead|broken"
     ):  # worth another try, unlike what is missing
         find_archive(source, here)
+    assert sent == ["/lakes-000.tar from 0", *["/lakes-001.tar from 0"] * 4], "three brought nothing new"
+    sent.clear()
+    handler.ranges = True
     found = read(source, here)
     assert (found.digest, found.name, found.classes) == (expected.digest, "lakes", ("deep", "flat"))
-    assert sent == ["/lakes-000.tar", "/lakes-001.tar", "/lakes-001.tar"]
+    size = (tars / "lakes-001.tar").stat().st_size
+    assert sent == [f"/lakes-001.tar from {start}" for start in range(0, size, 8192)], "each brings it further"
     manifest = ingest(found, FolderStore(tmp_path / "store"))
     assert (manifest.images.dtype, sum(manifest.splits.values())) == ("uint16", 30)
     # What changes there is fetched again.
     (tars / "lakes-000.tar").write_bytes((tars / "lakes-001.tar").read_bytes() + bytes(512))
     with pytest.raises(DataError, match="two images deep/1-0"):
         read(source, here)
-    assert sent[-1] == "/lakes-000.tar"
+    assert sent[-1] == "/lakes-000.tar from 0"
     with pytest.raises(DataError, match=r"lakes-007.tar is not to be had: there is none"):
         find_archive(source.replace(BRACES, "007.tar"), here)
 

@@ -44,7 +44,7 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes that are here and the bytes in all (None where the server does not tell)."""
 
 
-class _Busy(Exception):
+class Busy(Exception):
     """A server wants to be asked later."""
 
     def __init__(self, status: int, seconds: float) -> None:
@@ -74,7 +74,7 @@ def download_eurosat(folder: Path, mirrors: Sequence[Mirror] = MIRRORS, progress
             try:
                 _fetch(mirror, target, progress)
                 return target
-            except _Busy as error:
+            except Busy as error:
                 times[mirror] += 1
                 reasons[mirror.url] = str(error)
                 ready[mirror] = time.monotonic() + error.seconds
@@ -226,7 +226,7 @@ def _continue(url: str, part: Path, progress: Progress | None) -> None:
         if response.status_code == 416:  # nothing is left to send: the md5 decides whether the file is right
             return
         if response.status_code in BUSY:
-            raise _Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
+            raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
         response.raise_for_status()
         if response.status_code != 206:  # the server does not know ranges and starts from the beginning
             here = 0

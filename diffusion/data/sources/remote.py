@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
 
-from diffusion.data.sources.download import CONNECT_AND_READ_SECONDS, DOWNLOAD_ERRORS, chunks, one_at_a_time, reason
+from diffusion.data.sources.download import (
+    ATTEMPTS,
+    BUSY,
+    BUSY_TIMES,
+    CONNECT_AND_READ_SECONDS,
+    DOWNLOAD_ERRORS,
+    Busy,
+    chunks,
+    one_at_a_time,
+    reason,
+    retry_after,
+)
 from diffusion.data.store import S3Store
 from diffusion.errors import DataError, StoreError
 from diffusion.trust.redaction import shown
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 MOST_TARS = 100_000
 TAR_BYTES = 64 << 30
@@ -109,9 +127,13 @@ def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
             raise _too_large(address)
         if _is_copied(copy, head["ETag"]):
             return
-        # Of this version alone: what replaces it meanwhile is refused, and fetched by the next try.
-        body = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])["Body"]
-        _write(part, iter(lambda: body.read(1 << 20), b""), address, report)
+
+        def fetch(here: int) -> None:
+            # Of this version alone: what replaces it meanwhile is refused, and fetched by the next try.
+            body = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"], Range=f"bytes={here}-")["Body"]
+            _write(part, iter(lambda: body.read(1 << 20), b""), address, report, here)
+
+        _bring(fetch, part, address, (BotoCoreError,))
     except ClientError as error:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if status in REFUSED:
@@ -124,28 +146,82 @@ def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
         raise StoreError(
             f"{shown(address)} can't be read now ({error}). Check AWS_ENDPOINT_URL_S3 and the credentials."
         ) from error
+    except OSError as error:
+        raise StoreError(f"{shown(address)} can't be copied here: {reason(error)}.") from error
     _keep(part, copy, head["ETag"])
 
 
 def _copy_web(address: str, copy: Path, report: Callable[[int], None]) -> None:
     tag, part = copy.with_suffix(".etag"), copy.with_suffix(".part")
     # Not packed on the way: a few bytes could become very many.
-    headers = {"Accept-Encoding": "identity"}
-    if copy.exists() and tag.exists():
-        headers["If-None-Match"] = tag.read_text()
-    try:
+    same, etag = tag.read_text() if copy.exists() and tag.exists() else None, ""
+
+    def fetch(here: int) -> bool:
+        nonlocal etag
+        headers = {"Accept-Encoding": "identity"}
+        if here:
+            headers |= {"Range": f"bytes={here}-", "If-Range": etag}
+        elif same is not None:
+            headers["If-None-Match"] = same
         with requests.get(address, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
             if response.status_code == 304:
-                return
+                return False
             if response.status_code in REFUSED:
                 raise DataError(f"{shown(address)} is not to be had: {REFUSED[response.status_code]}.")
+            if response.status_code in BUSY:
+                raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
             response.raise_for_status()
-            length = response.headers.get("Content-Length")
-            _write(part, chunks(response), address, report, int(length) if length else None)
+            start = here if response.status_code == 206 else 0  # it may know no ranges, or have another file by now
             etag = response.headers.get("ETag", "")
+            length = response.headers.get("Content-Length")
+            _write(part, chunks(response), address, report, start, start + int(length) if length else None)
+        return True
+
+    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    try:
+        changed = _bring(fetch, part, address, broken, goes_on=lambda: etag.startswith('"'))
+    except Busy as error:
+        raise StoreError(f"{shown(address)} can't be read now: {error}.") from error
     except DOWNLOAD_ERRORS as error:
         raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
-    _keep(part, copy, etag)
+    if changed:
+        _keep(part, copy, etag)
+
+
+def _bring(
+    fetch: Callable[[int], T],
+    part: Path,
+    address: str,
+    broken: tuple[type[Exception], ...],
+    goes_on: Callable[[], bool] = lambda: True,
+) -> T:
+    """Fetch a file into `part`: what breaks off goes on while each try brings it further, a server that is busy is asked later.
+
+    Args:
+        fetch: brings what comes after the bytes that are here.
+        broken: its errors after which that is worth trying.
+        goes_on: whether the rest can be had by itself.
+    """
+    part.unlink(missing_ok=True)
+    in_vain, busy = 0, 0
+    while True:
+        before = part.stat().st_size if part.exists() and goes_on() else 0
+        try:
+            return fetch(before)
+        except Busy as error:
+            busy += 1
+            if busy == BUSY_TIMES:
+                raise
+            log.warning("%s is busy: asked again in %.0f s", shown(address), error.seconds)
+            time.sleep(error.seconds)
+        except broken as error:
+            # A server that was never reached is not worth waiting for.
+            if not part.exists() or isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
+                raise
+            in_vain = 0 if part.stat().st_size > before and goes_on() else in_vain + 1
+            if in_vain == ATTEMPTS:
+                raise
+            time.sleep(in_vain)
 
 
 def _is_copied(copy: Path, etag: str) -> bool:
@@ -154,10 +230,14 @@ def _is_copied(copy: Path, etag: str) -> bool:
 
 
 def _write(
-    part: Path, content: Iterator[bytes], address: str, report: Callable[[int], None], expected: int | None = None
+    part: Path,
+    content: Iterator[bytes],
+    address: str,
+    report: Callable[[int], None],
+    here: int = 0,
+    expected: int | None = None,
 ) -> None:
-    here = 0
-    with part.open("wb") as file:
+    with part.open("ab" if here else "wb") as file:
         for chunk in content:
             here += len(chunk)
             if here > TAR_BYTES:
@@ -165,7 +245,7 @@ def _write(
             file.write(chunk)
             report(here)
     if expected is not None and here < expected:
-        raise StoreError(f"{shown(address)}: the transfer stopped after {here:,} of {expected:,} bytes.")
+        raise requests.ConnectionError(f"the transfer stopped after {here:,} of {expected:,} bytes")
 
 
 def _keep(part: Path, copy: Path, etag: str) -> None:
