@@ -155,15 +155,16 @@ def _post(api: str, auth: str | None, path: str, body: dict[str, Any]) -> Any:
     headers = {"Content-Type": "application/json"}
     if auth:
         headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+    sent = json.dumps(body).encode()
     try:
-        return _ask(api, path, headers, json.dumps(body).encode())
+        return _ask(api, path, headers, sent)
     except urllib.error.HTTPError as error:
         if error.code != 403:
             raise
     client = uuid.uuid4().hex  # the server wants to know that no page of another site sends this
     token = _ask(api, f"/csrf-token?client={client}", headers)["token"]
     of_ours = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
-    return _ask(api, path, headers | of_ours, json.dumps(body).encode())
+    return _ask(api, path, headers | of_ours, sent)
 
 
 def _ask(api: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Any:

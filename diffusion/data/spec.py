@@ -26,6 +26,7 @@ GREY = ("grey",)
 
 
 KIND = ("bands", "dtype", "low", "high", "classes")
+"""What a model's images have in common with those that it can be judged by, beside the size."""
 
 
 class ImageSpec(BaseModel):

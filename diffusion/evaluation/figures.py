@@ -314,6 +314,11 @@ def with_error(row: Row) -> str:
     return f"{row.value:.{digits}f}" + ("" if row.error is None else f" ± {row.error:.{digits}f}")
 
 
+def headline(scores: Scores) -> str:
+    """The few figures that are looked at first, with their errors."""
+    return ", ".join(f"{full_name(row)} {with_error(row)}" for one, row in in_order(scores) if one.place == "headline")
+
+
 def with_interval(row: Row) -> str:
     """A value and its 95 % interval, as people read them."""
     digits = FIGURES[row.figure].digits

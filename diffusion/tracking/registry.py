@@ -14,7 +14,7 @@ from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.data.spec import ImageSpec
 from diffusion.data.store import Store
 from diffusion.errors import DataError, StoreError, UserError
-from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, metrics, with_error, with_interval
+from diffusion.evaluation.figures import TELLING, Figure, full_name, headline, in_order, metrics, with_interval
 from diffusion.evaluation.names import OwnExtractor, find_own
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
@@ -102,12 +102,9 @@ def publish(
 
     client = run.client
     name = model_name(client, store, dataset, state.recipe.data.image_size)
-    headline = ", ".join(
-        f"{full_name(row)} {with_error(row)}" for one, row in in_order(scores) if one.place == "headline"
-    )
     tags = {
         **tags,
-        "result": headline,
+        "result": headline(scores),
         "run": state.run,
         "dataset.name": dataset.source,
         "dataset.digest": dataset.digest,
@@ -287,13 +284,13 @@ def model_card(
     recipe = state.recipe
     spec = dataset.images
     shown_figures = [(one, row) for one, row in in_order(scores) if one.place in ("headline", "score")]
-    headline = [f"{full_name(row)} {row.value:.{one.digits}f}" for one, row in shown_figures if one.name in TELLING]
+    told = [f"{full_name(row)} {row.value:.{one.digits}f}" for one, row in shown_figures if one.name in TELLING]
     rows = [f"| {full_name(row)} | {with_interval(row)} | {_real(one, row)} |" for one, row in shown_figures]
     if scores.bound is None:
         rows.append(f"| bits_per_dim | none: images of {spec.dtype} have no likelihood in bits | |")
     return Template(template.read_text()).substitute(
         # The list of versions shows the first line alone.
-        headline=f"{', '.join(headline)}: {recipe.name}, seed {recipe.seed}",
+        headline=f"{', '.join(told)}: {recipe.name}, seed {recipe.seed}",
         name=name,
         preset=recipe.name,
         size=recipe.data.image_size,

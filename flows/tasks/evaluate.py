@@ -7,7 +7,7 @@ import base64
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from diffusion.evaluation.figures import full_name, in_order, with_error
+from diffusion.evaluation.figures import headline
 from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
 from diffusion.job import EvaluationJob
@@ -44,11 +44,8 @@ def evaluate(run: Run, state: State, workers: Workers) -> Scores:
         # MLflow's slider begins at 0.
         run.tracked.log_image("samples", 0, evaluation_picture(run, step, "noise"))
     run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))
-    figures = ", ".join(
-        f"{full_name(row)} {with_error(row)}" for one, row in in_order(scores) if one.place == "headline"
-    )
     at = f"Step {step:,}, {state.images_seen:,} images seen"
-    show(f"{at}.", f"# {runtime.flow_run.name}\n\n{at}: {figures}\n\n{grid_for_prefect(run, step)}\n")
+    show(f"{at}.", f"# {runtime.flow_run.name}\n\n{at}: {headline(scores)}\n\n{grid_for_prefect(run, step)}\n")
     return scores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -40,6 +42,10 @@ BUSY_TIMES, BUSY_SECONDS, MOST_BUSY_SECONDS = 5, 10.0, 300.0
 DOWNLOAD_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What requests raises, and what it lets through: of urllib3, of the disk, of addresses that are none."""
 
+BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+"""What ends a transfer that may go on."""
+
+T = TypeVar("T")
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that are here and the bytes in all (None where the server does not tell)."""
 
@@ -186,7 +192,7 @@ def _fetch(mirror: Mirror, target: Path, progress: Progress | None) -> None:
     part = target.with_name(target.name + ".part")
     begun_before = part.exists()
     while True:
-        _bring(mirror.url, part, progress)
+        go_on(functools.partial(_continue, mirror.url, part, progress), part)
         with part.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found == mirror.md5:
@@ -199,27 +205,36 @@ def _fetch(mirror: Mirror, target: Path, progress: Progress | None) -> None:
         begun_before = False
 
 
-def _bring(url: str, part: Path, progress: Progress | None) -> None:
+def go_on(
+    fetch: Callable[[int], T],
+    part: Path,
+    broken: tuple[type[Exception], ...] = BROKEN,
+    resumable: Callable[[], bool] = lambda: True,
+) -> T:
+    """Fetch a file into `part`, going on where it broke off as long as each try brings it further.
+
+    Args:
+        fetch: brings what comes after the bytes that are here, whose number it is told.
+        broken: its errors after which that is worth trying.
+        resumable: whether the rest can be had by itself.
+    """
     in_vain = 0
     for _ in range(MOST_ATTEMPTS):
-        before = part.stat().st_size if part.exists() else 0
+        before = part.stat().st_size if part.exists() and resumable() else 0
         try:
-            return _continue(url, part, progress)
-        except requests.HTTPError:
-            raise
-        except requests.RequestException as error:
+            return fetch(before)
+        except broken as error:
             # A server that was never reached is not worth waiting for; a transfer that broke is worth continuing.
             if not part.exists() or isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
                 raise
-            in_vain = 0 if part.stat().st_size > before else in_vain + 1
+            in_vain = 0 if resumable() and part.stat().st_size > before else in_vain + 1
             if in_vain == ATTEMPTS:
                 raise
             time.sleep(in_vain)
     raise DataError(f"the transfer broke off {MOST_ATTEMPTS:,} times")
 
 
-def _continue(url: str, part: Path, progress: Progress | None) -> None:
-    here = part.stat().st_size if part.exists() else 0
+def _continue(url: str, part: Path, progress: Progress | None, here: int) -> None:
     # Not packed on the way: a few bytes could become very many.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {})
     with requests.get(url, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:

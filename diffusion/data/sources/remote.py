@@ -8,19 +8,18 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
 
 from diffusion.data.sources.download import (
-    ATTEMPTS,
     BUSY,
     BUSY_TIMES,
     CONNECT_AND_READ_SECONDS,
     DOWNLOAD_ERRORS,
     Busy,
     chunks,
+    go_on,
     one_at_a_time,
     reason,
     retry_after,
@@ -28,8 +27,6 @@ from diffusion.data.sources.download import (
 from diffusion.data.store import S3Store
 from diffusion.errors import DataError, StoreError
 from diffusion.trust.redaction import shown
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +127,14 @@ def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
 
         def fetch(here: int) -> None:
             # Of this version alone: what replaces it meanwhile is refused, and fetched by the next try.
-            body = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"], Range=f"bytes={here}-")["Body"]
-            _write(part, iter(lambda: body.read(1 << 20), b""), address, report, here)
+            if here:
+                found = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"], Range=f"bytes={here}-")
+            else:  # an empty object has no range
+                found = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])
+            _write(part, iter(lambda: found["Body"].read(1 << 20), b""), address, report, here)
 
-        _bring(fetch, part, address, (BotoCoreError,))
+        part.unlink(missing_ok=True)
+        go_on(fetch, part, (BotoCoreError,))
     except ClientError as error:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if status in REFUSED:
@@ -177,51 +178,19 @@ def _copy_web(address: str, copy: Path, report: Callable[[int], None]) -> None:
             _write(part, chunks(response), address, report, start, start + int(length) if length else None)
         return True
 
-    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    try:
-        changed = _bring(fetch, part, address, broken, goes_on=lambda: etag.startswith('"'))
-    except Busy as error:
-        raise StoreError(f"{shown(address)} can't be read now: {error}.") from error
-    except DOWNLOAD_ERRORS as error:
-        raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
-    if changed:
-        _keep(part, copy, etag)
-
-
-def _bring(
-    fetch: Callable[[int], T],
-    part: Path,
-    address: str,
-    broken: tuple[type[Exception], ...],
-    goes_on: Callable[[], bool] = lambda: True,
-) -> T:
-    """Fetch a file into `part`: what breaks off goes on while each try brings it further, a server that is busy is asked later.
-
-    Args:
-        fetch: brings what comes after the bytes that are here.
-        broken: its errors after which that is worth trying.
-        goes_on: whether the rest can be had by itself.
-    """
     part.unlink(missing_ok=True)
-    in_vain, busy = 0, 0
-    while True:
-        before = part.stat().st_size if part.exists() and goes_on() else 0
+    for times in range(1, BUSY_TIMES + 1):
         try:
-            return fetch(before)
+            if go_on(fetch, part, resumable=lambda: etag.startswith('"')):
+                _keep(part, copy, etag)
+            return
         except Busy as error:
-            busy += 1
-            if busy == BUSY_TIMES:
-                raise
+            if times == BUSY_TIMES:
+                raise StoreError(f"{shown(address)} can't be read now: {error}.") from error
             log.warning("%s is busy: asked again in %.0f s", shown(address), error.seconds)
             time.sleep(error.seconds)
-        except broken as error:
-            # A server that was never reached is not worth waiting for.
-            if not part.exists() or isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
-                raise
-            in_vain = 0 if part.stat().st_size > before and goes_on() else in_vain + 1
-            if in_vain == ATTEMPTS:
-                raise
-            time.sleep(in_vain)
+        except DOWNLOAD_ERRORS as error:
+            raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
 
 
 def _is_copied(copy: Path, etag: str) -> bool:
