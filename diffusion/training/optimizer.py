@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from diffusion.recipe import Recipe
 
@@ -14,6 +15,7 @@ BLOCKS = ("down.", "middle.", "up.")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 MOMENTUM = 0.95
+EPSILON = 1e-8
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -32,7 +34,63 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return x if wide else x.T
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer(ABC):
+    """Moves parameters along their gradients.
+
+    Not PyTorch's class of that name, only its formulas: that class' first step imports the compiler, which costs each rank two
+    seconds and 75 MB, also where nothing is ever compiled.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
+        """What it remembers of each parameter; empty before the first step."""
+        self.weight_decay = weight_decay
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> None:
+        """One step of all parameters that have a gradient."""
+
+
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, by PyTorch's fused kernel."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float, betas: tuple[float, float]) -> None:
+        super().__init__(parameters, weight_decay)
+        self.betas = betas
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
+        for parameter, state in self.state.items():
+            if parameter.grad is None:
+                continue
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            parameters.append(parameter)
+            gradients.append(parameter.grad)
+            states.append(state)
+        adamw(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=learning_rate,
+            weight_decay=self.weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
+
+
+class Muon(Optimizer):
     """Steps by the orthogonalised momentum of each weight, a convolution's taken as a matrix [outputs, inputs x squares].
 
     The step is scaled by 0.2 sqrt(the larger side), which gives it the size of Adam's, so that both share a learning rate
@@ -40,26 +98,23 @@ class Muon(torch.optim.Optimizer):
     CPUs takes twice as long.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
-        super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay})
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-                update = parameter.grad.lerp(momentum, MOMENTUM)
-                # Channels last, as the weight lies in memory: the matrix is no copy.
-                last = update.movedim(1, -1)
-                matrix = last.reshape(len(last), -1)
-                step = orthogonalised(matrix) * (0.2 * max(matrix.shape) ** 0.5)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(step.reshape(last.shape).movedim(-1, 1), alpha=group["lr"])
+    def step(self, learning_rate: float) -> None:
+        for parameter, state in self.state.items():
+            if parameter.grad is None:
+                continue
+            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+            momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+            update = parameter.grad.lerp(momentum, MOMENTUM)
+            # Channels last, as the weight lies in memory: the matrix is no copy.
+            last = update.movedim(1, -1)
+            matrix = last.reshape(len(last), -1)
+            step = orthogonalised(matrix) * (0.2 * max(matrix.shape) ** 0.5)
+            parameter.mul_(1 - learning_rate * self.weight_decay)
+            parameter.sub_(step.reshape(last.shape).movedim(-1, 1), alpha=learning_rate)
 
 
-def make_optimizers(recipe: Recipe, network: nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(recipe: Recipe, network: nn.Module) -> list[Optimizer]:
     """The optimisers of a network's parameters, each parameter in one of them."""
     options = recipe.optimizer
     by_muon: list[nn.Parameter] = []
@@ -67,8 +122,7 @@ def make_optimizers(recipe: Recipe, network: nn.Module) -> list[torch.optim.Opti
     for name, parameter in network.named_parameters():
         of_a_block = name.startswith(BLOCKS) and parameter.dim() >= 2
         (by_muon if options.kind == "muon" and of_a_block else by_adam).append(parameter)
-    adam: dict[str, Any] = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(by_adam, **adam)]
+    optimizers: list[Optimizer] = [AdamW(by_adam, options.weight_decay, options.betas)]
     if by_muon:
         optimizers.append(Muon(by_muon, options.weight_decay))
     return optimizers

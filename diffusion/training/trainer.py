@@ -115,9 +115,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip_norm)
         rate = learning_rate(recipe, self.images_seen + recipe.data.batch_size)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+            optimizer.step(rate)
         self.step += 1
         for average in self.averages.values():
             average.update(self.network, self.images_seen, recipe.data.batch_size)
@@ -201,12 +199,7 @@ class Trainer:
             average.network.load_state_dict(content.averages[name])
         self.levels.restore({key: content.optimizer[f"{NOISE_LEVELS}/{key}"] for key in self.levels.state})
         parameters = dict(self.network.named_parameters())
-        owner = {
-            id(p): optimizer
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
+        remembered = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
         for entry, value in content.optimizer.items():
             name, _, key = entry.partition("/")
             if name == NOISE_LEVELS:
@@ -214,4 +207,4 @@ class Trainer:
             parameter = parameters[name]
             # The fused optimiser walks a parameter and its moments together: they share one memory layout.
             like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            owner[id(parameter)].state[parameter][key] = like.to(parameter.device)
+            remembered[parameter][key] = like.to(parameter.device)
