@@ -52,6 +52,7 @@ TINY: dict[str, Any] = {
     "data.lanes": 4,
     "data.window_shards": 2,
     "network.width": 16,
+    "network.multipliers": [1, 2],
     "network.patch": 1,
     "network.attention_below": 8,
     "optimizer.warmup_images": 32,
@@ -132,6 +133,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(archive: Path) -> Source:
     """Its images."""
     return read_archive(archive, generated.NAME, generated.LICENCE)
+
+
+def lay_out(home: Path, archive: Path) -> None:
+    """Put the archive where an installation looks for its generated one, which has seventeen times as many images."""
+    (home / "downloads").mkdir(parents=True, exist_ok=True)
+    shutil.copy(archive, home / "downloads" / f"{generated.NAME}-{generated.VERSION}.zip")
 
 
 @dataclass(frozen=True)

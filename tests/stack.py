@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import BIN, free_port
+from tests.conftest import BIN, free_port, lay_out
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -78,9 +78,7 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
         else:
             shutil.copy2(source, folder / name)  # as old as it is: `make` has nothing to install
     (folder / ".venv").symlink_to(BIN.parent)
-    downloads = folder / "var" / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    shutil.copy(archive, downloads / "generated-fields-and-water-1.zip")
+    lay_out(folder / "var", archive)
     home = folder.parent / "home"
     home.mkdir()
     env = {

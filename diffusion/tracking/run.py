@@ -280,8 +280,8 @@ def _check_usable(experiment: Experiment) -> None:
     number, location = experiment.experiment_id, experiment.artifact_location
     if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
-            f"MLflow's experiment {EXPERIMENT} (id {number}) was deleted. Bring it back (mlflow experiments restore --experiment-id "
-            f"{number}), or remove it for good with all its runs (mlflow gc --experiment-ids {number}), and start again."
+            f"MLflow's experiment {EXPERIMENT} (id {number}) was deleted. Bring it back (mlflow experiments restore "
+            f"--experiment-id {number}) and start again. To begin with an empty one, {_out_of_the_way(number)} after that."
         )
     parts = urlsplit(location)
     if parts.scheme in ("", "file"):
@@ -289,9 +289,13 @@ def _check_usable(experiment: Experiment) -> None:
         if not (folder.is_dir() or folder.parent.is_dir()):
             raise TrackingError(
                 f"MLflow's experiment {EXPERIMENT} (id {number}) keeps its artifacts in {folder}, which this machine does not have: "
-                "it was made on another one, or the folder was moved. Mount it or move it there, or delete the experiment for good "
-                f"(mlflow experiments delete --experiment-id {number}, then mlflow gc --experiment-ids {number})."
+                "it was made on another one, or the folder was moved. Mount it or move it there, or "
+                f"{_out_of_the_way(number)}: the next start makes a new one."
             )
+
+
+def _out_of_the_way(number: str) -> str:
+    return f"rename it (mlflow experiments rename --experiment-id {number} --new-name {EXPERIMENT}-old)"
 
 
 def unfinished_run(

@@ -54,7 +54,7 @@ class Faults:
 
 
 @contextmanager
-def proxy(upstream: str, faults: Faults) -> Iterator[str]:
+def proxy(upstream: str, faults: Faults, address: str = "127.0.0.1") -> Iterator[str]:
     """Run the proxy; gives its URL."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -119,11 +119,11 @@ def proxy(upstream: str, faults: Faults) -> Iterator[str]:
         def handle_error(self, *_: object) -> None:
             """A client that was killed breaks off its connection: that is the point."""
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server((address, 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http://{address}:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,15 +25,18 @@ from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import folder as checkpoint_folder
 from diffusion.training.state import load_state, steps_with_checkpoint
 from flows.launcher import run_job
-from tests.conftest import TINY, start_s3, tiny_recipe
+from tests.conftest import TINY, lay_out, start_s3, tiny_recipe
 from tests.faults.report import Kill
+from tests.faults.s3_proxy import Faults, proxy
 from tests.hosts import HERE, PATIENCE, Cluster, hosts, sh, wait_until
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 
-STEPS, EVERY = 400, 10
+STEPS, EVERY = 150, 10
+PACE, SLOWLY = 0.3, 2.0
+"""Seconds that each file of a checkpoint takes while a training is struck: it waits, and need not compute meanwhile."""
 STORE = "s3://tests/store"
 RANK = "ray::Worker"
 """How Ray calls a rank's process."""
@@ -41,23 +45,28 @@ RANK = "ray::Worker"
 class Machines:
     """A head and two hosts with a rank each, and S3 on a fourth address."""
 
-    def __init__(self, cluster: Cluster, dataset: Manifest) -> None:
-        self.cluster, self.dataset, self.store = cluster, dataset, open_store(STORE)
+    def __init__(self, cluster: Cluster, dataset: Manifest, empty_mlflow: Path) -> None:
+        self.cluster, self.dataset, self.store, self.empty_mlflow = cluster, dataset, open_store(STORE), empty_mlflow
+        self.pace = 0.0
+        """Seconds that a write to the store takes longer than it need."""
         self.head, self.first, self.second = cluster.hosts
         self.expected: dict[int, str] = {}
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory, source: Source) -> Iterator[Machines]:
+def machines(tmp_path_factory: pytest.TempPathFactory, source: Source, empty_mlflow: Path) -> Iterator[Machines]:
     folder = tmp_path_factory.mktemp("hosts")
     with hosts(folder, 3) as made, pytest.MonkeyPatch.context() as patch:
-        s3 = start_s3(tmp_path_factory.mktemp("s3"), HERE)
+        s3, faults = start_s3(tmp_path_factory.mktemp("s3"), HERE), Faults()
         try:
-            for name, value in s3.env.items():
-                patch.setenv(name, value)
-            cluster = Cluster.on(made)
-            cluster.start()
-            yield Machines(cluster, ingest(source, open_store(STORE), shard_bytes=60_000))
+            with proxy(s3.server.url, faults, HERE) as url:
+                for name, value in (s3.env | {"AWS_ENDPOINT_URL_S3": url}).items():
+                    patch.setenv(name, value)
+                cluster = Cluster.on(made)
+                cluster.start()
+                machines = Machines(cluster, ingest(source, open_store(STORE), shard_bytes=60_000), empty_mlflow)
+                faults.on_put = lambda path: time.sleep(machines.pace)
+                yield machines
         finally:
             s3.kill()
 
@@ -70,6 +79,7 @@ class Trial:
     ) -> None:
         self.machines, self.folder, self.name, self.steps = machines, folder / name, name, steps
         self.folder.mkdir()
+        shutil.copy(machines.empty_mlflow, self.folder / "mlflow.db")
         job = training(machines, name, folder, steps)
         told = {
             "job": job.model_dump(mode="json"),
@@ -119,7 +129,7 @@ class Trial:
 
 
 def training(machines: Machines, name: str, folder: Path, steps: int, every: int = EVERY) -> TrainingJob:
-    recipe = tiny_recipe(data__images=16 * steps, evaluation__every_images=16 * steps)
+    recipe = tiny_recipe(data__images=16 * steps, data__lanes=2, evaluation__every_images=16 * steps)
     return TrainingJob(
         run=name,
         store=STORE,
@@ -156,6 +166,7 @@ Tell = Callable[[list[Kill]], None]
 def nothing_goes_on(machines: Machines) -> Iterator[None]:
     """What a test that failed has left takes no room from the next."""
     yield
+    machines.pace = 0.0
     if machines.head.alive:
         for line in ("tests.faults.caller", "flow.py", "flows.engines.cluster"):
             for process in machines.head.processes(line):
@@ -166,6 +177,7 @@ def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp
     """Struck again and again, it goes on by itself each time, to the bits of one machine; with two hosts where there are two."""
     trial, second = Trial(machines, tmp_path, "struck", (1, 2)), machines.second
     kills: list[Kill] = []
+    machines.pace = PACE
     caller = trial.begin()
     trial.reach(10, caller)
     assert f"[rank 0] on {machines.first.name}" in trial.log or f"[rank 1] on {machines.first.name}" in trial.log
@@ -189,9 +201,15 @@ def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp
     def come_back() -> None:
         """A host that was lost is started again and joins: the training takes it in."""
         second.die()  # Ray has given it up
+        machines.pace = SLOWLY
         second.boot()
         machines.cluster.join(second)
         more = "There is more room: going on with 2 processes in place of 1."
+        wait_until(
+            lambda: more in trial.log or caller.poll() is not None,
+            lambda: trial.log[-3000:],
+        )
+        machines.pace = PACE
         wait_until(
             lambda: "[rank 1] on" in trial.log.partition(more)[2] or caller.poll() is not None,
             lambda: trial.log[-3000:],
@@ -204,6 +222,7 @@ def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp
     strike("a host that joins", come_back)
     strike("a link, for good", second.cut)
     second.heal()
+    machines.pace = 0.0
     trial.finish(caller)
     tell(kills)
     second.die()
@@ -223,14 +242,17 @@ if __name__ == "__main__":
 """
 
 
-def test_the_flow_trains_on_the_hosts_what_it_trains_here(machines: Machines, tmp_path: Path) -> None:
+def test_the_flow_trains_on_the_hosts_what_it_trains_here(
+    machines: Machines, archive: Path, empty_mlflow: Path, tmp_path: Path
+) -> None:
     """Training, evaluation and the measuring of real images; afterwards nothing of them is on the other hosts but copies."""
     (tmp_path / "flow.py").write_text(FLOW)
     overrides = json.dumps(TINY | {"data.images": 64, "evaluation.every_images": 64})
     ran, found = {}, []
     for where in ("here", "hosts"):
         home = tmp_path / where
-        home.mkdir()
+        lay_out(home, archive)
+        shutil.copy(empty_mlflow, home / "mlflow.db")
         env = machines.cluster.env | {
             "TRAIN_DIFFUSION_HOME": str(home),
             "TRAIN_DIFFUSION_STORE": f"s3://tests/{where}",
@@ -269,6 +291,7 @@ def test_the_flow_trains_on_the_hosts_what_it_trains_here(machines: Machines, tm
 def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path, tell: Tell) -> None:
     """A host dies; the flow is killed, then cancelled; the head dies and the flow with it: each next start goes on."""
     trial = Trial(machines, tmp_path, "begun-again", (1, 2))
+    machines.pace = PACE
     caller = trial.begin()
     trial.reach(10, caller)
     step, began = trial.step(), time.monotonic()
@@ -298,6 +321,7 @@ def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path,
         seconds = round(time.monotonic() - began, 1)
         name = f"the flow, {what.name}" if isinstance(what, signal.Signals) else what
         kills.append(Kill("hosts", f"hosts: {name}", "mid-run", step, gone, seconds, True))
+    machines.pace = 0.0
     trial.finish(caller)
     tell(kills)
 

@@ -160,15 +160,27 @@ def test_an_experiment_that_was_deleted_or_whose_artifacts_lie_elsewhere_is_said
     client, artifacts = connect(settings().tracking_uri), tmp_path / "elsewhere" / "artifacts"
     number = open_experiment(client, artifacts)
     client.delete_experiment(number)
-    with pytest.raises(TrackingError, match=f"was deleted. Bring it back .*--experiment-id {number}"):
-        open_experiment(client, artifacts)
-    client.restore_experiment(number)
+
+    def refused(match: str) -> list[list[str]]:
+        """What it says that one may type."""
+        with pytest.raises(TrackingError, match=match) as said:
+            open_experiment(client, None)
+        return [command.split() for command in re.findall(r"\((mlflow [^)]*)\)", str(said.value))]
+
+    restore, rename = refused("was deleted. Bring it back")
+    type_it(restore)
     assert open_experiment(client, artifacts) == number
     artifacts.rmdir()
     assert open_experiment(client, None) == number, "MLflow makes a folder in one that is there"
     artifacts.parent.rmdir()
-    with pytest.raises(TrackingError, match=r"keeps its artifacts in .*, which this machine does not have"):
-        open_experiment(client, None)
+    assert refused(r"keeps its artifacts in .*, which this machine does not have") == [rename]
+    type_it(rename)
+    assert open_experiment(client, None) != number
+
+
+def type_it(command: list[str]) -> None:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": settings().tracking_uri}
+    subprocess.run([BIN / command[0], *command[1:]], env=environment, check=True, capture_output=True)
 
 
 def test_a_retry_finds_the_run_of_its_flow_run(
