@@ -216,6 +216,50 @@ def test_a_night_left_out_is_told_and_a_failure_once(stack: Project, received: l
     assert sorted(told)[1:] == [("tried: Failed", "once"), ("tried: Failed", "the last")]
 
 
+NEVER_STARTED = """
+import asyncio, sys, time
+from datetime import timedelta
+from prefect import get_client
+from prefect.states import Completed, Pending, Running
+sys.path.insert(0, "infra")
+import automations
+(ours,) = [one for one in automations.zombies() if one.name == automations.NEVER_STARTED]
+soon = ours.model_copy(update={"name": "tried", "trigger": ours.trigger.model_copy(update={"within": timedelta(seconds=10)})})
+async def main():
+    async with get_client() as client:
+        known = {one.name: one for one in await client.read_automations()}
+        assert known[ours.name].trigger.model_dump(exclude={"id"}) == ours.trigger.model_dump(exclude={"id"}), "it is in use"
+        deployment = await client.read_deployment_by_name("train-diffusion/train-diffusion")
+        made = await client.create_automation(soon)
+        async def state(run):
+            return (await client.read_flow_run(run.id)).state
+        begun = await client.create_flow_run_from_deployment(deployment.id, state=Pending())
+        await client.set_flow_run_state(begun.id, Running())
+        await asyncio.sleep(25)
+        print((await state(begun)).name)
+        await client.set_flow_run_state(begun.id, Completed())
+        left = await client.create_flow_run_from_deployment(deployment.id, state=Pending())
+        deadline = time.monotonic() + 240
+        while (await state(left)).name == "Pending" and time.monotonic() < deadline:
+            await asyncio.sleep(0.5)
+        print((await state(left)).name, (await state(left)).message)
+        await client.delete_automation(made)
+        limit = await client.read_global_concurrency_limit_by_name(f"deployment:{deployment.id}")
+        print(limit.active_slots)
+asyncio.run(main())
+"""
+
+
+def test_a_run_that_was_taken_and_never_started_is_crashed_told_and_gives_its_slot_back(
+    stack: Project, received: list[dict[str, str]]
+) -> None:
+    """By the automation that is in use, but for its patience."""
+    done = stack.shell(sys.executable, "-c", NEVER_STARTED, env=stack.servers)
+    never = "Taken by a worker, and not started within 10 minutes: the worker, or its machine, is gone."
+    assert done.stdout.splitlines() == ["Running", f"Crashed {never}", "0"], done.stdout + done.stderr[-2000:]
+    wait_for_message(received, never)
+
+
 SLOT = """
 import os, threading, time
 from prefect import flow, runtime
