@@ -34,7 +34,7 @@ from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows import launcher
 from flows.checks import check_free
-from tests.conftest import TINY
+from tests.conftest import TINY, lay_out
 from tests.ranks import fork_rank
 
 pytestmark = pytest.mark.slow
@@ -50,9 +50,7 @@ START_RANK = launcher._start
 def run_flow(prefect_server: None, home_with_mlflow: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the flow on the tiny recipe, on the small generated archive; its ranks are forked."""
     monkeypatch.setattr("flows.launcher._start", fork_rank)
-    place = settings().downloads / f"{generated.NAME}-{generated.VERSION}.zip"
-    place.parent.mkdir(parents=True)
-    place.symlink_to(archive)
+    lay_out(home_with_mlflow, archive)
 
     def run(**parameters: Any) -> Any:
         from flows.train_diffusion import train_diffusion
