@@ -9,7 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-
 SHORTER = {
     "data.images": 8192,
     "evaluation.every_images": 4096,
