@@ -25,7 +25,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.order import Order
 from diffusion.data.sources.find import EUROSAT, find_archive, read_source
 from diffusion.data.store import FolderStore, Store, open_store
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings

@@ -19,7 +19,7 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store, open_store
-from diffusion.job import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
+from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.training.batches import Batches

@@ -29,7 +29,7 @@ from diffusion.denoiser import build_network
 from diffusion.evaluation.figures import FIGURES, with_error
 from diffusion.evaluation.names import SHIPPED_SHA256, reference_name
 from diffusion.evaluation.scores import DEVIATIONS, Row, Scores, evaluation_folder, find_scores
-from diffusion.job import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
+from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings

@@ -15,7 +15,7 @@ from pydantic import Field
 from diffusion.data.store import Store, open_store
 from diffusion.errors import RunBusy
 from diffusion.evaluation.scores import evaluations_of
-from diffusion.job import lock_folder
+from diffusion.jobs.lock import lock_folder
 from diffusion.settings import settings
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.retention import find_superseded

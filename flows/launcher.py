@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import ClusterError
-from diffusion.job import ERROR, RENDEZVOUS, SPEC, JobSpec, ProgressFile, end_with_parent, error_of
+from diffusion.jobs.rank import RENDEZVOUS
+from diffusion.jobs.reports import ERROR, ProgressFile, error_of
+from diffusion.jobs.specs import SPEC, JobSpec
+from diffusion.jobs.stopping import end_with_parent
 from flows.engines.placement import PLACEMENT, Capacity, Placement
 
 POLL_SECONDS = 0.2

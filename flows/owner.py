@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Crashed, State
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion.errors import RunBusy, UserError
-from diffusion.job import LOCK_SECONDS, lock_folder
+from diffusion.jobs.lock import LOCK_SECONDS, lock_folder
 from diffusion.tracking.run import OWNER_TAG, run_key
 from diffusion.trust.private import read_private, write_private
 from diffusion.trust.redaction import fit_to_leave, shown

@@ -26,7 +26,7 @@ from diffusion.data.sources import generated
 from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
 from diffusion.data.store import OBJECT_BYTES, Store, open_store
 from diffusion.errors import DataError, TrackingError, UserError
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.tracking.version_tags import tags_of

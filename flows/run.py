@@ -17,7 +17,8 @@ from prefect.client.orchestration import get_client
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import Store, open_store
 from diffusion.errors import RunBusy
-from diffusion.job import JobSpec, lock_folder
+from diffusion.jobs.lock import lock_folder
+from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.tracking.connection import connect, when_it_answers

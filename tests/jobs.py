@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from diffusion.data.store import FolderStore
-from diffusion.job import JobSpec, TrainingJob
+from diffusion.jobs.specs import JobSpec, TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.training.state import folder
 from flows.launcher import run_job

@@ -30,7 +30,9 @@ from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.showpieces import interpolation, real_images, trajectory
 from diffusion.evaluation.spectrum import Spectra, first_powers, powers
 from diffusion.evaluation.statistics import Memorisation, Moments, frechet_distance
-from diffusion.job import EvaluationJob, ProgressFile, Rank, run_job
+from diffusion.jobs.rank import Rank, rank_main
+from diffusion.jobs.reports import ProgressFile
+from diffusion.jobs.specs import EvaluationJob
 from diffusion.model.placement import place
 from diffusion.recipe import Recipe
 from diffusion.training.checkpoint import load_tensors
@@ -202,4 +204,4 @@ def closest_pairs(images: Images, copies: Memorisation, train: ShardImages, coun
 JOB = EvaluationJob, evaluate
 
 if __name__ == "__main__":
-    run_job(*JOB)
+    rank_main(*JOB)

@@ -17,7 +17,7 @@ from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.evaluation.sharding import block_sizes, gather_rows
-from diffusion.job import ProgressFile
+from diffusion.jobs.reports import ProgressFile
 from diffusion.process.bound import decoder_term, prior_term, transition_term
 from diffusion.process.levels import stratified_uniforms
 from diffusion.process.prediction import diffuse

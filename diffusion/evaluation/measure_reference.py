@@ -14,7 +14,9 @@ from diffusion.evaluation.names import identify, reference_name
 from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
-from diffusion.job import ProgressFile, Rank, ReferenceJob, run_job
+from diffusion.jobs.rank import Rank, rank_main
+from diffusion.jobs.reports import ProgressFile
+from diffusion.jobs.specs import ReferenceJob
 
 KEPT_BYTES = 64_000_000  # of the train split's features: all under `eurosat`; the moments are of all in any case
 BATCH = 250
@@ -54,4 +56,4 @@ def measure_reference(job: ReferenceJob, rank: Rank) -> None:
 JOB = ReferenceJob, measure_reference
 
 if __name__ == "__main__":
-    run_job(*JOB)
+    rank_main(*JOB)

@@ -34,7 +34,9 @@ from diffusion.denoiser import Pixels
 from diffusion.errors import DataError
 from diffusion.evaluation.classifier import Classifier, fuse
 from diffusion.evaluation.names import SHIPPED_WEIGHTS, OwnExtractor, find_own, own_document, own_weights
-from diffusion.job import ExtractorJob, ProgressFile, Rank, run_job
+from diffusion.jobs.rank import Rank, rank_main
+from diffusion.jobs.reports import ProgressFile
+from diffusion.jobs.specs import ExtractorJob
 from diffusion.model.placement import place
 
 EPOCHS = 14
@@ -261,6 +263,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and not sys.argv[1].startswith("-"):
-        run_job(*JOB)
+        rank_main(*JOB)
     else:
         main()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.errors import TrainingDiverged
-from diffusion.job import ProgressFile
+from diffusion.jobs.reports import ProgressFile
 from diffusion.recipe import Recipe
 from diffusion.training.journal import JOURNAL, LOG_SNR_BIN_EDGES, TIMING, Journal
 from diffusion.training.trainer import StepReport, learning_rate

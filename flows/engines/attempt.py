@@ -17,7 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from diffusion.data.store import Store
 from diffusion.errors import ClusterError, StoreError
-from diffusion.job import SPEC, ProgressFile, StopRequest
+from diffusion.jobs.reports import ProgressFile
+from diffusion.jobs.specs import SPEC
+from diffusion.jobs.stopping import StopRequest
 from diffusion.tracking.system import HOSTS
 from diffusion.training.journal import JOURNAL, TIMING, Journal, commit, committed_step, records
 from diffusion.training.state import checkpoint_file, load_state

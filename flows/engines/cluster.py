@@ -27,16 +27,10 @@ import diffusion
 import flows
 from diffusion.data.store import open_store
 from diffusion.errors import ClusterError, StoreError
-from diffusion.job import (
-    ERROR,
-    SPEC,
-    RankOutput,
-    StopRequest,
-    end_with_parent,
-    error_from,
-    lock_folder,
-    report_of,
-)
+from diffusion.jobs.lock import lock_folder
+from diffusion.jobs.reports import ERROR, RankOutput, error_from, report_of
+from diffusion.jobs.specs import SPEC
+from diffusion.jobs.stopping import StopRequest, end_with_parent
 from diffusion.training.journal import committed_step
 from diffusion.trust.private import put
 from diffusion.trust.redaction import redact_logs

@@ -23,7 +23,8 @@ import ray
 
 from diffusion.data.store import open_store
 from diffusion.errors import DataError
-from diffusion.job import ProgressFile, Rank, RankOutput, make_accelerator, report_of, use_deterministic_algorithms
+from diffusion.jobs.rank import Rank, make_accelerator, use_deterministic_algorithms
+from diffusion.jobs.reports import ProgressFile, RankOutput, report_of
 from diffusion.tracking.system import SAMPLE_SECONDS, Machine
 from diffusion.training.journal import TIMING, commit, committed_step
 from diffusion.trust.redaction import redact_logs

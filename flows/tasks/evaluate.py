@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from diffusion.evaluation.figures import headline
 from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
-from diffusion.job import EvaluationJob
+from diffusion.jobs.specs import EvaluationJob
 from diffusion.training.state import State
 from flows.engines.placement import Workers
 from flows.progress import show

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from diffusion.data.manifest import Manifest
 from diffusion.data.store import open_store
 from diffusion.evaluation.names import find_own
-from diffusion.job import ExtractorJob
+from diffusion.jobs.specs import ExtractorJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from flows.engines.placement import Workers

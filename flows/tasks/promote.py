@@ -13,7 +13,7 @@ from prefect.events import emit_event
 
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError
 from diffusion.evaluation.scores import find_scores
-from diffusion.job import EvaluationJob
+from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version
 from diffusion.tracking.promotion import promote as decide

@@ -10,7 +10,7 @@ from diffusion.data.store import open_store
 from diffusion.errors import DataError
 from diffusion.evaluation.names import identify, reference_name
 from diffusion.evaluation.reference import load_reference
-from diffusion.job import ReferenceJob
+from diffusion.jobs.specs import ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from flows.engines.placement import Workers

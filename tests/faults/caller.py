@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.store import open_store
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender

@@ -20,7 +20,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.sources.source import Source
 from diffusion.data.store import FolderStore, open_store
 from diffusion.evaluation.scores import find_scores
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import folder as checkpoint_folder
 from diffusion.training.state import load_state, steps_with_checkpoint

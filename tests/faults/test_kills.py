@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import folder as checkpoint_folder
 from tests.conftest import Ingested, Server, tiny_recipe

@@ -17,7 +17,7 @@ import pytest
 from diffusion.data.ingest import ingest
 from diffusion.data.sources.eurosat import Source
 from diffusion.data.store import FolderStore
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe_files import load_recipe
 from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint

@@ -19,7 +19,7 @@ from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.sources.eurosat import Source
 from diffusion.data.store import S3Store, open_store
 from diffusion.errors import StoreError
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
@@ -147,7 +147,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     folder.mkdir()
     (folder / "told.json").write_text(job.model_dump_json())
     code = (
-        "import sys; from pathlib import Path; from diffusion.job import TrainingJob; from flows.launcher import run_job\n"
+        "import sys; from pathlib import Path; from diffusion.jobs.specs import TrainingJob; from flows.launcher import run_job\n"
         "told = Path(sys.argv[1]); job = TrainingJob.model_validate_json(told.read_bytes())\n"
         "run_job('diffusion.training.job', job, told.parent, 2, lambda progress: None, lambda line: None, threads=1)"
     )

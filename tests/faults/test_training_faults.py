@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.job import SPEC
+from diffusion.jobs.specs import SPEC
 from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
 from tests.conftest import Ingested, tiny_recipe

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from diffusion.errors import DataError
-from diffusion.job import JobSpec
+from diffusion.jobs.specs import JobSpec
 from flows.launcher import run_job
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,9 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             """
             import os, signal, time
             from diffusion.errors import DataError
-            from diffusion.job import JobSpec, ProgressFile, run_job
+            from diffusion.jobs.rank import rank_main
+            from diffusion.jobs.reports import ProgressFile
+            from diffusion.jobs.specs import JobSpec
 
             def body(spec, rank):
                 folder, accelerator = rank.folder, rank.accelerator
@@ -47,7 +49,7 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
                     time.sleep(600)
 
             if __name__ == "__main__":
-                run_job(JobSpec, body)
+                rank_main(JobSpec, body)
             """
         )
     )
@@ -112,7 +114,7 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
     code = textwrap.dedent(
         f"""
         from pathlib import Path
-        from diffusion.job import JobSpec
+        from diffusion.jobs.specs import JobSpec
         from flows.launcher import run_job
         spec = JobSpec(run="for-ever", store="x", dataset="0" * 64, shard_copies=Path("."))
         run_job({job_module!r}, spec, Path({str(tmp_path / "job")!r}), 2, lambda p: None, lambda line: None)
@@ -143,7 +145,7 @@ def assert_gone(folder: Path) -> None:
 
 ASKED = """
 import time
-from diffusion.job import listen_to_sigterm
+from diffusion.jobs.stopping import listen_to_sigterm
 asked = listen_to_sigterm()
 print("listens", flush=True)
 while not asked():
@@ -169,9 +171,9 @@ def test_being_asked_to_end_many_times_at_once_is_being_asked_once() -> None:
 
 LONG = """
 import hashlib
-import diffusion.job
-diffusion.job.STOP_SECONDS = 1
-asked = diffusion.job.listen_to_sigterm()
+from diffusion.jobs import stopping
+stopping.STOP_SECONDS = 1
+asked = stopping.listen_to_sigterm()
 print("listens", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour, in which Python's own code does not run
 """

@@ -20,7 +20,8 @@ from diffusion.data.sources.find import read_source
 from diffusion.data.store import FolderStore
 from diffusion.errors import RecipeError, RunBusy, TrainingDiverged
 from diffusion.evaluation.scores import Scores
-from diffusion.job import SPEC, EvaluationJob, ReferenceJob, lock_folder
+from diffusion.jobs.lock import lock_folder
+from diffusion.jobs.specs import SPEC, EvaluationJob, ReferenceJob
 from diffusion.recipe_files import fit_to_dataset
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
@@ -102,7 +103,7 @@ def test_a_second_writer_of_a_run_is_refused_and_takes_over_when_the_first_has_e
     with lock_folder(where):
         with pytest.raises(RunBusy, match=f"Process {os.getpid()} on this machine is writing"):
             lock_folder(where, seconds=0.2)
-        code = "from pathlib import Path; from diffusion.job import lock_folder; lock_folder(Path({!r}), {})"
+        code = "from pathlib import Path; from diffusion.jobs.lock import lock_folder; lock_folder(Path({!r}), {})"
         refused = subprocess.run([sys.executable, "-c", code.format(str(where), 0.5)], capture_output=True, text=True)
         assert "RunBusy" in refused.stderr
         waiting = subprocess.Popen([sys.executable, "-c", code.format(str(where), 60)])

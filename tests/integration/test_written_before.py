@@ -26,7 +26,7 @@ from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.scores import find_scores
 from diffusion.evaluation.statistics import Moments, frechet_distance
-from diffusion.job import ReferenceJob, TrainingJob
+from diffusion.jobs.specs import ReferenceJob, TrainingJob
 from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import Decision, champion_version, past_champions, promote
 from diffusion.tracking.scores_tag import scores_of, scores_tags

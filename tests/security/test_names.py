@@ -15,7 +15,7 @@ from diffusion.data.store import FolderStore, S3Store
 from diffusion.errors import DataError, RecipeError, StoreError
 from diffusion.evaluation.reference import Reference, load_reference, write_reference
 from diffusion.evaluation.statistics import Moments
-from diffusion.job import TrainingJob
+from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Start
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from diffusion.data.sources.eurosat import read_archive
 from diffusion.errors import DataError
-from diffusion.job import RankOutput
+from diffusion.jobs.reports import RankOutput
 from diffusion.trust.redaction import fit_to_leave, redact_logs, redacted, shown
 
 MARKER = "s3cr3t-of-the-tests"

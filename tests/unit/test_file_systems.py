@@ -12,7 +12,7 @@ from diffusion.data.ingest import ingest
 from diffusion.data.sources.source import Source
 from diffusion.data.store import FolderStore, check_writable
 from diffusion.errors import StoreError
-from diffusion.job import lock_folder
+from diffusion.jobs.lock import lock_folder
 from diffusion.trust import private
 
 

@@ -22,7 +22,7 @@ from diffusion.evaluation.likelihood import (
     summarise,
 )
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
-from diffusion.job import ProgressFile
+from diffusion.jobs.reports import ProgressFile
 from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import Cosine, chain
 from tests.conftest import Ingested, tiny_recipe

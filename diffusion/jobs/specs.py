@@ -1,0 +1,72 @@
+"""What each job is told: the file `job.json` of its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from diffusion.evaluation.names import ExtractorName
+from diffusion.recipe import Evaluation, Recipe
+from diffusion.settings import InceptionSource
+from diffusion.trust.identifiers import RunName, Sha256
+
+SPEC = "job.json"
+
+
+class JobSpec(BaseModel):
+    """What every job is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: RunName
+    """Name of the run, part of every path."""
+    store: str
+    """URI of the store."""
+    dataset: Sha256
+    """Digest of the dataset."""
+    shard_copies: Path
+    """Folder for local copies of a remote store's shards."""
+    deterministic: bool = False
+    """Whether GPUs use deterministic algorithms alone."""
+
+
+class TrainingJob(JobSpec):
+    """What the training job is told."""
+
+    recipe: Recipe
+    until: int
+    """Step to train to."""
+    checkpoint_every: int
+    """Steps between checkpoints on the way."""
+    keep: int = 2
+    """Of these, the newest that are kept; those at the recipe's milestones are kept for ever."""
+
+
+class ReferenceJob(JobSpec):
+    """What the job that measures the real images is told."""
+
+    image_size: int
+    extractor: ExtractorName
+    inception: InceptionSource | None = None
+
+
+class ExtractorJob(JobSpec):
+    """What the job that trains a dataset's own extractor is told."""
+
+
+class EvaluationJob(JobSpec):
+    """What the evaluation job is told."""
+
+    step: int
+    """Step of the checkpoint to score."""
+    samples: int
+    """Images to generate."""
+    evaluation: Evaluation | None = None
+    """How to score, where it is not as the checkpoint's recipe says."""
+    name: RunName | Literal[""] = ""
+    """Name of such an evaluation, part of where its results go."""
+    weights: str | None = None
+    """Which of the checkpoint's weights; None: of several moving averages the one with the lowest FID."""
+    inception: InceptionSource | None = None
