@@ -24,11 +24,11 @@ from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.manifest import Manifest
 from diffusion.data.order import Order
 from diffusion.data.sources.find import EUROSAT, find_archive, read_source
-from diffusion.data.store import FolderStore, Store, open_store
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
+from diffusion.store.objects import FolderStore, Store, open_store
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender

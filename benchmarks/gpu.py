@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.manifest import Manifest
-from diffusion.data.store import Store, open_store
 from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
+from diffusion.store import layout
+from diffusion.store.objects import Store, open_store
 from diffusion.training.batches import Batches
-from diffusion.training.state import folder as checkpoint_folder
 from diffusion.training.trainer import Trainer
 from flows.launcher import run_job
 
@@ -104,7 +104,7 @@ class Jobs:
         with ThreadPoolExecutor() as pool:
             for task in (pool.submit(self.train, whole, recipe, RESUMED_STEPS, deterministic), pool.submit(in_halves)):
                 task.result()
-        one, other = (f"{checkpoint_folder(run, RESUMED_STEPS)}/" for run in (whole, halves))
+        one, other = (f"{layout.checkpoint(run, RESUMED_STEPS)}/" for run in (whole, halves))
         names = [name.removeprefix(one) for name in self.store.names(one) if name.endswith(".safetensors")]
         return {name: self.store.read(one + name) == self.store.read(other + name) for name in names}
 

@@ -22,12 +22,13 @@ import numpy as np
 
 from diffusion.data import codecs
 from diffusion.data.ingest import find_dataset, ingest
-from diffusion.data.manifest import Manifest, Shard, Split, manifest_path
+from diffusion.data.manifest import Manifest, Shard, Split
 from diffusion.data.order import Order
 from diffusion.data.sources.source import Source, SourceImage, make_source
-from diffusion.data.store import FolderStore
 from diffusion.randomness import stream
 from diffusion.recipe_files import load_recipe
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 
 SIDE, BANDS = 128, 13
 SAMPLES_A_SHARD = 1300
@@ -104,7 +105,7 @@ def measure_manifest(manifest: Manifest, samples: int, folder: Path) -> None:
     )
     counts = {split: sum(s.samples for s in shards if s.split == split) for split, _ in splits}
     large, store = manifest.model_copy(update={"shards": shards, "splits": counts}), FolderStore(folder / "manifests")
-    store.write(manifest_path(large.digest), large.to_json())
+    store.write(layout.manifest(large.digest), large.to_json())
     before, began = peak_megabytes(), time.monotonic()
     found = find_dataset(store, large.digest)
     assert found is not None

@@ -24,15 +24,16 @@ from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.find import EUROSAT, find_archive, read_source
 from diffusion.data.spec import ImageSpec
-from diffusion.data.store import open_store
 from diffusion.denoiser import build_network
 from diffusion.evaluation.figures import FIGURES, with_error
-from diffusion.evaluation.names import SHIPPED_SHA256, reference_name
-from diffusion.evaluation.scores import DEVIATIONS, Row, Scores, evaluation_folder, find_scores
+from diffusion.evaluation.names import SHIPPED_SHA256
+from diffusion.evaluation.scores import DEVIATIONS, Row, Scores, find_scores
 from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
+from diffusion.store import layout
+from diffusion.store.objects import open_store
 from diffusion.training.state import steps_with_checkpoint
 from flows.launcher import run_job
 from flows.request import usable_processes
@@ -149,7 +150,7 @@ class Bench:
 
     def reference(self, image_size: int) -> None:
         """Measure the real images, once."""
-        if not self.store.names(reference_name(self.dataset.digest, "eurosat", SHIPPED_SHA256, image_size)):
+        if not self.store.names(layout.reference(self.dataset.digest, "eurosat", SHIPPED_SHA256, image_size)):
             spec = ReferenceJob(**self._common("reference"), image_size=image_size, extractor="eurosat")
             self._job("diffusion.evaluation.measure_reference", spec, f"reference-{image_size}", 1)
 
@@ -176,7 +177,7 @@ class Bench:
     def grid(self, arm: Arm, name: str) -> bytes:
         """The grid of one evaluation."""
         run = f"benchmark-{arm.recipe.digest[:16]}"
-        return self.store.read(f"{evaluation_folder(run, arm.recipe.total_steps, name)}/grid.png")
+        return self.store.read(layout.picture(run, arm.recipe.total_steps, "grid", name))
 
 
 def main() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from diffusion.data.store import FolderStore, check_writable, open_store
 from diffusion.errors import StoreError
 from diffusion.evaluation.names import required_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
+from diffusion.store.objects import FolderStore, check_writable, open_store
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest, usable_workers
 from flows.run import open_tracking

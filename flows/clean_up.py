@@ -12,11 +12,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from diffusion.data.store import Store, open_store
 from diffusion.errors import RunBusy
-from diffusion.evaluation.scores import evaluations_of
 from diffusion.jobs.lock import lock_folder
 from diffusion.settings import settings
+from diffusion.store import layout
+from diffusion.store.objects import Store, open_store
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.retention import find_superseded
 from diffusion.training.state import checkpoint_names, steps_begun
@@ -98,7 +98,7 @@ def run_remains(store: Store, run: str, folder: Path) -> RunRemains:
     """Look up what a run has left."""
     checkpoints = [name for step in steps_begun(store, run) for name in checkpoint_names(store, run, step)]
     # MLflow has its pictures as well. The scores stay: by them a version that is kept is judged.
-    evaluated = [name for name in store.names(evaluations_of(run)) if not name.endswith("/scores.json")]
+    evaluated = [name for name in store.names(layout.evaluations(run)) if not name.endswith("/scores.json")]
     return RunRemains(run, (*checkpoints, *evaluated), folder)
 
 

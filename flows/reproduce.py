@@ -24,11 +24,11 @@ from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
-from diffusion.data.store import OBJECT_BYTES, Store, open_store
 from diffusion.errors import DataError, TrackingError, UserError
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
+from diffusion.store.objects import OBJECT_BYTES, Store, open_store
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home

@@ -15,12 +15,12 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.store import Store, open_store
 from diffusion.errors import RunBusy
 from diffusion.jobs.lock import lock_folder
 from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
+from diffusion.store.objects import Store, open_store
 from diffusion.tracking.connection import connect, when_it_answers
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
 from diffusion.tracking.sender import MetricsSender

@@ -30,9 +30,9 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.sources import generated
 from diffusion.data.sources.eurosat import read_archive
 from diffusion.data.sources.source import Source
-from diffusion.data.store import FolderStore
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
+from diffusion.store.objects import FolderStore
 from tests.postgres import programs, running_postgres
 
 pytest_plugins = ["tests.running"]

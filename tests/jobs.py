@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from diffusion.data.store import FolderStore
 from diffusion.jobs.specs import JobSpec, TrainingJob
 from diffusion.recipe import Recipe
-from diffusion.training.state import folder
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from flows.launcher import run_job
 from tests.conftest import Ingested
 from tests.ranks import fork_rank
@@ -55,5 +55,5 @@ def start(where: Path, spec: JobSpec, module: str, processes: int) -> None:
 
 
 def digest(store: FolderStore, run: str, step: int) -> str:
-    names = [name for name in store.names(f"{folder(run, step)}/") if not name.endswith("state.json")]
+    names = [name for name in store.names(f"{layout.checkpoint(run, step)}/") if not name.endswith("state.json")]
     return hashlib.sha256(b"".join(store.read(name) for name in names)).hexdigest()

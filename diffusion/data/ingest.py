@@ -18,14 +18,15 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from diffusion.data import codecs
-from diffusion.data.manifest import FORMAT_VERSION, Manifest, Shard, Split, manifest_path, parse_manifest
+from diffusion.data.manifest import FORMAT_VERSION, Manifest, Shard, Split, parse_manifest
 from diffusion.data.sealed import seal, unseal
 from diffusion.data.shards import Sample, bytes_in_shard, write_shard
 from diffusion.data.sources.source import Source, SourceImage
 from diffusion.data.spec import LARGEST, MOST_BANDS, SMALLEST, DType, Images, ImageSpec, band_names, shown_bands
-from diffusion.data.store import Store
 from diffusion.errors import DataError
 from diffusion.randomness import stream
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.trust.redaction import shown
 
 SHARD_BYTES = 4_000_000
@@ -45,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 def find_dataset(store: Store, digest: str) -> Manifest | None:
     """The dataset of that content digest, or None if the store does not hold it."""
-    name = manifest_path(digest)
+    name = layout.manifest(digest)
     try:
         return parse_manifest(store.read(name), f"{store.uri}/{name}")
     except KeyError:
@@ -166,8 +167,8 @@ def _ingest(source: Source, store: Store, progress: Progress | None, shard_bytes
         skipped=sum(receipt.skipped for receipt in receipts),
         shards=tuple(receipt.shard for receipt in receipts if receipt.shard.samples),
     )
-    if not store.create(manifest_path(source.digest), manifest.to_json()):
-        store.write(manifest_path(source.digest), manifest.to_json())  # over a damaged one
+    if not store.create(layout.manifest(source.digest), manifest.to_json()):
+        store.write(layout.manifest(source.digest), manifest.to_json())  # over a damaged one
     for name in store.names(f"{folder}/"):
         if name.endswith(".receipt.json"):
             store.delete(name)
@@ -209,7 +210,7 @@ def _check_counts(source: Source, counts: dict[Split, int], skipped: int = 0) ->
 
 
 def _folder(source: Source) -> str:
-    return manifest_path(source.digest).rpartition("/")[0]
+    return layout.dataset(source.digest)
 
 
 def _keys(source: Source) -> Callable[[SourceImage], str]:

@@ -11,11 +11,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.manifest import Manifest, Shard, Split, manifest_path
+from diffusion.data.manifest import Manifest, Shard, Split
 from diffusion.data.shards import Sample, decode_all, read_shard
 from diffusion.data.spec import Images
-from diffusion.data.store import LocalCopy, Store, StoreDamage
 from diffusion.errors import DataError
+from diffusion.store import layout
+from diffusion.store.objects import LocalCopy, Store, StoreDamage
 
 MEMORY_BYTES = 1 << 30
 
@@ -76,7 +77,7 @@ class ShardImages:
 
     def _samples(self, index: int) -> list[Sample]:
         shard = self.shards[index]
-        name = f"{manifest_path(self.manifest.digest).rpartition('/')[0]}/{shard.name}"
+        name = f"{layout.dataset(self.manifest.digest)}/{shard.name}"
         try:
             return read_shard(self._files.read(name, shard.sha256), name)
         except KeyError:
@@ -84,7 +85,7 @@ class ShardImages:
         except StoreDamage as error:
             reason = str(error)
         raise DataError(
-            f"The shard {self._files.store.uri}/{name} {reason}. Delete {manifest_path(self.manifest.digest)} from the store and "
+            f"The shard {self._files.store.uri}/{name} {reason}. Delete {layout.manifest(self.manifest.digest)} from the store and "
             "start again: the shards are made anew."
         )
 

@@ -75,11 +75,6 @@ class Manifest(BaseModel):
         return seal(self)
 
 
-def manifest_path(digest: str) -> str:
-    """Where the manifest of a dataset lies in the store."""
-    return f"datasets/{digest}/manifest.json"
-
-
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Read a manifest. Raises DataError if it is damaged, inconsistent, or of a format that this version can't read."""
     try:

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from diffusion.data.store import Store
 from diffusion.errors import DataError
 from diffusion.evaluation.reference import Reference
-from diffusion.evaluation.scores import Scores, evaluation_folder
+from diffusion.evaluation.scores import Scores
 from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance
 from diffusion.randomness import stream
+from diffusion.store import layout
+from diffusion.store.objects import Store
 
 DRAWS = 200
 SEED = 0
@@ -47,7 +48,7 @@ class Evidence:
 
 def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") -> Evidence:
     """What the scores of a run were computed from. Raises DataError if it is gone or damaged."""
-    name = evidence_name(run, scores.step, evaluation)
+    name = layout.evidence(run, scores.step, evaluation)
     try:
         data = store.read(name)
     except KeyError:
@@ -56,11 +57,6 @@ def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") 
         raise DataError(f"{store.uri}/{name} is damaged: it is not what the scores of {run} were computed from.")
     tensors = load(data)
     return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"])
-
-
-def evidence_name(run: str, step: int, evaluation: str = "") -> str:
-    """Where the evidence of an evaluation lies in the store."""
-    return f"{evaluation_folder(run, step, evaluation)}/evidence.safetensors"
 
 
 @dataclass(frozen=True)

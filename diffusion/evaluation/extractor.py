@@ -20,21 +20,14 @@ from torch import Tensor
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.download import download
 from diffusion.data.spec import Images
-from diffusion.data.store import Store
 from diffusion.denoiser import Pixels
 from diffusion.errors import DataError, RecipeError
 from diffusion.evaluation.classifier import Classifier
-from diffusion.evaluation.names import (
-    SHIPPED_SHA256,
-    SHIPPED_WEIGHTS,
-    Known,
-    find_own,
-    own_document,
-    own_weights,
-    required_inception,
-)
+from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS, Known, find_own, required_inception
 from diffusion.model.placement import place
 from diffusion.settings import InceptionSource
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.trust.reading import read_file
 
 MAX_BYTES = 512 << 20
@@ -76,12 +69,13 @@ def shipped(device: torch.device) -> Extractor:
 
 
 def _own(known: Known, store: Store, dataset: Manifest, device: torch.device) -> Extractor:
-    name = own_weights(dataset.digest, known.sha256)
+    name = layout.own_extractor_weights(dataset.digest, known.sha256)
     try:
         content = store.read(name)
     except KeyError:
         raise RecipeError(
-            f"The extractor {store.uri}/{name} is missing, and its document {own_document(dataset.digest)} is there: delete that."
+            f"The extractor {store.uri}/{name} is missing, and its document is there: delete "
+            f"{layout.own_extractor(dataset.digest)}."
         ) from None
     own, pixels = find_own(store, dataset.digest), Pixels(dataset.images)
     content = _verified(content, known.sha256, f"{store.uri}/{name}")

@@ -15,17 +15,16 @@ from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.sealed import seal
 from diffusion.data.spec import Images
-from diffusion.data.store import Store, open_store
 from diffusion.denoiser import Denoiser, Pixels, build_network
 from diffusion.errors import DataError
-from diffusion.evaluation.comparison import Evidence, evidence_name
+from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.extractor import Extractor, load_extractor
 from diffusion.evaluation.figures import Features, measured
 from diffusion.evaluation.likelihood import bits_per_dim
-from diffusion.evaluation.names import identify, reference_name
+from diffusion.evaluation.names import identify
 from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, png, row_names
 from diffusion.evaluation.reference import load_reference
-from diffusion.evaluation.scores import ScoredBy, Scores, evaluation_folder
+from diffusion.evaluation.scores import ScoredBy, Scores
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.showpieces import interpolation, real_images, trajectory
 from diffusion.evaluation.spectrum import Spectra, first_powers, powers
@@ -35,6 +34,8 @@ from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.model.placement import place
 from diffusion.recipe import Recipe
+from diffusion.store import layout
+from diffusion.store.objects import Store, open_store
 from diffusion.training.checkpoint import load_tensors
 from diffusion.training.state import State, load_state, weights_to_try
 
@@ -68,7 +69,7 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
     known = [identify(name, store, manifest, job.inception) for name in recipe.evaluation.extractors]
     extractors = [load_extractor(extractor, store, manifest, accelerator.device, job.inception) for extractor in known]
     size = recipe.data.image_size
-    references = [load_reference(store, reference_name(job.dataset, e.name, e.sha256, size)) for e in extractors]
+    references = [load_reference(store, layout.reference(job.dataset, e.name, e.sha256, size)) for e in extractors]
     candidates = [job.weights] if job.weights else weights_to_try(recipe, job.step)
 
     def sample(weights: str, indices: range, stage: str) -> Images:
@@ -92,7 +93,7 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
     if spec.counted:
         bound, bits_of_images = bits_per_dim(denoiser, test, recipe.evaluation.likelihood_images, accelerator, progress)
 
-    where = evaluation_folder(job.run, job.step, job.name)
+    where = layout.evaluation(job.run, job.step, job.name)
     ended = job.step == recipe.total_steps
     final = ended and not job.name
     scores = None
@@ -113,7 +114,7 @@ def evaluate(job: EvaluationJob, rank: Rank) -> None:
         evidence = None
         if ended:
             evidence = Evidence(deciding.samples, deciding.copies.close, bits_of_images).to_bytes()
-            store.write(evidence_name(job.run, job.step, job.name), evidence)
+            store.write(layout.evidence(job.run, job.step, job.name), evidence)
         scores = Scores(
             step=job.step,
             images_seen=state.images_seen,

@@ -7,16 +7,17 @@ import torch
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
-from diffusion.data.store import open_store
 from diffusion.errors import DataError
 from diffusion.evaluation.extractor import load_extractor
-from diffusion.evaluation.names import identify, reference_name
+from diffusion.evaluation.names import identify
 from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import ReferenceJob
+from diffusion.store import layout
+from diffusion.store.objects import open_store
 
 KEPT_BYTES = 64_000_000  # of the train split's features: all under `eurosat`; the moments are of all in any case
 BATCH = 250
@@ -29,7 +30,7 @@ def measure_reference(job: ReferenceJob, rank: Rank) -> None:
     if manifest is None:
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
     known = identify(job.extractor, store, manifest, job.inception)
-    name = reference_name(job.dataset, known.name, known.sha256, job.image_size)
+    name = layout.reference(job.dataset, known.name, known.sha256, job.image_size)
     extractor = load_extractor(known, store, manifest, accelerator.device, job.inception)
     progress = ProgressFile(rank.folder, accelerator.is_main_process)
     blank = extractor.embed(np.zeros((1, *manifest.images.shape(job.image_size)), manifest.images.dtype))[0]

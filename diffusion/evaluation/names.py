@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.sealed import unseal
 from diffusion.data.sources.eurosat import CLASSES
 from diffusion.data.spec import RGB, ImageSpec
-from diffusion.data.store import Store
 from diffusion.errors import DataError, RecipeError
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.trust.identifiers import Sha256
 
 if TYPE_CHECKING:  # a served model's environment has no settings to read
@@ -28,10 +27,6 @@ ExtractorName = Literal["eurosat", "inception", "own"]
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "eurosat-classifier-v1.safetensors"
 SHIPPED_SHA256 = "0d556bac26d9b28c583a765016e12bfe683a80150bb7e05f78a6d1b1b65f3a17"
-
-REFERENCE_VERSION = 2
-OWN_VERSION = 1
-"""Of how a dataset's own extractor is trained."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +71,10 @@ def accepts(kind: ExtractorName, spec: ImageSpec) -> bool:
     return rgb and (kind == "inception" or spec.classes == CLASSES)
 
 
-def own_document(dataset: str) -> str:
-    """Where the document of a dataset's own extractor lies in the store."""
-    return f"extractors/{dataset}/own-{OWN_VERSION}.json"
-
-
-def own_weights(dataset: str, sha256: str) -> str:
-    """Where its weights lie: by their digest, since two runs may train it at once, and the first document counts."""
-    return f"extractors/{dataset}/own-{OWN_VERSION}-{sha256[:16]}.safetensors"
-
-
 def find_own(store: Store, dataset: str) -> OwnExtractor | None:
     """What is known of a dataset's own extractor; None if it has not been trained, or its document is damaged."""
     try:
-        return unseal(OwnExtractor, store.read(own_document(dataset)))
+        return unseal(OwnExtractor, store.read(layout.own_extractor(dataset)))
     except (KeyError, ValueError):
         return None
 
@@ -126,9 +111,3 @@ def required_inception(inception: InceptionSource | None) -> InceptionSource:
             f"TRAIN_DIFFUSION_INCEPTION_SHA256 is '{inception.sha256}', not the sha256 (64 hexadecimal digits) of the file."
         )
     return inception
-
-
-def reference_name(dataset: str, extractor: str, sha256: str, image_size: int) -> str:
-    """Where the reference of an extractor lies in the store: named by all that it was computed from."""
-    key = json.dumps([REFERENCE_VERSION, dataset, extractor, sha256, image_size])
-    return f"references/{extractor}-{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"

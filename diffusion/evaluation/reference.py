@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from diffusion.data.sealed import seal, unseal
-from diffusion.data.store import Store
 from diffusion.errors import DataError
 from diffusion.evaluation.statistics import Moments
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.trust.identifiers import Sha256
 
 
@@ -41,10 +42,6 @@ class Seal(BaseModel):
     sha256: Sha256
 
 
-def _seal_name(name: str) -> str:
-    return f"{name.removesuffix('.safetensors')}.json"
-
-
 def write_reference(store: Store, name: str, reference: Reference) -> None:
     """Write a reference, its seal last. Raises StoreError."""
     tensors = {
@@ -57,13 +54,13 @@ def write_reference(store: Store, name: str, reference: Reference) -> None:
     }
     data = save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
     store.write(name, data)
-    store.write(_seal_name(name), seal(Seal(sha256=hashlib.sha256(data).hexdigest())))
+    store.write(layout.reference_seal(name), seal(Seal(sha256=hashlib.sha256(data).hexdigest())))
 
 
 def load_reference(store: Store, name: str) -> Reference:
     """Read a reference. Raises DataError if it has not been measured, has no seal, or is not what was sealed."""
     try:
-        data, sealed = store.read(name), unseal(Seal, store.read(_seal_name(name)))
+        data, sealed = store.read(name), unseal(Seal, store.read(layout.reference_seal(name)))
         if hashlib.sha256(data).hexdigest() != sealed.sha256:
             raise ValueError("its sha256 is not the one in its seal")
         tensors = load(data)

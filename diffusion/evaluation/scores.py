@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from diffusion.data.sealed import is_sealed, unseal
-from diffusion.data.store import Store
 from diffusion.errors import DataError
+from diffusion.store import layout
+from diffusion.store.objects import Store
 
 DEVIATIONS = 1.96
 """Standard errors either side of a figure that its 95 % interval spans."""
@@ -170,16 +171,6 @@ def from_format_1(fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"no scores of the first format: {error!r}") from error
 
 
-def evaluations_of(run: str) -> str:
-    """What the names of all that a run's evaluations have left in the store begin with."""
-    return f"runs/{run}/evaluations/"
-
-
-def evaluation_folder(run: str, step: int, name: str = "") -> str:
-    """Where the results of an evaluation lie in the store; `name` tells those apart that are not the recipe's own."""
-    return f"{evaluations_of(run)}{step:09d}{'-' if name else ''}{name}"
-
-
 def find_scores(
     store: Store, run: str, step: int, samples: int, name: str = "", checkpoint: str | None = None
 ) -> Scores | None:
@@ -188,7 +179,7 @@ def find_scores(
     None as well for scores that are damaged or of an older form, which are to be made anew.
     """
     try:
-        data = store.read(f"{evaluation_folder(run, step, name)}/scores.json")
+        data = store.read(layout.scores(run, step, name))
         # Earlier versions did not seal them.
         scores = unseal(Scores, data) if is_sealed(data) else Scores.model_validate_json(data)
     except (KeyError, ValueError):

@@ -29,15 +29,16 @@ from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest, Split
 from diffusion.data.sealed import seal
 from diffusion.data.sources.eurosat import read_eurosat
-from diffusion.data.store import FolderStore, Store, open_store
 from diffusion.denoiser import Pixels
 from diffusion.errors import DataError
 from diffusion.evaluation.classifier import Classifier, fuse
-from diffusion.evaluation.names import SHIPPED_WEIGHTS, OwnExtractor, find_own, own_document, own_weights
+from diffusion.evaluation.names import SHIPPED_WEIGHTS, OwnExtractor, find_own
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import ExtractorJob
 from diffusion.model.placement import place
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore, Store, open_store
 
 EPOCHS = 14
 BATCH = 128
@@ -203,9 +204,9 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
         accuracy=right,
         chance=chance,
     )
-    store.write(own_weights(dataset.digest, own.sha256), data)
-    if not store.create(own_document(dataset.digest), seal(own)) and find_own(store, dataset.digest) is None:
-        store.write(own_document(dataset.digest), seal(own))  # over a damaged one
+    store.write(layout.own_extractor_weights(dataset.digest, own.sha256), data)
+    if not store.create(layout.own_extractor(dataset.digest), seal(own)) and find_own(store, dataset.digest) is None:
+        store.write(layout.own_extractor(dataset.digest), seal(own))  # over a damaged one
 
 
 def _read(store: Store, dataset: Manifest, split: Split, copies: Path) -> Data:

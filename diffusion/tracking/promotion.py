@@ -17,7 +17,6 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.sealed import CHECKSUM, checksum
-from diffusion.data.store import Store
 from diffusion.errors import DataError, TrackingError
 from diffusion.evaluation.comparison import (
     Difference,
@@ -26,9 +25,10 @@ from diffusion.evaluation.comparison import (
     ratio_of_class,
     variation_of_classes,
 )
-from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
 from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.scores_tag import scores_of
@@ -136,7 +136,7 @@ def promote(
         if _number(champion_version(client, model)) != _number(champion):  # moved by hand meanwhile
             continue
         entry = Promotion(_number(champion), version, reason, gates)
-        if store.create(_entry(model, len(entries)), entry.to_bytes()):
+        if store.create(layout.promotion(model, len(entries)), entry.to_bytes()):
             _tell(client, decision)
             _complete(client, store, model, [*entries, entry])
             _end_challenge(client, model)
@@ -204,7 +204,7 @@ def _spread(store: Store, version: ModelVersion, scores: Scores) -> float:
 def _reference(store: Store, version: ModelVersion, scores: Scores) -> Reference:
     """The real images by which a version was scored."""
     by, tags = scores.extractors[0], tags_of(version)
-    name = reference_name(tags["dataset.digest"], by.name, by.sha256, int(tags["image_size"]))
+    name = layout.reference(tags["dataset.digest"], by.name, by.sha256, int(tags["image_size"]))
     return load_reference(store, name)
 
 
@@ -282,9 +282,9 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
 
 def _complete(client: MlflowClient, store: Store, model: str, entries: list[Promotion]) -> None:
     """Move the alias as the log's last entry says, if whoever wrote it did not come to that."""
-    while entries and not _exists(store, _applied(model, len(entries) - 1)):
+    while entries and not _exists(store, layout.promotion_applied(model, len(entries) - 1)):
         client.set_registered_model_alias(model, CHAMPION, entries[-1].to)
-        store.write(_applied(model, len(entries) - 1), b"")
+        store.write(layout.promotion_applied(model, len(entries) - 1), b"")
         # A slow writer may have moved it back after another had moved it on: the log's end decides.
         newer = _log(store, model)
         if len(newer) > len(entries):
@@ -297,7 +297,7 @@ def _log(store: Store, model: str) -> list[Promotion]:
     entries: list[Promotion] = []
     while True:
         try:
-            entries.append(_read_entry(store, _entry(model, len(entries))))
+            entries.append(_read_entry(store, layout.promotion(model, len(entries))))
         except KeyError:
             return entries
 
@@ -318,7 +318,7 @@ def _read_entry(store: Store, name: str) -> Promotion:
 def past_champions(store: Store, count: int) -> dict[str, list[str]]:
     """The last `count` versions that were champion, by model, the newest last."""
     found: dict[str, dict[str, None]] = {}
-    for name in store.names("promotions/"):
+    for name in store.names(layout.PROMOTIONS):
         if name.endswith(".json"):
             entry, versions = _read_entry(store, name), found.setdefault(name.split("/")[1], {})
             for version in filter(None, (entry.before, entry.to)):  # one made champion by hand is a `from` only
@@ -333,14 +333,6 @@ def _exists(store: Store, name: str) -> bool:
     except KeyError:
         return False
     return True
-
-
-def _entry(model: str, number: int) -> str:
-    return f"promotions/{model}/{number:06d}.json"
-
-
-def _applied(model: str, number: int) -> str:
-    return f"promotions/{model}/{number:06d}.applied"
 
 
 def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:

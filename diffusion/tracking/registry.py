@@ -12,13 +12,13 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.data.spec import ImageSpec
-from diffusion.data.store import Store
 from diffusion.errors import DataError, StoreError, UserError
 from diffusion.evaluation.figures import TELLING, Figure, full_name, headline, in_order, metrics, with_interval
 from diffusion.evaluation.names import OwnExtractor, find_own
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
 from diffusion.recipe import Recipe
+from diffusion.store.objects import Store
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.promotion import champion_version

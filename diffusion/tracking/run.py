@@ -14,12 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion.data.manifest import Manifest, manifest_path
+from diffusion.data.manifest import Manifest
 from diffusion.errors import TrackingError
 from diffusion.evaluation.figures import metrics, table, telling_metrics
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.recipe import Recipe, Start, flatten
+from diffusion.store import layout
 from diffusion.tracking.legend import LEGEND_TITLE, legend
 from diffusion.tracking.pages import VIEW_TAG, run_page, runs_page, shared_view
 from diffusion.tracking.plots import bound_by_noise_level, class_distances, fid_over_training
@@ -126,7 +127,7 @@ class TrackedRun:
             Schema([TensorSpec(np.dtype(spec.dtype), (-1, *spec.shape(spec.size)), "images")]),
             Schema([TensorSpec(np.dtype(np.int64), (-1,), "labels")]) if spec.classes else None,
         )
-        where = f"{store_uri}/{manifest_path(dataset.digest)}"
+        where = f"{store_uri}/{layout.manifest(dataset.digest)}"
         entity = Dataset(
             name=dataset.source,
             digest=dataset.digest[:MLFLOW_DIGEST_LENGTH],

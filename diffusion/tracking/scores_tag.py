@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion.data.store import Store
 from diffusion.evaluation.scores import Scores, find_scores
+from diffusion.store.objects import Store
 from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import RunName
 

@@ -15,14 +15,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffusion.data.sealed import seal
-from diffusion.data.store import Store
 from diffusion.errors import CheckpointDamaged
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.training.state import (
     STATE,
     State,
     average_name,
     checkpoint_file,
-    folder,
     load_state,
     steps_with_checkpoint,
 )
@@ -54,7 +54,7 @@ def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
         "optimizer.safetensors": save(content.optimizer),
         "journal.jsonl": content.journal,
     }
-    where = folder(state.run, state.step)
+    where = layout.checkpoint(state.run, state.step)
     for name, data in files.items():
         store.write(f"{where}/{name}", data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -96,5 +96,5 @@ def load_tensors(store: Store, state: State, part: str) -> Tensors:
         return load(checkpoint_file(store, state, name))
     except SafetensorError as error:
         raise CheckpointDamaged(
-            f"{store.uri}/{folder(state.run, state.step)}/{name} has no tensors ({error})."
+            f"{store.uri}/{layout.checkpoint(state.run, state.step)}/{name} has no tensors ({error})."
         ) from error

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
-from diffusion.data.store import Store, open_store
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError, StoreError
 from diffusion.jobs.rank import Rank
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Start
+from diffusion.store.objects import Store, open_store
 from diffusion.training.batches import Batches
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import commit, committed_step

@@ -9,15 +9,16 @@ import logging
 from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.sealed import unseal
-from diffusion.data.store import Store
 from diffusion.errors import CheckpointDamaged
 from diffusion.recipe import Recipe
+from diffusion.store import layout
+from diffusion.store.layout import STATE
+from diffusion.store.objects import Store
 from diffusion.trust.identifiers import ObjectName, RunName, Sha256
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-STATE = "state.json"
 
 
 class State(BaseModel):
@@ -54,20 +55,15 @@ def weights_to_try(recipe: Recipe, step: int) -> list[str]:
     return averages if step == recipe.total_steps else averages[:1]
 
 
-def folder(run: str, step: int) -> str:
-    """Where a checkpoint lies in the store. The step is padded so that names sort by it."""
-    return f"checkpoints/{run}/{step:09d}"
-
-
 def steps_with_checkpoint(store: Store, run: str) -> list[int]:
     """The steps of a run that have a checkpoint, rising, without checking the files."""
-    names = store.names(f"checkpoints/{run}/")
+    names = store.names(layout.checkpoints(run))
     return sorted(int(step) for step, file in _steps_and_files(names) if file == STATE)
 
 
 def steps_begun(store: Store, run: str) -> list[int]:
     """The steps of a run of which any file is there, rising: also checkpoints that were never finished."""
-    return sorted({int(step) for step, _ in _steps_and_files(store.names(f"checkpoints/{run}/"))})
+    return sorted({int(step) for step, _ in _steps_and_files(store.names(layout.checkpoints(run)))})
 
 
 def _steps_and_files(names: list[str]) -> list[tuple[str, str]]:
@@ -78,7 +74,7 @@ def _steps_and_files(names: list[str]) -> list[tuple[str, str]]:
 
 def load_state(store: Store, run: str, step: int) -> State:
     """The state of one checkpoint. Raises CheckpointDamaged if there is none, or it is damaged."""
-    where = f"{folder(run, step)}/{STATE}"
+    where = f"{layout.checkpoint(run, step)}/{STATE}"
     try:
         content = store.read(where)
     except KeyError:
@@ -95,7 +91,7 @@ def load_state(store: Store, run: str, step: int) -> State:
 def is_whole(store: Store, run: str, step: int) -> bool:
     """Whether the run has a checkpoint at that step with all its files undamaged; what is wrong with it is logged."""
     try:
-        store.read(f"{folder(run, step)}/{STATE}")  # not looked up in a listing, which may lag
+        store.read(f"{layout.checkpoint(run, step)}/{STATE}")  # not looked up in a listing, which may lag
     except KeyError:
         return False
     try:
@@ -110,7 +106,7 @@ def is_whole(store: Store, run: str, step: int) -> bool:
 
 def checkpoint_file(store: Store, state: State, name: str) -> bytes:
     """The content of a checkpoint's file, verified. Raises CheckpointDamaged that names the file if it is missing or damaged."""
-    where = f"{folder(state.run, state.step)}/{name}"
+    where = f"{layout.checkpoint(state.run, state.step)}/{name}"
     try:
         content = store.read(where)
     except KeyError:
@@ -125,12 +121,12 @@ def checkpoint_file(store: Store, state: State, name: str) -> bytes:
 def checkpoint_names(store: Store, run: str, step: int) -> list[str]:
     """The files of a checkpoint in the order to delete them: its state first, so that what is left of a deletion that breaks
     off is no checkpoint for any reader."""
-    where = folder(run, step)
+    where = layout.checkpoint(run, step)
     return sorted(store.names(f"{where}/"), key=lambda name: name != f"{where}/{STATE}")
 
 
 def delete_checkpoint(store: Store, run: str, step: int) -> None:
     """Delete a checkpoint."""
-    store.delete(f"{folder(run, step)}/{STATE}")  # a listing may lag
+    store.delete(f"{layout.checkpoint(run, step)}/{STATE}")  # a listing may lag
     for name in checkpoint_names(store, run, step):
         store.delete(name)

@@ -15,11 +15,11 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RuntimeEnvSetupError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from diffusion.data.store import Store
 from diffusion.errors import ClusterError, StoreError
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import SPEC
 from diffusion.jobs.stopping import StopRequest
+from diffusion.store.objects import Store
 from diffusion.tracking.system import HOSTS
 from diffusion.training.journal import JOURNAL, TIMING, Journal, commit, committed_step, records
 from diffusion.training.state import checkpoint_file, load_state

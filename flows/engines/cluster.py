@@ -25,12 +25,13 @@ import ray
 
 import diffusion
 import flows
-from diffusion.data.store import open_store
 from diffusion.errors import ClusterError, StoreError
 from diffusion.jobs.lock import lock_folder
 from diffusion.jobs.reports import ERROR, RankOutput, error_from, report_of
 from diffusion.jobs.specs import SPEC
 from diffusion.jobs.stopping import StopRequest, end_with_parent
+from diffusion.store import layout
+from diffusion.store.objects import open_store
 from diffusion.training.journal import committed_step
 from diffusion.trust.private import put
 from diffusion.trust.redaction import redact_logs
@@ -78,7 +79,7 @@ def run(folder: Path, stop: StopRequest) -> bool:
     """Run the folder's job; returns whether it came to its end, and was not asked to stop. Raises what it failed with."""
     placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
     spec = json.loads((folder / SPEC).read_text())
-    store, marker = open_store(spec["store"]), f"runs/{spec['run']}/seen-{uuid.uuid4().hex}"
+    store, marker = open_store(spec["store"]), layout.marker(spec["run"], uuid.uuid4().hex)
     store.write(marker, b"")
     try:
         losses, last = 0, (0, frozenset[str]())

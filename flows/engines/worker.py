@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 import ray
 
-from diffusion.data.store import open_store
 from diffusion.errors import DataError
 from diffusion.jobs.rank import Rank, make_accelerator, use_deterministic_algorithms
 from diffusion.jobs.reports import ProgressFile, RankOutput, report_of
+from diffusion.store.objects import open_store
 from diffusion.tracking.system import SAMPLE_SECONDS, Machine
 from diffusion.training.journal import TIMING, commit, committed_step
 from diffusion.trust.redaction import redact_logs

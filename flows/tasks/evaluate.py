@@ -9,8 +9,9 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.evaluation.figures import headline
 from diffusion.evaluation.pictures import grid_caption, thumbnail
-from diffusion.evaluation.scores import Scores, evaluation_folder, find_scores
+from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.jobs.specs import EvaluationJob
+from diffusion.store import layout
 from diffusion.training.state import State
 from flows.engines.placement import Workers
 from flows.progress import show
@@ -65,4 +66,4 @@ def evaluations(run: Run, until: int) -> list[Scores]:
 
 def evaluation_picture(run: Run, step: int, name: str) -> bytes:
     """A picture of an evaluation (`grid`, `closest`, …), as PNG."""
-    return run.store.read(f"{evaluation_folder(run.name, step)}/{name}.png")
+    return run.store.read(layout.picture(run.name, step, name))

@@ -6,11 +6,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.store import open_store
 from diffusion.evaluation.names import find_own
 from diffusion.jobs.specs import ExtractorJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
+from diffusion.store.objects import open_store
 from flows.engines.placement import Workers
 from flows.progress import say
 from flows.run import job_fields, run_stage

@@ -16,9 +16,9 @@ from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.manifest import FORMAT_VERSION, Manifest
 from diffusion.data.sources.find import find_archive, read_source
 from diffusion.data.sources.source import SourceOptions
-from diffusion.data.store import check_writable, open_store
 from diffusion.errors import DataError
 from diffusion.settings import settings
+from diffusion.store.objects import check_writable, open_store
 from flows.progress import Stage
 from flows.stopwatch import stopwatch
 from flows.tasks.retrying import RETRIED

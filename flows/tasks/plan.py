@@ -10,10 +10,10 @@ from prefect.states import Completed, State
 from pydantic import ValidationError
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.store import Store, open_store
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, Start
 from diffusion.settings import settings
+from diffusion.store.objects import Store, open_store
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.registry import model_name
 from diffusion.tracking.run import finished_run, recorded_start

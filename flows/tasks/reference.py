@@ -6,13 +6,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.store import open_store
 from diffusion.errors import DataError
-from diffusion.evaluation.names import identify, reference_name
+from diffusion.evaluation.names import identify
 from diffusion.evaluation.reference import load_reference
 from diffusion.jobs.specs import ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
+from diffusion.store import layout
+from diffusion.store.objects import open_store
 from flows.engines.placement import Workers
 from flows.progress import say
 from flows.run import job_fields, run_stage
@@ -32,7 +33,7 @@ def measure_reference(dataset: Manifest, recipe: Recipe, workers: Workers) -> No
     size = recipe.data.image_size
     for extractor in recipe.evaluation.extractors:
         known = identify(extractor, store, dataset, environment.inception)
-        name = reference_name(dataset.digest, known.name, known.sha256, size)
+        name = layout.reference(dataset.digest, known.name, known.sha256, size)
         try:
             load_reference(store, name)
             continue

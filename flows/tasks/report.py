@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
 from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
-from diffusion.evaluation.scores import Scores, evaluation_folder
+from diffusion.evaluation.scores import Scores
+from diffusion.store import layout
 from diffusion.tracking.gates import gates_table
 from diffusion.tracking.markdown import markdown_table, plain
 from diffusion.tracking.pages import run_page
@@ -64,7 +65,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     if scores.bound is None:
         rows["bits_per_dim"] = f"none: images of {run.dataset.images.dtype} have no likelihood in bits"
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
-    rows[GRID] = f"{run.store.uri}/{evaluation_folder(run.name, state.step)}/grid.png"
+    rows[GRID] = f"{run.store.uri}/{layout.picture(run.name, state.step, 'grid')}"
 
     try:
         page = _markdown(run, state, scores, rows, decision)

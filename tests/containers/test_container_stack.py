@@ -37,7 +37,7 @@ STOPPED = 240
 
 DIGEST = f"""
 import hashlib, sys
-from diffusion.data.store import open_store
+from diffusion.store.objects import open_store
 from diffusion.settings import settings
 store, where = open_store(settings().store_uri), f"checkpoints/{{sys.argv[1]}}/{STEPS:09d}"
 for part in ("model.safetensors", "optimizer.safetensors", "{JOURNAL}"):
@@ -45,7 +45,7 @@ for part in ("model.safetensors", "optimizer.safetensors", "{JOURNAL}"):
 """
 NEWEST = f"""
 import json, sys
-from diffusion.data.store import open_store
+from diffusion.store.objects import open_store
 from diffusion.settings import settings
 kept = open_store(settings().store_uri).names(f"checkpoints/{{sys.argv[1]}}/")
 written = (settings().runs / sys.argv[1] / "{JOURNAL}").read_text().splitlines()

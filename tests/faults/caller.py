@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.data.ingest import find_dataset
-from diffusion.data.store import open_store
 from diffusion.jobs.specs import TrainingJob
+from diffusion.store.objects import open_store
 from diffusion.tracking.connection import connect
 from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
 from diffusion.tracking.sender import MetricsSender

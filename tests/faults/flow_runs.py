@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from diffusion.data.store import FolderStore
+from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from tests.servers import Servers
 from tests.stack import Project

@@ -12,9 +12,9 @@ import pytest
 
 from diffusion.data.ingest import ingest
 from diffusion.data.sources.eurosat import Source
-from diffusion.data.store import FolderStore
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe_files import load_recipe
+from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
 from tests.conftest import TINY

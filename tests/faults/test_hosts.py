@@ -18,11 +18,11 @@ import pytest
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.source import Source
-from diffusion.data.store import FolderStore, open_store
 from diffusion.evaluation.scores import find_scores
 from diffusion.jobs.specs import TrainingJob
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore, open_store
 from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import folder as checkpoint_folder
 from diffusion.training.state import load_state, steps_with_checkpoint
 from flows.launcher import run_job
 from tests.conftest import TINY, lay_out, start_s3, tiny_recipe
@@ -154,7 +154,7 @@ def expected(machines: Machines, folder: Path, steps: int) -> str:
 
 def result(run: str, step: int) -> str:
     store = open_store(STORE)
-    names = [one for one in store.names(f"{checkpoint_folder(run, step)}/") if not one.endswith("state.json")]
+    names = [one for one in store.names(f"{layout.checkpoint(run, step)}/") if not one.endswith("state.json")]
     assert len(names) == 4
     return hashlib.sha256(b"".join(store.read(one) for one in names)).hexdigest()
 

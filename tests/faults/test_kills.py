@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from diffusion.jobs.specs import TrainingJob
+from diffusion.store import layout
 from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import folder as checkpoint_folder
 from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.conftest import SEED
 from tests.faults.report import Kill
@@ -87,7 +87,7 @@ class Trial:
 
     def weights(self) -> str:
         store = self.ingested.store
-        names = store.names(f"{checkpoint_folder(self.name, STEPS)}/")
+        names = store.names(f"{layout.checkpoint(self.name, STEPS)}/")
         assert len(names) == 5
         return hashlib.sha256(
             b"".join(store.read(name) for name in names if not name.endswith("state.json"))

@@ -16,9 +16,9 @@ import pytest
 
 from diffusion.data.ingest import ingest
 from diffusion.data.sources.eurosat import Source
-from diffusion.data.store import FolderStore
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe_files import load_recipe
+from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
 from flows.launcher import run_job

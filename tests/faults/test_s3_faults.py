@@ -17,9 +17,9 @@ import pytest
 
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.sources.eurosat import Source
-from diffusion.data.store import S3Store, open_store
 from diffusion.errors import StoreError
 from diffusion.jobs.specs import TrainingJob
+from diffusion.store.objects import S3Store, open_store
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
@@ -64,7 +64,7 @@ def test_large_objects_go_in_parts_and_arrive_whole(
 ) -> None:
     paths: list[str] = []
     through_proxy(through, Faults(on_put=paths.append, unavailable=0.1), monkeypatch, s3)
-    monkeypatch.setattr("diffusion.data.store.PART_BYTES", 5 << 20)
+    monkeypatch.setattr("diffusion.store.objects.PART_BYTES", 5 << 20)
     store, data = open_store("s3://tests/large"), random.Random(1).randbytes(17 << 20)
     store.write("large", data)
     assert len({path.split("partNumber=")[1].split("&")[0] for path in paths if "partNumber=" in path}) == 4

@@ -25,9 +25,9 @@ from prefect.states import Cancelled, Crashed, Running
 import mlflow
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import find_archive
-from diffusion.data.store import open_store
 from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
+from diffusion.store.objects import open_store
 from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.version_tags import tags_of

@@ -16,9 +16,9 @@ from diffusion.data.ingest import ingest
 from diffusion.data.sources.find import find_archive, read_source
 from diffusion.data.sources.source import Source
 from diffusion.data.sources.tables import WEBDATASET
-from diffusion.data.store import FolderStore
 from diffusion.errors import DataError, StoreError
 from diffusion.settings import Settings, settings
+from diffusion.store.objects import FolderStore
 
 BRACES = "{000..001}.tar"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.store import open_store
 from diffusion.recipe import Start
 from diffusion.settings import settings
+from diffusion.store.objects import open_store
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.run import RUN_KEY, START_TAG
 from diffusion.training.state import steps_with_checkpoint

@@ -10,8 +10,8 @@ from pydantic import SecretStr
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.loader import ShardImages
 from diffusion.data.sources.eurosat import Source
-from diffusion.data.store import FolderStore, LocalCopy, S3Store, check_writable, open_store
 from diffusion.errors import StoreError
+from diffusion.store.objects import FolderStore, LocalCopy, S3Store, check_writable, open_store
 from tests.conftest import Ingested
 
 

@@ -27,19 +27,18 @@ import torch
 from PIL import Image
 
 import mlflow
-from diffusion.data.manifest import manifest_path
 from diffusion.data.sealed import seal
-from diffusion.data.store import FolderStore
 from diffusion.denoiser import build_network
 from diffusion.errors import TrackingError
 from diffusion.evaluation import reference
-from diffusion.evaluation.comparison import Evidence, evidence_name
-from diffusion.evaluation.names import reference_name
+from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.pictures import class_grid, png
-from diffusion.evaluation.scores import Scores, evaluation_folder
+from diffusion.evaluation.scores import Scores
 from diffusion.evaluation.statistics import Moments
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.settings import settings
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.legend import LEGEND_TITLE, legend
@@ -328,7 +327,7 @@ def write_reference(store: FolderStore, dataset: str) -> None:
     train = Moments.of(features)
     few, labels = features[:10].astype(np.float32), np.zeros(10, np.int64)
     reference.write_reference(
-        store, reference_name(dataset, "eurosat", "e", 16), reference.Reference(train, few, labels, few)
+        store, layout.reference(dataset, "eurosat", "e", 16), reference.Reference(train, few, labels, few)
     )
 
 
@@ -355,9 +354,9 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     )
     tags = {"git.commit": "c" * 40}
     evidence = evidence_of(fields.get("fid", 10.0), fields.get("samples", 80)).to_bytes()
-    store.write(evidence_name(name, 2), evidence)
+    store.write(layout.evidence(name, 2), evidence)
     made = scores(checkpoint=state.digest, evidence_sha256=hashlib.sha256(evidence).hexdigest(), **fields)
-    store.write(f"{evaluation_folder(name, 2)}/scores.json", seal(made))
+    store.write(layout.scores(name, 2), seal(made))
     pictures = {"grid": grid(), "closest": grid()}
     model, version = publish(run, store, state, made, dataset, pictures, tags, "")
     assert model == expected
@@ -425,7 +424,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
         "another size is another model"
     )
     assert champion_version(client, f"{MODEL}-32") is None, "which has a first version of its own"
-    store.write(manifest_path(ingested.manifest.digest), ingested.manifest.to_json())
+    store.write(layout.manifest(ingested.manifest.digest), ingested.manifest.to_json())
     images = ingested.manifest.images
     more = ingested.manifest.model_copy(
         update={"digest": "d" * 64, "images": images.model_copy(update={"classes": (*images.classes, "Roofs")})}
@@ -433,11 +432,11 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     second = f"{MODEL}-{more.images.kind[:8]}"
     make_version(run, ingested, store, "f", seed=5, fid=1.0, dataset=more, model=second)
     assert champion_version(client, second) is None, "nor does one of other classes compete"
-    store.delete(manifest_path(ingested.manifest.digest))
+    store.delete(layout.manifest(ingested.manifest.digest))
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
-    store.write(evidence_name("a", 2), b"torn")
+    store.write(layout.evidence("a", 2), b"torn")
     assert "is damaged" in promote(client, store, MODEL, better).reason
-    store.write(evidence_name("a", 2), evidence_of(20.0, 80).to_bytes())
+    store.write(layout.evidence("a", 2), evidence_of(20.0, 80).to_bytes())
     assert promote(client, store, MODEL, better).alias == "champion"
     assert promote(client, store, MODEL, better).alias == "champion", "a repetition changed the decision"
     champion = champion_version(client, MODEL)
@@ -504,7 +503,7 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     assert "fails 'no class has collapsed' (class 1499" in promote(client, store, MODEL, collapsed).reason
     (row,) = re.findall(r"^\| no class.*$", client.get_model_version(MODEL, collapsed).description, re.MULTILINE)
     assert row.count("|") == 4
-    store.delete(f"{evaluation_folder('many', 2)}/scores.json")
+    store.delete(layout.scores("many", 2))
     lost = make_version(run, ingested, store, "lost", seed=24, fid=0.5, fid_of_class=classes)
     assert "differ in the form of their scores" in promote(client, store, MODEL, lost).reason
     client.set_registered_model_alias(MODEL, "champion", better)

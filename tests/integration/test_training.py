@@ -17,12 +17,12 @@ import torch
 from diffusion.data.ingest import ingest
 from diffusion.data.sealed import unseal
 from diffusion.data.sources.find import read_source
-from diffusion.data.store import FolderStore
 from diffusion.errors import RecipeError, RunBusy, TrainingDiverged
 from diffusion.evaluation.scores import Scores
 from diffusion.jobs.lock import lock_folder
 from diffusion.jobs.specs import SPEC, EvaluationJob, ReferenceJob
 from diffusion.recipe_files import fit_to_dataset
+from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
 from diffusion.training.state import steps_with_checkpoint

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from diffusion.data.ingest import find_dataset, ingest
 from diffusion.data.shards import read_shard
 from diffusion.data.sources.eurosat import read_archive
-from diffusion.data.store import FolderStore
-from diffusion.evaluation.comparison import evidence_name, load_evidence
+from diffusion.evaluation.comparison import load_evidence
 from diffusion.evaluation.figures import metrics
-from diffusion.evaluation.names import reference_name
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.scores import find_scores
 from diffusion.evaluation.statistics import Moments, frechet_distance
 from diffusion.jobs.specs import ReferenceJob, TrainingJob
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
 from diffusion.tracking.promotion import Decision, champion_version, past_champions, promote
 from diffusion.tracking.scores_tag import scores_of, scores_tags
@@ -150,11 +150,11 @@ def test_new_versions_are_judged_against_its_champion(before: Before, tmp_path: 
     old = scores_of(champion, store)
     assert old is not None
     by, evidence = old.extractors[0], load_evidence(store, before.run, old)
-    reference = load_reference(store, reference_name(before.dataset, by.name, by.sha256, 16))
+    reference = load_reference(store, layout.reference(before.dataset, by.name, by.sha256, 16))
 
     def judged(run: str, features: NDArray[np.float32]) -> Decision:
         data = replace(evidence, features=features).to_bytes()
-        store.write(evidence_name(run, old.step), data)
+        store.write(layout.evidence(run, old.step), data)
         fid = frechet_distance(Moments.of(features), reference.train)
         rows = tuple(row.model_copy(update={"value": fid}) if row.figure == "fid" else row for row in old.rows)
         new = old.model_copy(update={"rows": rows, "evidence_sha256": hashlib.sha256(data).hexdigest()})

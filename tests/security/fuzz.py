@@ -28,7 +28,7 @@ from PIL import Image
 
 from diffusion.data import codecs
 from diffusion.data.ingest import ingest
-from diffusion.data.manifest import manifest_path, parse_manifest
+from diffusion.data.manifest import parse_manifest
 from diffusion.data.sealed import CHECKSUM, checksum, seal
 from diffusion.data.shards import decode, read_shard
 from diffusion.data.sources import generated
@@ -38,10 +38,11 @@ from diffusion.data.sources.own import read_own
 from diffusion.data.sources.source import AS_IT_IS, parse_options
 from diffusion.data.sources.tables import read_parquet, read_webdataset
 from diffusion.data.spec import ImageSpec
-from diffusion.data.store import FolderStore
 from diffusion.errors import UserError
-from diffusion.evaluation.scores import evaluation_folder, find_scores
+from diffusion.evaluation.scores import find_scores
 from diffusion.recipe_files import load_recipe
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from diffusion.tracking.promotion import past_champions
 from diffusion.training.journal import COMMITTED, JOURNAL, Journal, committed_step, records
 from diffusion.training.state import FORMAT_VERSION as STATE_FORMAT
@@ -204,11 +205,11 @@ def targets(folder: Path) -> dict[str, Target]:
         "parquet": Target(((folder / "seed.parquet").read_bytes(),), through("x.parquet", lambda p: read_parquet(p, AS_IT_IS))),
         "pictures": Target(tuple(pictures), lambda content: codecs.decode(content, "x")),
         "shard": Target(shards, read_images),
-        "manifest": Target((store.read(manifest_path(manifest.digest)),), sealed(lambda content: parse_manifest(content, "x"))),
+        "manifest": Target((store.read(layout.manifest(manifest.digest)),), sealed(lambda content: parse_manifest(content, "x"))),
         "spec": Target((RGB_SPEC.model_dump_json().encode(),), spec),
         "state": Target((state,), sealed(at("checkpoints/r/000000008/state.json", lambda: load_state(store, "r", 8)))),
         "scores": Target(
-            (scores,), sealed(at(f"{evaluation_folder('r', 8)}/scores.json", lambda: find_scores(store, "r", 8, 750)))
+            (scores,), sealed(at(layout.scores('r', 8), lambda: find_scores(store, "r", 8, 750)))
         ),
         "promotions": Target(
             (b'{"from": null, "to": "1", "reason": "x", "gates": [{"name": "a", "passed": true, "figures": "b"}]}',),

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from diffusion.data.store import FolderStore
+from diffusion.store.objects import FolderStore
 from tests.conftest import Ingested, tiny_recipe
 from tests.jobs import Trainer
 from tests.security.other_user import as_another_user, as_root

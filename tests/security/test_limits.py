@@ -30,8 +30,8 @@ from diffusion.data.shards import Sample, decode
 from diffusion.data.sources import download, eurosat
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import MAX_FILE_BYTES, Mirror, read_archive
-from diffusion.data.store import FolderStore
 from diffusion.errors import DataError, StoreError
+from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import load_latest
 from diffusion.training.state import State
 from diffusion.trust.reading import parse_json

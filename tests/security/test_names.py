@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.data.store import FolderStore, S3Store
 from diffusion.errors import DataError, RecipeError, StoreError
 from diffusion.evaluation.reference import Reference, load_reference, write_reference
 from diffusion.evaluation.statistics import Moments
@@ -19,6 +18,7 @@ from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Start
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
+from diffusion.store.objects import FolderStore, S3Store
 from diffusion.tracking.promotion import Promotion, past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
 from diffusion.training.state import State

@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.data.store import FolderStore
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import (
     Comparison,
     Evidence,
     compare,
-    evidence_name,
     load_evidence,
     ratio_of_class,
     variation_of_classes,
 )
 from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.statistics import Moments, frechet_distance, frechet_error
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from tests.scores import made
 
 DIMENSIONS = 4
@@ -102,12 +102,12 @@ def test_evidence_comes_back_as_it_was_and_not_if_it_is_damaged_or_gone(tmp_path
     scores = made().model_copy(update={"evidence_sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(DataError, match="is gone"):
         load_evidence(store, "run", scores)
-    store.write(evidence_name("run", scores.step), data)
+    store.write(layout.evidence("run", scores.step), data)
     found = load_evidence(store, "run", scores)
     for name in ("features", "close", "bits"):
         np.testing.assert_array_equal(getattr(found, name), getattr(kept, name))
         assert getattr(found, name).dtype == getattr(kept, name).dtype
-    store.write(evidence_name("run", scores.step), data[:-1] + bytes([data[-1] ^ 1]))
+    store.write(layout.evidence("run", scores.step), data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match="is damaged"):
         load_evidence(store, "run", scores)
 

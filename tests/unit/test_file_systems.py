@@ -10,9 +10,9 @@ import pytest
 
 from diffusion.data.ingest import ingest
 from diffusion.data.sources.source import Source
-from diffusion.data.store import FolderStore, check_writable
 from diffusion.errors import StoreError
 from diffusion.jobs.lock import lock_folder
+from diffusion.store.objects import FolderStore, check_writable
 from diffusion.trust import private
 
 

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from diffusion.data.store import FolderStore
 from diffusion.evaluation.figures import metrics
-from diffusion.evaluation.scores import evaluation_folder, find_scores
+from diffusion.evaluation.scores import find_scores
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from diffusion.tracking.legend import METRICS, legend
 from diffusion.tracking.sender import journal_rows, timing_rows
 from tests.scores import made
@@ -25,7 +26,7 @@ def test_every_metric_has_its_meaning_in_the_legend() -> None:
 
 def test_scores_of_an_older_form_are_made_anew(tmp_path: Path) -> None:
     store, scores = FolderStore(tmp_path), made()
-    where = f"{evaluation_folder('run', 1)}/scores.json"
+    where = layout.scores("run", 1)
     store.write(where, scores.model_dump_json().encode())
     assert find_scores(store, "run", 1, 1000) == scores
     assert find_scores(store, "run", 1, 750) is None, "of another number of samples"

@@ -16,12 +16,13 @@ from PIL import Image
 
 from diffusion.data.ingest import ingest, split_by_hash
 from diffusion.data.loader import ShardImages, prefetch
-from diffusion.data.manifest import Manifest, manifest_path, parse_manifest
+from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.data.order import Order
 from diffusion.data.shards import Sample, bytes_in_shard, decode, read_shard, write_shard
 from diffusion.data.sources.source import Source
-from diffusion.data.store import FolderStore, check_writable, open_store
 from diffusion.errors import DataError, StoreError
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore, check_writable, open_store
 from tests.conftest import Ingested
 from tests.specs import RGB_SPEC
 
@@ -142,7 +143,7 @@ def test_a_changed_byte_in_a_manifest_is_never_trained_on_unnoticed(
     ingested: Ingested, position: int, value: int
 ) -> None:
     """Either the manifest is refused, or it still says the same (a line end became a space)."""
-    name = manifest_path(ingested.manifest.digest)
+    name = layout.manifest(ingested.manifest.digest)
     data = bytearray(ingested.store.read(name))
     position %= len(data)
     if data[position] == value:

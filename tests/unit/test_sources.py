@@ -28,9 +28,9 @@ from diffusion.data.sources.find import find_archive, read_source
 from diffusion.data.sources.own import name_of, read_own
 from diffusion.data.sources.source import AS_IT_IS, Source, SourceImage, SourceOptions, make_source, parse_options
 from diffusion.data.sources.tables import WEBDATASET
-from diffusion.data.store import FolderStore
 from diffusion.errors import DataError, RecipeError
 from diffusion.settings import settings
+from diffusion.store.objects import FolderStore
 
 CLASSES = ("field", "lake")
 

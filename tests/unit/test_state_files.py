@@ -7,11 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffusion.data.store import FolderStore
 from diffusion.errors import StoreError
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import Journal, records
-from diffusion.training.state import FORMAT_VERSION, State, average_name, folder, load_state, steps_with_checkpoint
+from diffusion.training.state import FORMAT_VERSION, State, average_name, load_state, steps_with_checkpoint
 from tests.conftest import tiny_recipe
 
 
@@ -66,7 +67,7 @@ def test_without_its_state_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     write(store, 1)
     write(store, 2)
-    store.delete(f"{folder('run', 2)}/state.json")
+    store.delete(f"{layout.checkpoint('run', 2)}/state.json")
     assert steps_with_checkpoint(store, "run") == [1]
     with pytest.raises(StoreError, match="no checkpoint"):
         load_state(store, "run", 2)
@@ -85,7 +86,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(
     store = FolderStore(tmp_path)
     write(store, 1)
     write(store, 2)
-    name = f"{folder('run', 2)}/{file}"
+    name = f"{layout.checkpoint('run', 2)}/{file}"
     data = bytearray(store.read(name))
     position %= len(data)
     if cut:
@@ -107,7 +108,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(
 def test_a_changed_byte_in_the_state_is_never_resumed_from_unnoticed(tmp_path: Path, position: int, value: int) -> None:
     store = FolderStore(tmp_path)
     written = write(store, 1)
-    name = f"{folder('run', 1)}/state.json"
+    name = f"{layout.checkpoint('run', 1)}/state.json"
     data = bytearray(store.read(name))
     if data[position % len(data)] == value:
         return

@@ -24,8 +24,8 @@ from diffusion.data.sources.download import (
     reason,
     retry_after,
 )
-from diffusion.data.store import S3Store
 from diffusion.errors import DataError, StoreError
+from diffusion.store.objects import S3Store
 from diffusion.trust.redaction import shown
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The object store, and the name of every object in it."""
