@@ -7,8 +7,8 @@ import numpy as np
 from diffusion.evaluation.figures import table, with_error
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
-from diffusion.tracking.page import Picture, Section, page
-from diffusion.tracking.plots import (
+from diffusion.presentation.page import Picture, Section, page
+from diffusion.presentation.plots import (
     as_png,
     bound_by_noise_level,
     class_distances,

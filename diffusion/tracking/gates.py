@@ -9,7 +9,7 @@ from types import MappingProxyType
 from diffusion.evaluation.comparison import Comparison, Difference
 from diffusion.evaluation.figures import FIGURES, full_name, with_error
 from diffusion.evaluation.scores import DEVIATIONS, Scores
-from diffusion.tracking.markdown import markdown_table
+from diffusion.presentation.markdown import markdown_table
 
 COLLAPSE = 1.5
 """A class whose FID is more than this many times the champion's has collapsed, unless that may be luck."""

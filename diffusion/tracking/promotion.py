@@ -27,10 +27,10 @@ from diffusion.evaluation.comparison import (
 )
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores
+from diffusion.presentation.markdown import fit_description, plain
 from diffusion.store import layout
 from diffusion.store.objects import Store
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
-from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import RunName

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import diffusion
 from diffusion.data.ingest import find_dataset
 from diffusion.data.manifest import Manifest
-from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.data.spec import ImageSpec
-from diffusion.errors import DataError, StoreError, UserError
-from diffusion.evaluation.figures import TELLING, Figure, full_name, headline, in_order, metrics, with_interval
-from diffusion.evaluation.names import OwnExtractor, find_own
-from diffusion.evaluation.pictures import grid_caption
-from diffusion.evaluation.scores import Row, Scores
+from diffusion.errors import DataError, StoreError
+from diffusion.evaluation.figures import headline, metrics
+from diffusion.evaluation.names import find_own
+from diffusion.evaluation.scores import Scores
+from diffusion.presentation.card import Card
+from diffusion.presentation.markdown import fit_description
 from diffusion.recipe import Recipe
 from diffusion.store.objects import Store
 from diffusion.tracking.loading import FILES_TAG, files_digest
-from diffusion.tracking.markdown import fit_description, plain
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
 from diffusion.tracking.version_tags import tags_of, with_lineage
 from diffusion.training.state import State, checkpoint_file
 from diffusion.trust.private import close_to_others
-from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,7 +118,7 @@ def publish(
             _tell_start(client, version.name, state, str(version.version))
             return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
-    card = model_card(name, state, scores, dataset, tags, run.run_id, compute, find_own(store, dataset.digest))
+    card = Card(name, state, scores, dataset, tags["git.commit"], run.run_id, compute, find_own(store, dataset.digest))
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=with_lineage(tags)
     )
@@ -149,7 +146,7 @@ def publish(
             )
             # Beside the artifacts the card can show them.
             pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
-            lasting = card.replace("Not judged yet.", "The version's description in the registry has it.")
+            lasting = card.text(ASSETS, "The version's description in the registry has it.")
             recipe = f"## Recipe\n\n```json\n{state.recipe.model_dump_json(indent=1)}\n```\n"
             Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}{recipe}")
             close_to_others(model_folder)  # what MLflow has copied is as open as its original
@@ -167,7 +164,7 @@ def publish(
         run_id=run.run_id,
         model_id=logged.model_id,
         tags={**with_lineage({**tags, FILES_TAG: files}), **scores_tags(scores)},
-        description=fit_description(card),
+        description=fit_description(card.text(ASSETS)),
         await_creation_for=0,
     )
     _tell_start(client, name, state, str(version.version))
@@ -236,87 +233,3 @@ def _pinned_requirements() -> list[str]:
 
     # A local build tag (+cpu, +cu130) names a build that package indexes do not have.
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
-
-
-def _real(one: Figure, row: Row) -> str:
-    return "" if row.real is None else f"{row.real:.{one.digits}f}"
-
-
-def _listed(classes: tuple[str, ...], most: int = 40) -> str:
-    """Class names, made by somebody else, as text of a page."""
-    names = ", ".join(plain(shown(name, 60)).replace("|", "/").replace("`", "'") for name in classes[:most])
-    return f"{names} and {len(classes) - most:,} more" if len(classes) > most else names
-
-
-def _about(extractor: str, own: OwnExtractor | None) -> str:
-    if extractor.startswith("own-"):
-        found = f": {own.told}" if own else ""
-        return f"`{extractor}` is a small network that was trained on this dataset itself{found}"
-    return f"`{extractor}` is the same network for every model that it judges"
-
-
-def _limits(dataset: Manifest) -> str:
-    if dataset.digest == EUROSAT_DIGEST:
-        return (
-            "It imitates 10 m Sentinel-2 patches of the European places that EuroSAT covers, and knows nothing else. Its images are "
-            "not observations: do not use them as evidence of any place."
-        )
-    return (
-        f"It imitates the images of {dataset.source}, and knows nothing else. What these show, what they leave out, and who may use "
-        "them for what, the project does not know. Its images are not observations: do not use them as evidence of anything."
-    )
-
-
-def model_card(
-    name: str,
-    state: State,
-    scores: Scores,
-    dataset: Manifest,
-    tags: dict[str, str],
-    run_id: str,
-    compute: str,
-    own: OwnExtractor | None,
-) -> str:
-    """The card of a version, as Markdown."""
-    template = ASSETS / "model_card.md"
-    if not template.exists():
-        raise UserError(f"{template} is missing: run the flow from a checkout of the project, which has it.")
-    recipe = state.recipe
-    spec = dataset.images
-    shown_figures = [(one, row) for one, row in in_order(scores) if one.place in ("headline", "score")]
-    told = [f"{full_name(row)} {row.value:.{one.digits}f}" for one, row in shown_figures if one.name in TELLING]
-    rows = [f"| {full_name(row)} | {with_interval(row)} | {_real(one, row)} |" for one, row in shown_figures]
-    if scores.bound is None:
-        rows.append(f"| bits_per_dim | none: images of {spec.dtype} have no likelihood in bits | |")
-    return Template(template.read_text()).substitute(
-        # The list of versions shows the first line alone.
-        headline=f"{', '.join(told)}: {recipe.name}, seed {recipe.seed}",
-        name=name,
-        preset=recipe.name,
-        size=recipe.data.image_size,
-        dataset=dataset.source,
-        licence=dataset.licence,
-        train_images=f"{dataset.splits['train']:,}",
-        images_seen=f"{state.images_seen:,}",
-        steps=f"{state.step:,}",
-        scores="\n".join(rows),
-        meanings="\n".join(f"- `{one.name}`: {one.legend}." for one in dict(shown_figures)),
-        grid=grid_caption(spec, recipe.network.class_conditional),
-        samples=f"{scores.samples:,}",
-        real_samples=f"{scores.real_samples:,}",
-        classes=_listed(spec.classes) if recipe.network.class_conditional else "none: the model is unconditional",
-        dtype=spec.dtype,
-        count=len(spec.bands),
-        bands=", ".join(spec.bands),
-        extractors="; ".join(_about(extractor.name, own) for extractor in scores.extractors),
-        limits=_limits(dataset),
-        sampler=f"{recipe.evaluation.sampler}, {recipe.evaluation.sampler_steps} steps",
-        commit=tags["git.commit"],
-        run_id=run_id,
-        compute=compute,
-        start=f"From step {recipe.start.step:,} of `{recipe.start.run}` on." if recipe.start else "From new weights.",
-        needed=f" and the checkpoint `{recipe.start.run}` that it went on from in the store" if recipe.start else "",
-        dataset_digest=dataset.digest,
-        recipe_digest=recipe.digest,
-        checkpoint_digest=state.digest,
-    )

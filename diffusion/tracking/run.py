@@ -19,11 +19,11 @@ from diffusion.errors import TrackingError
 from diffusion.evaluation.figures import metrics, table, telling_metrics
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
+from diffusion.presentation.legend import LEGEND_TITLE, legend
+from diffusion.presentation.plots import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.store import layout
-from diffusion.tracking.legend import LEGEND_TITLE, legend
 from diffusion.tracking.pages import VIEW_TAG, run_page, runs_page, shared_view
-from diffusion.tracking.plots import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.tracking.promotion import Decision
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
 from diffusion.evaluation.scores import Scores
+from diffusion.presentation.markdown import markdown_table, plain
 from diffusion.store import layout
 from diffusion.tracking.gates import gates_table
-from diffusion.tracking.markdown import markdown_table, plain
 from diffusion.tracking.pages import run_page
 from diffusion.tracking.promotion import Decision
 from diffusion.tracking.scores_tag import scores_of

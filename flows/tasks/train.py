@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.jobs.specs import TrainingJob
-from diffusion.tracking.plots import gradient_norms, loss_by_noise_level
+from diffusion.presentation.plots import gradient_norms, loss_by_noise_level
 from diffusion.training.journal import JOURNAL, Journal, commit, committed_step, records
 from diffusion.training.state import State, checkpoint_file, is_whole, load_state
 from flows.engines.placement import Workers

@@ -35,16 +35,16 @@ from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.pictures import class_grid, png
 from diffusion.evaluation.scores import Scores
 from diffusion.evaluation.statistics import Moments
+from diffusion.presentation.legend import LEGEND_TITLE, legend
+from diffusion.presentation.markdown import MOST, fit_description
+from diffusion.presentation.plots import loss_by_noise_level
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
 from diffusion.tracking.gates import Margins
-from diffusion.tracking.legend import LEGEND_TITLE, legend
-from diffusion.tracking.markdown import MOST, fit_description
 from diffusion.tracking.pages import VIEW_TAG
-from diffusion.tracking.plots import loss_by_noise_level
 from diffusion.tracking.promotion import champion_version, promote
 from diffusion.tracking.registry import publish
 from diffusion.tracking.run import NOTE, Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run

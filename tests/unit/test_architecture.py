@@ -12,6 +12,10 @@ PAGE = (PROJECT / "docs/architecture.md").read_text()
 FORBIDDEN = {
     "diffusion": ("prefect", "ray", "flows"),
     "diffusion/trust": ("torch", "diffusion.data", "diffusion.process", "diffusion.model", "diffusion.training"),
+    "diffusion/store": (
+        "torch",
+        *(f"diffusion.{room}" for room in ("data", "process", "model", "jobs", "training", "evaluation", "tracking")),
+    ),
     "diffusion/data": ("torch", "diffusion.process", "diffusion.model", "diffusion.training", "diffusion.evaluation"),
     "diffusion/process": (
         "logging",
@@ -22,8 +26,18 @@ FORBIDDEN = {
         "diffusion.training",
     ),
     "diffusion/model": ("diffusion.data", "diffusion.training", "diffusion.evaluation", "diffusion.tracking"),
-    "diffusion/training": ("mlflow", "diffusion.evaluation", "diffusion.tracking"),
-    "diffusion/evaluation": ("mlflow", "diffusion.tracking"),
+    "diffusion/training": ("mlflow", "diffusion.evaluation", "diffusion.presentation", "diffusion.tracking"),
+    "diffusion/jobs": (
+        "mlflow",
+        "diffusion.data",
+        "diffusion.model",
+        "diffusion.process",
+        "diffusion.training",
+        "diffusion.presentation",
+        "diffusion.tracking",
+    ),
+    "diffusion/evaluation": ("mlflow", "diffusion.presentation", "diffusion.tracking"),
+    "diffusion/presentation": ("mlflow", "diffusion.tracking"),
     "flows/tasks": ("torch",),
 }
 """Of each room, what no module of it imports."""

@@ -10,7 +10,7 @@ from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Row
 from diffusion.evaluation.spectrum import Spectra, distance, distance_error, first_powers, powers
 from diffusion.evaluation.statistics import Moments, frechet_distance
-from diffusion.tracking.plots import as_png, class_distances
+from diffusion.presentation.plots import as_png, class_distances
 from tests.scores import made
 from tests.specs import spec as spec_of
 

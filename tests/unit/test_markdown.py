@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.tracking.markdown import MOST, REST, fit_description
+from diffusion.presentation.markdown import MOST, REST, fit_description
 
 HEAD = "# fid 12\n\n| figure | this model |\n| --- | --- |\n| fid | 12 |\n\n"
 DECISION = "## Decision\n\nChampion: the first version.\n\n"

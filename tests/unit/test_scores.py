@@ -5,9 +5,9 @@ from pathlib import Path
 
 from diffusion.evaluation.figures import metrics
 from diffusion.evaluation.scores import find_scores
+from diffusion.presentation.legend import METRICS, legend
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
-from diffusion.tracking.legend import METRICS, legend
 from diffusion.tracking.sender import journal_rows, timing_rows
 from tests.scores import made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffusion.evaluation.figures import FIGURES
-from diffusion.tracking.markdown import markdown_table
+from diffusion.presentation.markdown import markdown_table
 
 METRICS: dict[str, dict[str, str]] = {
     "score": {one.name: one.legend for one in FIGURES.values() if one.place in ("headline", "score")},
