@@ -46,7 +46,7 @@ audit: .venv/installed-dev ## Ask a database of vulnerabilities about every pack
 	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-ray.lock -r requirements-dev.lock -r requirements-torch.lock
 
 demo: install ## Train, score and register a small model on this machine, in five to ten minutes
-	@$(BIN)/python -m flows.demo
+	@$(BIN)/python -m flows.commands.demo
 
 check: lint ## Style, types and unit tests: whether a change holds, within a minute or two
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/unit
@@ -105,7 +105,7 @@ profile: install ## Add a Prefect profile train-diffusion to your home, so that 
 	@$(BIN)/python infra/profile.py
 
 reproduce: install ## Train a model version again and compare the weights; make reproduce VERSION=3, or RUN=<MLflow run id>
-	@$(BIN)/python -m flows.reproduce $(if $(RUN),--run $(RUN),--version $(or $(VERSION),$(error VERSION=n or RUN=id is needed))) \
+	@$(BIN)/python -m flows.commands.reproduce $(if $(RUN),--run $(RUN),--version $(or $(VERSION),$(error VERSION=n or RUN=id is needed))) \
 	  $(if $(MODEL),--model $(MODEL)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 extractor: install ## Train the feature extractor that the package ships (20 minutes on 2 cores)

@@ -26,7 +26,7 @@ def main() -> None:
         home = Path(tempfile.mkdtemp(prefix="train-diffusion-demo-"))
         env = {**os.environ, "TRAIN_DIFFUSION_HOME": str(home)}
         sizes = [word for name, value in SHORTER.items() for word in ("--set", f"{name}={value}")]
-        subprocess.run([sys.executable, "-m", "flows.demo", "--source", source, *sizes], check=True, env=env)
+        subprocess.run([sys.executable, "-m", "flows.commands.demo", "--source", source, *sizes], check=True, env=env)
     check(home, source)
     print("The demo's run, metrics, images and champion are as they should be.")
 

@@ -22,7 +22,7 @@ from diffusion.tracking.retention import find_superseded
 from diffusion.training.state import checkpoint_names, steps_begun
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs, shown
-from flows.credentials import use_block
+from flows.plugins.credentials import use_block
 from flows.progress import say
 from flows.run import FLOW_FOLDER, open_tracking
 from flows.slot import keep_slots

@@ -29,9 +29,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from diffusion.settings import settings
-from flows.credentials import S3Credentials
-from flows.mail import SmtpMail
 from flows.nights import BY_SCHEDULE
+from flows.plugins.credentials import S3Credentials
+from flows.plugins.mail import SmtpMail
 from flows.slot import TAKEN_FOR_DEAD
 
 WORK_POOL = "train-diffusion"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One training on the nodes of a Slurm allocation: Ray on all of them, the flow on the first.
 #   sbatch infra/slurm.sh                                 # the preset demo on two nodes
-#   sbatch --nodes=4 infra/slurm.sh --preset eurosat      # what follows the script's name goes to python -m flows.demo
+#   sbatch --nodes=4 infra/slurm.sh --preset eurosat      # what follows the script's name goes to python -m flows.commands.demo
 # This folder, its .venv (make ray) and var/ (or TRAIN_DIFFUSION_HOME, and the store) lie on a file system that all nodes share.
 # Submitted again after a cancellation, a lost node or the end of its time, it goes on from the newest checkpoint.
 #SBATCH --job-name=train-diffusion
@@ -51,7 +51,7 @@ while len([node for node in ray.nodes() if node["Alive"]]) < int(sys.argv[1]):
     time.sleep(1)
 END
 
-$python -m flows.demo "$@" &
+$python -m flows.commands.demo "$@" &
 flow=$!
 trap 'kill -TERM $flow' TERM # a checkpoint, then gone
 code=0

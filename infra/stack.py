@@ -495,7 +495,7 @@ def clean() -> None:
 
 def env() -> None:
     """Print lines for a shell: the programs of .venv, and where MLflow and Prefect are. Without servers, MLflow's database here."""
-    from flows.deployment_plugin import (
+    from flows.plugins.deployment import (
         KEYS,  # which imports Prefect: profile.py, which imports this file, has to come before that
     )
 

@@ -71,7 +71,7 @@ def password(stack: Project) -> str:
 WEBHOOK = """
 import os
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-from flows.mail import SmtpMail
+from flows.plugins.mail import SmtpMail
 data = {"subject": "{{subject}}", "body": "{{body}}"}
 CustomWebhookNotificationBlock(name="tests", url=os.environ["RECEIVER"], json_data=data).save("tests")
 mail = {"sender": "nightly@example.org", "recipients": ["owner@example.org"], "encryption": "none"}

@@ -25,7 +25,7 @@ def demo(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess
     own = ("EUROSAT_ARCHIVE", "MLFLOW_TRACKING_URI")
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(
-        [sys.executable, "-m", "flows.demo", *sizes, "--processes", "1", *arguments],
+        [sys.executable, "-m", "flows.commands.demo", *sizes, "--processes", "1", *arguments],
         env=inherited | {"TRAIN_DIFFUSION_HOME": str(home)} | env,
         capture_output=True,
         text=True,

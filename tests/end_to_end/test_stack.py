@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from flows.deployment_plugin import name_position
+from flows.plugins.deployment import name_position
 from tests.conftest import TINY, free_port
 from tests.faults.flow_runs import FlowRun, process
 from tests.running import Training, stack_processes

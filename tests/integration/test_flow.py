@@ -263,7 +263,7 @@ def test_a_version_is_reproduced_bit_for_bit(run_flow: Any, home: Path, monkeypa
     run_flow(overrides=ONE_MILESTONE)
 
     def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.reproduce", "--model", MODEL, *arguments]
+        command = [sys.executable, "-m", "flows.commands.reproduce", "--model", MODEL, *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = reproduce("--version", "1", "--processes", "2")

@@ -91,7 +91,7 @@ def test_local_copies_are_bounded_and_those_read_longest_ago_go_first(store: S3S
 def test_credentials_come_from_a_prefect_block(
     prefect_server: None, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.credentials import S3Credentials, use_block
+    from flows.plugins.credentials import S3Credentials, use_block
 
     for name in s3:
         monkeypatch.setenv(name, "")  # put back afterwards, whatever the block sets

@@ -47,8 +47,8 @@ from diffusion.tracking.promotion import past_champions
 from diffusion.training.journal import COMMITTED, JOURNAL, Journal, committed_step, records
 from diffusion.training.state import FORMAT_VERSION as STATE_FORMAT
 from diffusion.training.state import State, load_state
-from flows.deployment_plugin import name_position
 from flows.owner import read_owner
+from flows.plugins.deployment import name_position
 from flows.request import parse_range
 from tests.scores import made
 from tests.specs import RGB_SPEC

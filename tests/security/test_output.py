@@ -42,7 +42,7 @@ KEYS = {
 
 def demo(home: Path, **env: str) -> str:
     """All that a demo says and leaves, which is expected to be refused."""
-    command = [sys.executable, "-m", "flows.demo", "--source", "generated"]
+    command = [sys.executable, "-m", "flows.commands.demo", "--source", "generated"]
     command += ["--set", "evaluation.extractors=[inception]"] if "TRAIN_DIFFUSION_INCEPTION" in env else []
     environment = {"PATH": os.environ["PATH"], "HOME": str(home.parent), "TRAIN_DIFFUSION_HOME": str(home)}
     environment |= {"AWS_DEFAULT_REGION": "us-east-1"} | env

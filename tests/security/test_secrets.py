@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from diffusion.errors import UserError
 from diffusion.trust.private import NotPrivate, read_private, use_private_home, write_private
 from flows.keyring import KEY, PASSWORD, TOKEN, cluster_token, encryption_key, known_password
-from flows.mail import SmtpMail
+from flows.plugins.mail import SmtpMail
 from tests.conftest import free_port
 from tests.running import OLD_KEY
 from tests.security.other_user import listening
@@ -374,7 +374,7 @@ def test_a_file_of_the_current_folder_does_not_get_the_profile_s_password(
 @pytest.mark.slow
 def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(stack: Project) -> None:
     env = stack.env | {"TRAIN_DIFFUSION_HOME": str(stack.folder / "var")}
-    command = [sys.executable, "-m", "flows.demo", "--source", "generated", "--set", "data.images=100000"]
+    command = [sys.executable, "-m", "flows.commands.demo", "--source", "generated", "--set", "data.images=100000"]
     log = stack.folder / "demo.log"
     with log.open("wb") as output:
         demo = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=output, stderr=output)

@@ -1,6 +1,6 @@
 """`make reproduce VERSION=3`: train a model version again from its recipe, and compare the weights bit for bit.
 
-python -m flows.reproduce --version 3 [--model eurosat-ddpm] | --run MLFLOW_RUN_ID   [--processes 2]
+python -m flows.commands.reproduce --version 3 [--model eurosat-ddpm] | --run MLFLOW_RUN_ID   [--processes 2]
 
 Nothing is checked out: it says whether code, dataset and recipe are those of the version, and trains with what is here.
 """
@@ -34,8 +34,8 @@ from diffusion.training.state import State, delete_checkpoint, load_state, steps
 from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file
 from diffusion.trust.redaction import redact_logs
-from flows.credentials import use_block
 from flows.launcher import run_job
+from flows.plugins.credentials import use_block
 from flows.request import checkpoint_every, threads_per_process, usable_processes
 from flows.run import git_commit, job_fields, open_tracking
 

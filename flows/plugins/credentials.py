@@ -1,6 +1,6 @@
 """S3 credentials in a Prefect block, encrypted on the server, for workers whose environment has none.
 
-prefect block register -m flows.credentials        # once; then fill one in, in the UI or by S3Credentials(...).save("store")
+prefect block register -m flows.plugins.credentials        # once; then fill one in, in the UI or by S3Credentials(...).save("store")
 TRAIN_DIFFUSION_S3_BLOCK=store                     # in the worker's environment: use that one
 """
 
@@ -47,7 +47,7 @@ def use_block(name: str | None) -> None:
     except ValueError as error:
         raise StoreError(
             f"Prefect has no block '{S3Credentials._block_type_slug}/{name}', which TRAIN_DIFFUSION_S3_BLOCK names. Register its "
-            "type with `prefect block register -m flows.credentials` and fill one in."
+            "type with `prefect block register -m flows.plugins.credentials` and fill one in."
         ) from error
     assert isinstance(block, S3Credentials)
     os.environ.update(block.environment())

@@ -1,6 +1,6 @@
 """`make demo`: the flow once, by hand, with embedded defaults, and what came out of it in a table.
 
-python -m flows.demo [--preset demo] [--set data.images=4096] [--seed 0] [--processes 2]
+python -m flows.commands.demo [--preset demo] [--set data.images=4096] [--seed 0] [--processes 2]
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Programs beside the flow: the demo, and a version trained again."""
