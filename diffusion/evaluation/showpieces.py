@@ -1,4 +1,4 @@
-"""What people look at beside the grid: how a sample comes out of noise, what lies between two samples, real images."""
+"""What people look at: the grid of samples, how one comes out of noise, what lies between two, what training images are nearest."""
 
 from __future__ import annotations
 
@@ -9,12 +9,44 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.data.loader import ShardImages
+from diffusion.data.manifest import Manifest
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
-from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid
+from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, row_names
+from diffusion.evaluation.sampling import SEED, sample_labels
+from diffusion.evaluation.statistics import Memorisation
 from diffusion.randomness import stream
 
-SEED = 0
+
+def pictures(
+    denoiser: Denoiser, manifest: Manifest, images: Images, test: ShardImages, with_noise: bool, final: bool
+) -> dict[str, Image.Image]:
+    """What people look at, by name: a grid of the samples; the noise that they began as; at the end the showpieces."""
+    spec, recipe = manifest.images, denoiser.recipe
+    names = row_names(spec, recipe.network.class_conditional)
+    # The columns are fixed by the samples' indices: the same noise at every milestone.
+    shown = GRID_COLUMNS * len(names)
+    found = {"grid": class_grid(spec.display(images[:shown]), names)}
+    if with_noise:
+        noise = denoiser.pixels.decode(denoiser.start(range(shown), SEED))
+        found["noise"] = class_grid(spec.display(noise), names)
+    if final:
+        labels = sample_labels(recipe, manifest, range(len(names)))
+        found["trajectory"] = trajectory(denoiser, labels, names)
+        found["interpolation"] = interpolation(denoiser, labels, names)
+        found["real"] = real_images(test, names)
+    return found
+
+
+def closest_pairs(images: Images, copies: Memorisation, train: ShardImages, count: int = 10) -> Image.Image:
+    """The samples that lie nearest to a training image, above these images."""
+    chosen = np.argsort(copies.distances)[:count]
+    starts = np.cumsum([0, *(shard.samples for shard in train.shards)])
+    nearest = copies.nearest[chosen]
+    shards = np.searchsorted(starts, nearest, side="right") - 1
+    real, _ = train.take(shards, nearest - starts[shards])
+    pairs = np.stack([images[chosen], real], axis=1).reshape(-1, *images.shape[1:])
+    return class_grid(train.spec.display(pairs), ["sample", "nearest real"])
 
 
 def trajectory(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: list[str]) -> Image.Image:
