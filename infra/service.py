@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import stack
 
 from diffusion.trust.private import read_private, use_private_home, write_private
@@ -70,8 +71,8 @@ def page() -> str:
     """The unit."""
     here = Path(__file__).resolve()
     return PAGE.format(
-        project=str(stack.PROJECT).replace("%", "%%"),
-        home=quoted(f"TRAIN_DIFFUSION_HOME={stack.HOME}"),
+        project=str(processes.PROJECT).replace("%", "%%"),
+        home=quoted(f"TRAIN_DIFFUSION_HOME={processes.HOME}"),
         python=quoted(sys.executable),
         service=quoted(here),
         stack=quoted(here.with_name("stack.py")),
@@ -83,13 +84,13 @@ def install() -> None:
     """Write the unit, enable it and start it with the settings of this shell."""
     folder, manager = scope()
     unit = folder / UNIT
-    if unit.exists() and f"of {stack.PROJECT}\n".replace("%", "%%") not in unit.read_text():
+    if unit.exists() and f"of {processes.PROJECT}\n".replace("%", "%%") not in unit.read_text():
         raise SystemExit(f"{unit} keeps another copy of this project. Remove it there first: make no-service")
     stack.refuse_under_a_run("make service", "what it runs on starts anew")
-    use_private_home(stack.HOME)
-    stack.STACK.mkdir(parents=True, exist_ok=True)
+    use_private_home(processes.HOME)
+    processes.STACK.mkdir(parents=True, exist_ok=True)
     wanted = {name: value for name, value in os.environ.items() if name.startswith(stack.KEPT) or name in OWN_NAMES}
-    write_private(stack.STACK / SETTINGS, json.dumps(wanted, indent=1))
+    write_private(processes.STACK / SETTINGS, json.dumps(wanted, indent=1))
     folder.mkdir(parents=True, exist_ok=True)
     unit.write_text(page())
     print(f"written: {unit}")
@@ -121,7 +122,7 @@ def remove() -> None:
     stack.refuse_under_a_run("make no-service", "it is stopped with the rest")
     told = manage([*manager, "disable", "--now", UNIT])
     (folder / UNIT).unlink(missing_ok=True)
-    (stack.STACK / SETTINGS).unlink(missing_ok=True)
+    (processes.STACK / SETTINGS).unlink(missing_ok=True)
     if told is None:
         manage([*manager, "daemon-reload"])
     else:
@@ -139,25 +140,25 @@ class Kept:
 
     def look(self, name: str) -> None:
         """Take note of what runs; start what has ended and was not stopped."""
-        process, now = stack.find(name), time.monotonic()
+        process, now = processes.find(name), time.monotonic()
         if process is not None:
             if self.seen.get(name, (0,))[0] != process.pid:
                 self.seen[name] = process.pid, process.cmdline(), process.environ()
             if now - self.started.get(name, now) > WELL_SECONDS:
                 self.wait.pop(name, None)
             return
-        pid_file = stack.STACK / f"{name}.pid"
+        pid_file = processes.STACK / f"{name}.pid"
         if name not in self.seen or not pid_file.exists():
             return
         time.sleep(SURE_SECONDS)
-        if not pid_file.exists() or stack.find(name) is not None:
+        if not pid_file.exists() or processes.find(name) is not None:
             return
         wait = self.wait.get(name, 0.0)
         if now - self.started.get(name, -SLOWEST_SECONDS) < wait:
             return
         _, command, env = self.seen[name]
         print(f"{name} has ended: it is started again", flush=True)
-        stack.start(name, command, env)
+        processes.start(name, command, env)
         self.started[name], self.wait[name] = time.monotonic(), min(SLOWEST_SECONDS, 2 * wait or LOOK_SECONDS)
 
 
@@ -170,7 +171,7 @@ def keep() -> None:
         asked = True
 
     signal.signal(signal.SIGTERM, ask)
-    told = stack.STACK / SETTINGS
+    told = processes.STACK / SETTINGS
     wanted = json.loads(read_private(told)) if told.exists() else {}
     begun = subprocess.run([sys.executable, str(Path(stack.__file__)), "up"], env=os.environ | wanted)
     if begun.returncode != 0:

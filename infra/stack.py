@@ -19,43 +19,39 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow_auth
-import psutil
+from processes import (
+    BIN,
+    HOME,
+    PROJECT,
+    STACK,
+    NotReady,
+    base_environment,
+    check_port,
+    find,
+    start,
+    stop,
+    wait_until_ready,
+)
 
-from diffusion.errors import SettingsError, UserError
+from diffusion.errors import UserError
 from diffusion.settings import DATABASE, reach_loopback_directly, settings
 from diffusion.trust.private import read_private, use_private_home, write_private
 from diffusion.trust.redaction import fit_to_leave
 from flows.keyring import PASSWORD, TOKEN, cluster_token, encryption_key, known_password, new_password
 
-PROJECT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
-reach_loopback_directly()
-try:
-    HOME = settings().home
-except SettingsError as error:
-    raise SystemExit(f"error: {error}") from None
-STACK = HOME / "stack"
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 MLFLOW_USERS = STACK / "mlflow-auth.db"
 RAY_FOLDER = "ray-folder"
 NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 """What there may be of it, in the order in which it is stopped."""
-BIN = Path(sys.executable).parent
-READY_SECONDS = 120
-STOP_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -121,108 +117,6 @@ def origin(address: str) -> str:
     """Of a page, as browsers tell it."""
     parts = urlsplit(address)
     return f"{parts.scheme}://{parts.netloc}"
-
-
-def base_environment(*withheld: str) -> dict[str, str]:
-    """For every process of the stack. Databases and homes lie in this project, never in the user's home folder.
-
-    Args:
-        withheld: beginnings of the names of variables that this process has no need of.
-    """
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(withheld)},
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "TRAIN_DIFFUSION_HOME": str(HOME),
-        "TRAIN_DIFFUSION_PROJECT": str(PROJECT),
-        "PREFECT_HOME": str(HOME / "prefect"),
-        "PREFECT_PLUGINS_ENABLED": "false",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
-        "MPLCONFIGDIR": str(HOME / "matplotlib"),
-    }
-
-
-def start(name: str, command: list[str], env: dict[str, str]) -> None:
-    """Start one process of the stack and remember it by pid and start time: a pid alone may be somebody else's one day."""
-    with (STACK / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    # Whole at every moment: others look at it, and what is killed here leaves no half of one.
-    write_private(STACK / f"{name}.pid", f"{process.pid} {psutil.Process(process.pid).create_time()}")
-
-
-def runs(process: psutil.Process) -> bool:
-    """A zombie has ended: who reaps it, and when, is not ours to say. In a container often nobody does."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def find(name: str) -> psutil.Process | None:
-    """The running process of that name, or None."""
-    path = STACK / f"{name}.pid"
-    if not path.exists():
-        return None
-    pid, created = path.read_text().split()
-    try:
-        process = psutil.Process(int(pid))
-        # The start time is counted back from the clock, which may have been set since.
-        return process if runs(process) and abs(process.create_time() - float(created)) < 5 else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-def stop(name: str) -> None:
-    """Stop one process of the stack and all that it started."""
-    process = find(name)
-    if process is not None:
-        tree = [process, *process.children(recursive=True)]
-        process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
-        while (left := [one for one in tree if runs(one)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for one in left:
-            one.kill()
-        print(f"stopped {name}")
-    (STACK / f"{name}.pid").unlink(missing_ok=True)
-
-
-def wait_until_ready(name: str, address: str, path: str = "") -> None:
-    """Wait until the server answers; end with the last lines of its log if it dies or takes too long.
-
-    Args:
-        path: what it is asked for, if it speaks HTTP.
-    """
-    deadline, (host, _, port) = time.monotonic() + READY_SECONDS, urlsplit(address).netloc.partition(":")
-    while time.monotonic() < deadline and find(name) is not None:
-        try:
-            if path:
-                urllib.request.urlopen(f"{address}{path}", timeout=2).close()  # noqa: S310  our own loopback address
-            else:
-                socket.create_connection((host, int(port)), timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    log = (STACK / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
-    down()
-    raise SystemExit(
-        f"{name} did not become ready at {address}. The end of {STACK / f'{name}.log'}:\n" + "\n".join(log)
-    )
-
-
-def check_port(port: int, name: str, variable: str) -> None:
-    """End with a sentence if the port is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise SystemExit(
-                f"Port {port}, for {name}, is taken. Choose another: make up {variable}={port + 100}"
-            ) from None
 
 
 def start_prefect(port: int, addresses: Addresses) -> None:
@@ -374,10 +268,14 @@ def up(register: bool = True) -> None:
     start_prefect(prefect_port, addresses)
     start_mlflow(mlflow_port, addresses)
     cluster = start_ray(ray_port) if own_cluster else {}
-    wait_until_ready("prefect-server", addresses.prefect, "/api/health")
-    wait_until_ready("mlflow-server", addresses.mlflow, "/health")
-    if own_cluster:
-        wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
+    try:
+        wait_until_ready("prefect-server", addresses.prefect, "/api/health")
+        wait_until_ready("mlflow-server", addresses.mlflow, "/health")
+        if own_cluster:
+            wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
+    except NotReady:
+        down()
+        raise
     # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
     own = base_environment(*WITHHELD["worker"])
     env = {**own, **addresses.client_environment(), **cluster, "PREFECT_UI_URL": addresses.prefect_pages}

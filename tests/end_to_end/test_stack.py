@@ -490,11 +490,11 @@ REAPED_BY_NOBODY = """
 import subprocess, sys, time
 import psutil
 sys.path.insert(0, "infra")
-import stack
+import processes
 child = subprocess.Popen(["true"])
 while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
     time.sleep(0.01)
-print(stack.runs(psutil.Process(child.pid)), stack.runs(psutil.Process()))
+print(processes.runs(psutil.Process(child.pid)), processes.runs(psutil.Process()))
 """
 
 
@@ -507,13 +507,13 @@ STARTED_AGAIN = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, "infra")
-import stack
-stack.STACK = Path(sys.argv[1])
-stack.start("it", ["true"], dict(os.environ))
-before = (stack.STACK / "it.pid").read_text()
-with (stack.STACK / "it.pid").open() as looked_at:
-    stack.start("it", ["true"], dict(os.environ))
-    print(looked_at.read() == before != (stack.STACK / "it.pid").read_text())
+import processes
+processes.STACK = Path(sys.argv[1])
+processes.start("it", ["true"], dict(os.environ))
+before = (processes.STACK / "it.pid").read_text()
+with (processes.STACK / "it.pid").open() as looked_at:
+    processes.start("it", ["true"], dict(os.environ))
+    print(looked_at.read() == before != (processes.STACK / "it.pid").read_text())
 """
 
 

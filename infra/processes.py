@@ -1,0 +1,134 @@
+"""The processes of the stack on this machine: where they live, how they are started, found again, waited for and stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from diffusion.errors import SettingsError
+from diffusion.settings import reach_loopback_directly, settings
+from diffusion.trust.private import write_private
+
+PROJECT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
+reach_loopback_directly()
+try:
+    HOME = settings().home
+except SettingsError as error:
+    raise SystemExit(f"error: {error}") from None
+STACK = HOME / "stack"
+BIN = Path(sys.executable).parent
+READY_SECONDS = 120
+STOP_SECONDS = 30
+
+
+class NotReady(SystemExit):
+    """A server does not answer: the sentence to end with."""
+
+
+def base_environment(*withheld: str) -> dict[str, str]:
+    """For every process of the stack. Databases and homes lie in this project, never in the user's home folder.
+
+    Args:
+        withheld: beginnings of the names of variables that this process has no need of.
+    """
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(withheld)},
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "TRAIN_DIFFUSION_HOME": str(HOME),
+        "TRAIN_DIFFUSION_PROJECT": str(PROJECT),
+        "PREFECT_HOME": str(HOME / "prefect"),
+        "PREFECT_PLUGINS_ENABLED": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "MPLCONFIGDIR": str(HOME / "matplotlib"),
+    }
+
+
+def start(name: str, command: list[str], env: dict[str, str]) -> None:
+    """Start one process of the stack and remember it by pid and start time: a pid alone may be somebody else's one day."""
+    with (STACK / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    # Whole at every moment: others look at it, and what is killed here leaves no half of one.
+    write_private(STACK / f"{name}.pid", f"{process.pid} {psutil.Process(process.pid).create_time()}")
+
+
+def runs(process: psutil.Process) -> bool:
+    """A zombie has ended: who reaps it, and when, is not ours to say. In a container often nobody does."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def find(name: str) -> psutil.Process | None:
+    """The running process of that name, or None."""
+    path = STACK / f"{name}.pid"
+    if not path.exists():
+        return None
+    pid, created = path.read_text().split()
+    try:
+        process = psutil.Process(int(pid))
+        # The start time is counted back from the clock, which may have been set since.
+        return process if runs(process) and abs(process.create_time() - float(created)) < 5 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def stop(name: str) -> None:
+    """Stop one process of the stack and all that it started."""
+    process = find(name)
+    if process is not None:
+        tree = [process, *process.children(recursive=True)]
+        process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        while (left := [one for one in tree if runs(one)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for one in left:
+            one.kill()
+        print(f"stopped {name}")
+    (STACK / f"{name}.pid").unlink(missing_ok=True)
+
+
+def wait_until_ready(name: str, address: str, path: str = "") -> None:
+    """Wait until the server answers. Raises NotReady with the last lines of its log if it dies or takes too long.
+
+    Args:
+        path: what it is asked for, if it speaks HTTP.
+    """
+    deadline, (host, _, port) = time.monotonic() + READY_SECONDS, urlsplit(address).netloc.partition(":")
+    while time.monotonic() < deadline and find(name) is not None:
+        try:
+            if path:
+                urllib.request.urlopen(f"{address}{path}", timeout=2).close()  # noqa: S310  our own loopback address
+            else:
+                socket.create_connection((host, int(port)), timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    log = (STACK / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
+    raise NotReady(f"{name} did not become ready at {address}. The end of {STACK / f'{name}.log'}:\n" + "\n".join(log))
+
+
+def check_port(port: int, name: str, variable: str) -> None:
+    """End with a sentence if the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise SystemExit(
+                f"Port {port}, for {name}, is taken. Choose another: make up {variable}={port + 100}"
+            ) from None
