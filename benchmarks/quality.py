@@ -26,7 +26,7 @@ from diffusion.data.sources.find import EUROSAT, find_archive, read_source
 from diffusion.data.spec import ImageSpec
 from diffusion.denoiser import build_network
 from diffusion.evaluation.figures import FIGURES, with_error
-from diffusion.evaluation.names import SHIPPED_SHA256
+from diffusion.evaluation.identity import SHIPPED_SHA256
 from diffusion.evaluation.scores import DEVIATIONS, Row, Scores, find_scores
 from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Evaluation, Recipe

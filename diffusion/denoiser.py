@@ -18,8 +18,8 @@ from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet
 from diffusion.process import schedule as schedules
 from diffusion.process.bound import PixelBins
+from diffusion.process.choices import SamplerName, Spacing
 from diffusion.process.levels import sampling_levels
-from diffusion.process.names import SamplerName, Spacing
 from diffusion.process.prediction import to_x0
 from diffusion.process.reverse import Estimate
 from diffusion.process.samplers import SAMPLERS, ddim

@@ -17,8 +17,8 @@ from pydantic import (
 )
 
 from diffusion.errors import RecipeError
-from diffusion.evaluation.names import ExtractorName
-from diffusion.process.names import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
+from diffusion.evaluation.identity import ExtractorName
+from diffusion.process.choices import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
 from diffusion.trust.identifiers import RunName, Sha256
 
 

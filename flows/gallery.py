@@ -18,7 +18,7 @@ from diffusion.presentation.plots import (
 )
 from diffusion.tracking.promotion import Decision
 from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import State, checkpoint_file
+from diffusion.training.state import CheckpointState, checkpoint_file
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture, evaluations
 
@@ -27,7 +27,7 @@ GRIDS = 8
 PIXELS = 1024
 
 
-def gallery(title: str, run: Run, state: State, scores: Scores, decision: Decision) -> str:
+def gallery(title: str, run: Run, state: CheckpointState, scores: Scores, decision: Decision) -> str:
     """The page of a finished run, as HTML."""
     history = evaluations(run, state.step)
     shown = [history[k] for k in sorted(set(np.linspace(0, len(history) - 1, GRIDS).round().astype(int).tolist()))]

@@ -29,7 +29,7 @@ _pages: dict[UUID, UUID] = {}
 """Their ids, by flow run."""
 
 
-class Stage:
+class Phase:
     """One stage of the flow. Use it as a context, and call `update` as often as is convenient.
 
     Args:
@@ -43,7 +43,7 @@ class Stage:
         self._last_line = 0.0
         self._first: tuple[float, float] | None = None  # when the first figure came, and what share was done then
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Phase:
         course.enter(self._key)
         if attended() and sys.stderr.isatty():
             # On a narrow terminal the note gives way, never the time that is left.

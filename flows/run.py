@@ -29,7 +29,7 @@ from diffusion.trust.redaction import fit_to_leave
 from flows.engines.placement import Placement, Workers
 from flows.launcher import run_job, run_on_cluster
 from flows.owner import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending, this_process
-from flows.progress import Stage, attended, say
+from flows.progress import Phase, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
 
@@ -80,7 +80,7 @@ def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any
     }
 
 
-def run_stage(
+def run_phase(
     title: str,
     key: str,
     module: str,
@@ -92,7 +92,7 @@ def run_stage(
     threads: int | None = None,
 ) -> None:
     """Run a job as one stage of the flow, with its progress shown and its time counted. Raises the job's error."""
-    with Stage(title, key) as stage, stopwatch.part(part):
+    with Phase(title, key) as stage, stopwatch.part(part):
 
         def on_progress(progress: dict[str, Any]) -> None:
             note = progress["note"] or f"{progress['stage']}, {progress['done']:,} of {progress['total']:,}"

@@ -17,8 +17,8 @@ from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.extractor import Extractor, load_extractor
 from diffusion.evaluation.figures import Features, measured
+from diffusion.evaluation.identity import identify
 from diffusion.evaluation.likelihood import bits_per_dim
-from diffusion.evaluation.names import identify
 from diffusion.evaluation.pictures import png
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.sampling import generate, load_denoiser, sample_labels

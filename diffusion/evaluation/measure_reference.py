@@ -9,7 +9,7 @@ from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
 from diffusion.errors import DataError
 from diffusion.evaluation.extractor import load_extractor
-from diffusion.evaluation.names import identify
+from diffusion.evaluation.identity import identify
 from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments

@@ -16,14 +16,16 @@ from diffusion.model.placement import place
 from diffusion.recipe import Recipe
 from diffusion.store.objects import Store
 from diffusion.training.checkpoint import load_tensors
-from diffusion.training.state import State
+from diffusion.training.state import CheckpointState
 
 SEED = 0
 SENT_AS = {"uint8": "uint8", "uint16": "int32", "float32": "float32"}
 """What levels travel as between processes, which know no uint16."""
 
 
-def load_denoiser(store: Store, state: State, manifest: Manifest, weights: str, device: torch.device) -> Denoiser:
+def load_denoiser(
+    store: Store, state: CheckpointState, manifest: Manifest, weights: str, device: torch.device
+) -> Denoiser:
     """The denoiser of a checkpoint with the weights of that name: `model`, or a moving average's."""
     network = build_network(state.recipe, manifest.images)
     network.load_state_dict(load_tensors(store, state, weights))

@@ -32,7 +32,7 @@ from diffusion.data.sources.eurosat import read_eurosat
 from diffusion.denoiser import Pixels
 from diffusion.errors import DataError
 from diffusion.evaluation.classifier import Classifier, fuse
-from diffusion.evaluation.names import SHIPPED_WEIGHTS, OwnExtractor, find_own
+from diffusion.evaluation.identity import SHIPPED_WEIGHTS, OwnExtractor, find_own
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import ExtractorJob

@@ -9,12 +9,12 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.errors import UserError
 from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, with_interval
-from diffusion.evaluation.names import OwnExtractor
+from diffusion.evaluation.identity import OwnExtractor
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
 from diffusion.presentation.markdown import plain
 from diffusion.presentation.templates import template
-from diffusion.training.state import State
+from diffusion.training.state import CheckpointState
 from diffusion.trust.redaction import shown
 
 TEMPLATE = "model_card.md"
@@ -26,7 +26,7 @@ class Card:
 
     name: str
     """Of the registered model."""
-    state: State
+    state: CheckpointState
     scores: Scores
     dataset: Manifest
     commit: str

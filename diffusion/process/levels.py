@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.process.names import Spacing
+from diffusion.process.choices import Spacing
 from diffusion.process.schedule import Schedule
 
 

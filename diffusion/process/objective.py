@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process.names import Error, Loss, Prediction, Weighting
+from diffusion.process.choices import Error, Loss, Prediction, Weighting
 from diffusion.process.prediction import loss_weight, target
 from diffusion.process.schedule import noise_variance
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion.process.names import Prediction
+from diffusion.process.choices import Prediction
 from diffusion.process.schedule import noise_variance, signal
 
 

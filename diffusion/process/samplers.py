@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.names import SamplerName
+from diffusion.process.choices import SamplerName
 from diffusion.process.prediction import coefficients, to_epsilon
 from diffusion.process.reverse import Predict, reverse
 

@@ -98,7 +98,7 @@ class Promotion:
         return json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1).encode()
 
 
-def promote(
+def decide(
     client: MlflowClient,
     store: Store,
     model: str,

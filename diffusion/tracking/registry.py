@@ -12,7 +12,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, StoreError
 from diffusion.evaluation.figures import headline, metrics
-from diffusion.evaluation.names import find_own
+from diffusion.evaluation.identity import find_own
 from diffusion.evaluation.scores import Scores
 from diffusion.presentation.card import Card
 from diffusion.presentation.markdown import fit_description
@@ -23,7 +23,7 @@ from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
 from diffusion.tracking.version_tags import tags_of, with_lineage
-from diffusion.training.state import State, checkpoint_file
+from diffusion.training.state import CheckpointState, checkpoint_file
 from diffusion.trust.private import close_to_others
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _kind_of(store: Store, digest: str) -> str | None:
 def publish(
     run: TrackedRun,
     store: Store,
-    state: State,
+    state: CheckpointState,
     scores: Scores,
     dataset: Manifest,
     pictures: dict[str, bytes],
@@ -171,7 +171,7 @@ def publish(
     return name, str(version.version)
 
 
-def _tell_start(client: MlflowClient, name: str, state: State, version: str) -> None:
+def _tell_start(client: MlflowClient, name: str, state: CheckpointState, version: str) -> None:
     """Tag the versions of the checkpoint that this one went on from: lineage leads both ways."""
     if state.recipe.start is not None:
         for before in client.search_model_versions(f"name = '{name}'"):
@@ -190,7 +190,7 @@ def _ensure_registered(client: MlflowClient, name: str, dataset: Manifest) -> No
 
 
 def _write_files(
-    folder: Path, store: Store, state: State, weights: str, dataset: Manifest, pictures: dict[str, bytes]
+    folder: Path, store: Store, state: CheckpointState, weights: str, dataset: Manifest, pictures: dict[str, bytes]
 ) -> dict[str, str]:
     """The model's artifacts: the weights that were scored, what is needed to use them, and the pictures."""
     contents = {
@@ -204,7 +204,7 @@ def _write_files(
     return {key: str(folder / name) for key, (name, _) in contents.items()}
 
 
-def _params(state: State):  # type: ignore[no-untyped-def]  # MLflow's classes are imported late
+def _params(state: CheckpointState):  # type: ignore[no-untyped-def]  # MLflow's classes are imported late
     from mlflow.types import ParamSchema, ParamSpec
 
     evaluation = state.recipe.evaluation
@@ -221,7 +221,7 @@ def _params(state: State):  # type: ignore[no-untyped-def]  # MLflow's classes a
     )
 
 
-def _output_schema(state: State, spec: ImageSpec):  # type: ignore[no-untyped-def]
+def _output_schema(state: CheckpointState, spec: ImageSpec):  # type: ignore[no-untyped-def]
     import numpy as np
     from mlflow.types import Schema, TensorSpec
 

@@ -20,7 +20,7 @@ from diffusion.store import layout
 from diffusion.store.objects import Store
 from diffusion.training.state import (
     STATE,
-    State,
+    CheckpointState,
     average_name,
     checkpoint_file,
     load_state,
@@ -46,7 +46,7 @@ class Checkpoint:
     """The journal up to here."""
 
 
-def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
+def write_checkpoint(store: Store, state: CheckpointState, content: Checkpoint) -> CheckpointState:
     """Write all files, `state.json` last; returns the state with their digests. Raises StoreError."""
     files = {
         "model.safetensors": save(content.model),
@@ -63,7 +63,9 @@ def write_checkpoint(store: Store, state: State, content: Checkpoint) -> State:
     return state
 
 
-def load_latest(store: Store, run: str, known: int = 0, until: int | None = None) -> tuple[State, Checkpoint] | None:
+def load_latest(
+    store: Store, run: str, known: int = 0, until: int | None = None
+) -> tuple[CheckpointState, Checkpoint] | None:
     """The newest checkpoint of a run that is whole, or None. A damaged one is named, loudly, and passed over.
 
     Raises StoreError if the store does not answer: that is no reason to go back.
@@ -81,7 +83,7 @@ def load_latest(store: Store, run: str, known: int = 0, until: int | None = None
     return None
 
 
-def load_checkpoint(store: Store, run: str, step: int) -> tuple[State, Checkpoint]:
+def load_checkpoint(store: Store, run: str, step: int) -> tuple[CheckpointState, Checkpoint]:
     """Load and verify one checkpoint. Raises CheckpointDamaged that names the file that is missing or damaged."""
     state = load_state(store, run, step)
     averages = {name: load_tensors(store, state, name) for name in map(average_name, state.recipe.ema.half_lives)}
@@ -89,7 +91,7 @@ def load_checkpoint(store: Store, run: str, step: int) -> tuple[State, Checkpoin
     return state, Checkpoint(model, averages, optimizer, checkpoint_file(store, state, "journal.jsonl"))
 
 
-def load_tensors(store: Store, state: State, part: str) -> Tensors:
+def load_tensors(store: Store, state: CheckpointState, part: str) -> Tensors:
     """One of a checkpoint's tensor files (`model`, `optimizer`, `ema-<half-life>`), verified. Raises CheckpointDamaged."""
     name = f"{part}.safetensors"
     try:

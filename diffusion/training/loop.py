@@ -23,7 +23,7 @@ from diffusion.training.batches import Batches
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import commit, committed_step
 from diffusion.training.recorder import Recorder
-from diffusion.training.state import FORMAT_VERSION, State, delete_checkpoint, steps_with_checkpoint
+from diffusion.training.state import FORMAT_VERSION, CheckpointState, delete_checkpoint, steps_with_checkpoint
 from diffusion.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, trainer: Trainer, state: State, journal: bytes) -> None:
+    def save(self, trainer: Trainer, state: CheckpointState, journal: bytes) -> None:
         """Copy the state and start writing it, after the one before has been written."""
         self.wait()
         content = Checkpoint(
@@ -53,7 +53,7 @@ class CheckpointWriter:
         )
         self._pending = self._pool.submit(self._write, state, content)
 
-    def _write(self, state: State, content: Checkpoint) -> None:
+    def _write(self, state: CheckpointState, content: Checkpoint) -> None:
         written = write_checkpoint(self.store, state, content)
         commit(self.folder, written.step)
         try:
@@ -85,9 +85,9 @@ def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def state_of(trainer: Trainer, run: str, dataset: str) -> State:
+def state_of(trainer: Trainer, run: str, dataset: str) -> CheckpointState:
     """What the next checkpoint says of itself, its files aside."""
-    return State(
+    return CheckpointState(
         format_version=FORMAT_VERSION,
         run=run,
         step=trainer.step,
@@ -100,7 +100,7 @@ def state_of(trainer: Trainer, run: str, dataset: str) -> State:
 
 def find_checkpoint(
     store: Store, job: TrainingJob, folder: Path, accelerator: Accelerator
-) -> tuple[State, Checkpoint] | None:
+) -> tuple[CheckpointState, Checkpoint] | None:
     """The newest checkpoint, the same on all processes: a store's listing may show them different ones."""
     found, run = None, job.run
     if accelerator.is_main_process:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 
 
-class State(BaseModel):
+class CheckpointState(BaseModel):
     """The content of `state.json`. All randomness is keyed by (recipe.seed, position): the step is the random state."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,7 @@ def _steps_and_files(names: list[str]) -> list[tuple[str, str]]:
     return [(part[2], part[3]) for part in parts if len(part) == 4 and part[2].isdecimal()]
 
 
-def load_state(store: Store, run: str, step: int) -> State:
+def load_state(store: Store, run: str, step: int) -> CheckpointState:
     """The state of one checkpoint. Raises CheckpointDamaged if there is none, or it is damaged."""
     where = f"{layout.checkpoint(run, step)}/{STATE}"
     try:
@@ -80,7 +80,7 @@ def load_state(store: Store, run: str, step: int) -> State:
     except KeyError:
         raise CheckpointDamaged(f"There is no checkpoint of run {run} at step {step} in {store.uri}.") from None
     try:
-        state = unseal(State, content)
+        state = unseal(CheckpointState, content)
     except ValueError as error:
         raise CheckpointDamaged(f"The checkpoint {store.uri}/{where} is damaged: {error}.") from error
     if (state.format_version, state.run, state.step) != (FORMAT_VERSION, run, step):
@@ -104,7 +104,7 @@ def is_whole(store: Store, run: str, step: int) -> bool:
     return True
 
 
-def checkpoint_file(store: Store, state: State, name: str) -> bytes:
+def checkpoint_file(store: Store, state: CheckpointState, name: str) -> bytes:
     """The content of a checkpoint's file, verified. Raises CheckpointDamaged that names the file if it is missing or damaged."""
     where = f"{layout.checkpoint(state.run, state.step)}/{name}"
     try:

@@ -24,7 +24,7 @@ from diffusion.process.schedule import noise_variance
 from diffusion.recipe import Recipe
 from diffusion.training.batches import Lane
 from diffusion.training.checkpoint import Checkpoint
-from diffusion.training.levels import Levels, LevelSource
+from diffusion.training.noise_levels import Levels, LevelSource
 from diffusion.training.optimizer import make_optimizers
 from diffusion.training.reduction import GradientBuffer, Tree, sum_over_processes
 from diffusion.training.state import average_name

@@ -30,7 +30,7 @@ from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
 from diffusion.tracking.version_tags import tags_of
-from diffusion.training.state import State, delete_checkpoint, load_state, steps_with_checkpoint
+from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file
 from diffusion.trust.redaction import redact_logs
@@ -170,7 +170,7 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
         shutil.rmtree(environment.runs / run, ignore_errors=True)
 
 
-def compare(original: Original, state: State) -> bool:
+def compare(original: Original, state: CheckpointState) -> bool:
     """Say what of a checkpoint is the original's, and return whether the weights are."""
     weights = original.weights in state.sha256.values()
     print(_line("weights", weights, original.weights if weights else "none of the new ones is the version's"))

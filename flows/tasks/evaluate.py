@@ -12,10 +12,10 @@ from diffusion.evaluation.pictures import grid_caption, thumbnail
 from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.store import layout
-from diffusion.training.state import State
+from diffusion.training.state import CheckpointState
 from flows.engines.placement import Workers
 from flows.progress import show
-from flows.run import Run, run_stage
+from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
 
 GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
@@ -27,7 +27,7 @@ GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def evaluate(run: Run, state: State, workers: Workers) -> Scores:
+def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
     """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""
     step, samples = state.step, run.recipe.evaluation.samples
     scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
@@ -35,7 +35,7 @@ def evaluate(run: Run, state: State, workers: Workers) -> Scores:
         spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
         title = f"Evaluating step {step:,} ({samples:,} samples)"
-        run_stage(
+        run_phase(
             title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation"
         )
         scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)

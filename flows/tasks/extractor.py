@@ -6,14 +6,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
-from diffusion.evaluation.names import find_own
+from diffusion.evaluation.identity import find_own
 from diffusion.jobs.specs import ExtractorJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import open_store
 from flows.engines.placement import Workers
 from flows.progress import say
-from flows.run import job_fields, run_stage
+from flows.run import job_fields, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -28,7 +28,7 @@ def _train(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
     environment = settings()
     store = open_store(environment.store_uri)
     if find_own(store, dataset.digest) is None:
-        run_stage(
+        run_phase(
             "Training an extractor of these images",
             "extractor",
             "diffusion.evaluation.train_extractor",

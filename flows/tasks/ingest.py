@@ -19,7 +19,7 @@ from diffusion.data.sources.source import SourceOptions
 from diffusion.errors import DataError
 from diffusion.settings import settings
 from diffusion.store.objects import check_writable, open_store
-from flows.progress import Stage
+from flows.progress import Phase
 from flows.stopwatch import stopwatch
 from flows.tasks.retrying import RETRIED
 
@@ -46,7 +46,7 @@ _read_source = functools.lru_cache(maxsize=1)(read_source)
 )
 def find_source(source: str, options: SourceOptions) -> Archive:
     """Find the images, or download them, and prove by their content what they are."""
-    with Stage("Finding the source images", "download") as stage, stopwatch.part("ingest"):
+    with Phase("Finding the source images", "download") as stage, stopwatch.part("ingest"):
         path = find_archive(source, settings(), lambda done, total: stage.update(done, total, f"{done / 1e6:.0f} MB"))
         return Archive(source, options, str(path), _read_source(source, path, options).digest)
 
@@ -69,7 +69,7 @@ def _ingest(archive: Archive, store_uri: str) -> str:
     """Write the images as WebDataset shards into the store, and return the dataset's digest."""
     store = open_store(store_uri)
     check_writable(store)
-    with Stage("Writing shards", "ingest") as stage, stopwatch.part("ingest"):
+    with Phase("Writing shards", "ingest") as stage, stopwatch.part("ingest"):
         source = _read_source(archive.source, Path(archive.path), archive.options)
         return ingest(source, store, lambda done, total: stage.update(done, total, f"{done:,} images")).digest
 

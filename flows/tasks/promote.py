@@ -15,13 +15,12 @@ from diffusion.errors import CheckpointDamaged, DataError, RecipeError
 from diffusion.evaluation.scores import find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
-from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version
-from diffusion.tracking.promotion import promote as decide
+from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest
-from flows.run import Run, run_stage
+from flows.run import Run, run_phase
 from flows.tasks.plan import start_at
 from flows.tasks.retrying import RETRIED
 
@@ -92,7 +91,7 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
         )
         title = f"Scoring version {champion.version}, the champion, as this one was"
         folder = run.folder / "champion"
-        run_stage(title, "score-champion", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation")
+        run_phase(title, "score-champion", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation")
         scores = find_scores(*wanted)
         assert scores is not None
     return Scored(start.run, scores, name)

@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
 from diffusion.errors import DataError
-from diffusion.evaluation.names import identify
+from diffusion.evaluation.identity import identify
 from diffusion.evaluation.reference import load_reference
 from diffusion.jobs.specs import ReferenceJob
 from diffusion.recipe import Recipe
@@ -16,7 +16,7 @@ from diffusion.store import layout
 from diffusion.store.objects import open_store
 from flows.engines.placement import Workers
 from flows.progress import say
-from flows.run import job_fields, run_stage
+from flows.run import job_fields, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -48,7 +48,7 @@ def measure_reference(dataset: Manifest, recipe: Recipe, workers: Workers) -> No
         )
         folder = environment.runs / name.removesuffix(".safetensors")
         title = f"Measuring real images ({known.name})"
-        run_stage(
+        run_phase(
             title,
             f"reference-{extractor}",
             "diffusion.evaluation.measure_reference",

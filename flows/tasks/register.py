@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import publish
-from diffusion.training.state import State
+from diffusion.training.state import CheckpointState
 from flows.request import gpus, usable_processes
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
@@ -23,7 +23,7 @@ from flows.tasks.retrying import RETRIED
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def register(run: Run, state: State, scores: Scores) -> tuple[str, str]:
+def register(run: Run, state: CheckpointState, scores: Scores) -> tuple[str, str]:
     """Make a model version of the checkpoint, with its lineage, and return the model's name and the version's number."""
     tags = {
         "git.commit": run.lineage.commit,
@@ -33,7 +33,7 @@ def register(run: Run, state: State, scores: Scores) -> tuple[str, str]:
     return publish(run.tracked, run.store, state, scores, run.dataset, pictures, tags, compute(run, state))
 
 
-def compute(run: Run, state: State) -> str:
+def compute(run: Run, state: CheckpointState) -> str:
     """What the training took, for the card."""
     if run.settings.engine == "ray":
         where = f"a Ray cluster ({run.request.processes or 'as many as it had room for'} processes)"

@@ -17,7 +17,7 @@ from diffusion.tracking.pages import run_page
 from diffusion.tracking.promotion import Decision
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.journal import JOURNAL, records
-from diffusion.training.state import State, checkpoint_file
+from diffusion.training.state import CheckpointState, checkpoint_file
 from flows.gallery import gallery
 from flows.progress import say, show
 from flows.run import Run
@@ -41,7 +41,7 @@ class Report(BaseModel):
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report:
+def report(run: Run, state: CheckpointState, scores: Scores, decision: Decision) -> Report:
     """Write the gallery to MLflow and the report to Prefect, and return the report's table."""
     try:
         run.tracked.log_text(gallery(str(runtime.flow_run.name), run, state, scores, decision), GALLERY)
@@ -76,7 +76,7 @@ def report(run: Run, state: State, scores: Scores, decision: Decision) -> Report
     return Report(rows=rows)
 
 
-def _journal(run: Run, state: State) -> list[dict[str, float]]:
+def _journal(run: Run, state: CheckpointState) -> list[dict[str, float]]:
     return records(checkpoint_file(run.store, state, JOURNAL))
 
 
@@ -109,7 +109,7 @@ def _figure(value: float | None, error: float | None) -> str:
     return "" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _markdown(run: Run, state: State, scores: Scores, rows: dict[str, str], decision: Decision) -> str:
+def _markdown(run: Run, state: CheckpointState, scores: Scores, rows: dict[str, str], decision: Decision) -> str:
     parts = [f"# {runtime.flow_run.name}", f"**{decision.alias}**: {plain(decision.reason)}"]
     if link := _mlflow_page(run):
         parts.append(f"[Run in MLflow]({link}) · [Gallery]({_mlflow_page(run, GALLERY)})")

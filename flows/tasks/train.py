@@ -8,10 +8,10 @@ from prefect.cache_policies import NO_CACHE
 from diffusion.jobs.specs import TrainingJob
 from diffusion.presentation.plots import gradient_norms, loss_by_noise_level
 from diffusion.training.journal import JOURNAL, Journal, commit, committed_step, records
-from diffusion.training.state import State, checkpoint_file, is_whole, load_state
+from diffusion.training.state import CheckpointState, checkpoint_file, is_whole, load_state
 from flows.engines.placement import Workers
 from flows.request import checkpoint_every
-from flows.run import Run, run_stage
+from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -21,14 +21,14 @@ from flows.tasks.retrying import RETRIED
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def train(run: Run, until: int, workers: Workers) -> State:
+def train(run: Run, until: int, workers: Workers) -> CheckpointState:
     """Train to step `until`, from the run's newest checkpoint."""
     if not is_whole(run.store, run.name, until):
         spec = TrainingJob(
             **run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=checkpoint_every(run.recipe)
         )
         title = f"Training to step {until:,} of {run.recipe.total_steps:,}"
-        run_stage(title, f"train-{until}", "diffusion.training.job", spec, run.folder, workers, run.recipe, "training")
+        run_phase(title, f"train-{until}", "diffusion.training.job", spec, run.folder, workers, run.recipe, "training")
     state = load_state(run.store, run.name, until)
     if committed_step(run.folder) < until:
         # Whoever wrote the checkpoint did not come to say so here: it died, or it was another machine.

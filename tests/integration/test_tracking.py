@@ -45,7 +45,7 @@ from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.pages import VIEW_TAG
-from diffusion.tracking.promotion import champion_version, promote
+from diffusion.tracking.promotion import champion_version, decide
 from diffusion.tracking.registry import publish
 from diffusion.tracking.run import NOTE, Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
 from diffusion.tracking.sender import MetricsSender
@@ -53,7 +53,7 @@ from diffusion.tracking.system import SystemMetrics
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
-from diffusion.training.state import FORMAT_VERSION, State
+from diffusion.training.state import FORMAT_VERSION, CheckpointState
 from mlflow import MlflowClient
 from tests.conftest import BIN, Ingested, Server, free_port, start_server, stop_server, tiny_recipe
 from tests.packages import with_only
@@ -340,7 +340,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     for parameter in network.parameters():  # wake the zero-initialised layers
         torch.nn.init.normal_(parameter, std=0.1)
     weights = network.state_dict()
-    state = State(
+    state = CheckpointState(
         format_version=FORMAT_VERSION,
         run=name,
         step=2,
@@ -407,17 +407,17 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
         run, ingested, store, "early", seed=40, image_size=32
     )  # before there is a champion of any size
     first = make_version(run, ingested, store, "a", fid=20.0)
-    assert promote(client, store, MODEL, first).alias == "challenger", "one picture for all would be as good"
-    assert promote(client, store, MODEL, first, Margins(first=100.0)).alias == "champion"
+    assert decide(client, store, MODEL, first).alias == "challenger", "one picture for all would be as good"
+    assert decide(client, store, MODEL, first, Margins(first=100.0)).alias == "champion"
     assert make_version(run, ingested, store, "a", fid=20.0) == first, "the same checkpoint became another version"
 
     worse = make_version(run, ingested, store, "b", seed=1, fid=25.0)
-    decision = promote(client, store, MODEL, worse)
+    decision = decide(client, store, MODEL, worse)
     assert decision.alias == "challenger"
     assert "25.00" in decision.reason
     assert "20.00" in decision.reason
     other = make_version(run, ingested, store, "c", seed=2, fid=1.0, samples=40)
-    assert "differ in the number of samples" in promote(client, store, MODEL, other).reason
+    assert "differ in the number of samples" in decide(client, store, MODEL, other).reason
     bigger = make_version(run, ingested, store, "e", seed=4, fid=1.0, image_size=32, model=f"{MODEL}-32")
     assert make_version(run, ingested, store, "early", seed=40, image_size=32) == early, "it keeps its name on a retry"
     assert tags_of(client.get_model_version(f"{MODEL}-32", bigger))["image_size"] == "32", (
@@ -435,10 +435,10 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     store.delete(layout.manifest(ingested.manifest.digest))
     better = make_version(run, ingested, store, "d", seed=3, fid=15.0)
     store.write(layout.evidence("a", 2), b"torn")
-    assert "is damaged" in promote(client, store, MODEL, better).reason
+    assert "is damaged" in decide(client, store, MODEL, better).reason
     store.write(layout.evidence("a", 2), evidence_of(20.0, 80).to_bytes())
-    assert promote(client, store, MODEL, better).alias == "champion"
-    assert promote(client, store, MODEL, better).alias == "champion", "a repetition changed the decision"
+    assert decide(client, store, MODEL, better).alias == "champion"
+    assert decide(client, store, MODEL, better).alias == "champion", "a repetition changed the decision"
     champion = champion_version(client, MODEL)
     assert champion is not None
     assert champion.version == better
@@ -456,24 +456,24 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
     # Of two that end at once, each is judged against the champion of its moment: the best of them is live in the end.
     rivals = [make_version(run, ingested, store, f"rival{n}", seed=10 + n, fid=fid) for n, fid in enumerate((9.0, 5.0))]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda rival: promote(client, store, MODEL, rival), rivals))
+        list(pool.map(lambda rival: decide(client, store, MODEL, rival), rivals))
     champion = champion_version(client, MODEL)
     assert champion is not None
     assert str(champion.version) == rivals[1]
     # Back to an older one is one move of the alias, and stays.
     client.set_registered_model_alias(MODEL, "champion", better)
-    assert promote(client, store, MODEL, rivals[1]).alias == "champion", "what was decided once"
+    assert decide(client, store, MODEL, rivals[1]).alias == "champion", "what was decided once"
     champion = champion_version(client, MODEL)
     assert champion is not None
     assert str(champion.version) == better, "a retry of the run undid the rollback"
     weak = make_version(run, ingested, store, "weak", seed=20, fid=30.0)
     client.set_registered_model_alias(MODEL, "champion", weak)  # by hand, when it is challenger already
     client.set_registered_model_alias(MODEL, "challenger", weak)
-    promote(client, store, MODEL, first)
+    decide(client, store, MODEL, first)
     assert "challenger" not in client.get_model_version(MODEL, weak).aliases, "it is champion"
     client.set_registered_model_alias(MODEL, "champion", better)
     for version in (weak, worse):  # the run of an older one is retried
-        assert promote(client, store, MODEL, version).alias == "challenger"
+        assert decide(client, store, MODEL, version).alias == "challenger"
     assert str(client.get_model_version_by_alias(MODEL, "challenger").version) == weak
     champion = champion_version(client, MODEL)
     assert champion is not None
@@ -490,22 +490,22 @@ def test_versions_compete_and_the_champion_samples_where_the_project_is_not_impo
             return super().read(name)
 
     late = make_version(run, ingested, store, "late", seed=21, fid=2.0)
-    decision = promote(client, MovedMeanwhile(store.folder), MODEL, late)
+    decision = decide(client, MovedMeanwhile(store.folder), MODEL, late)
     assert (decision.alias, decision.against) == ("champion", first)
     client.set_registered_model_alias(MODEL, "champion", better)
 
     # More classes than a tag has room for, with names that would begin a cell of a table: each of them is judged all the same.
     classes = {f"class {number:04d}, which has a long name | with a bar": 20.0 for number in range(1500)}
     many = make_version(run, ingested, store, "many", seed=22, fid=4.0, fid_of_class=classes)
-    assert promote(client, store, MODEL, many).alias == "champion"
+    assert decide(client, store, MODEL, many).alias == "champion"
     worst = next(reversed(classes))
     collapsed = make_version(run, ingested, store, "more", seed=23, fid=1.0, fid_of_class=classes | {worst: 90.0})
-    assert "fails 'no class has collapsed' (class 1499" in promote(client, store, MODEL, collapsed).reason
+    assert "fails 'no class has collapsed' (class 1499" in decide(client, store, MODEL, collapsed).reason
     (row,) = re.findall(r"^\| no class.*$", client.get_model_version(MODEL, collapsed).description, re.MULTILINE)
     assert row.count("|") == 4
     store.delete(layout.scores("many", 2))
     lost = make_version(run, ingested, store, "lost", seed=24, fid=0.5, fid_of_class=classes)
-    assert "differ in the form of their scores" in promote(client, store, MODEL, lost).reason
+    assert "differ in the form of their scores" in decide(client, store, MODEL, lost).reason
     client.set_registered_model_alias(MODEL, "champion", better)
 
     # Without `site`, nothing but the packages themselves is found: no editable installation, no current folder. And of these

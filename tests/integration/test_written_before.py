@@ -28,10 +28,10 @@ from diffusion.jobs.specs import ReferenceJob, TrainingJob
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
-from diffusion.tracking.promotion import Decision, champion_version, past_champions, promote
+from diffusion.tracking.promotion import Decision, champion_version, decide, past_champions
 from diffusion.tracking.scores_tag import scores_of, scores_tags
 from diffusion.training.journal import records
-from diffusion.training.state import State, load_state
+from diffusion.training.state import CheckpointState, load_state
 from tests.jobs import start
 
 WRITTEN = Path(__file__).parent.parent / "fixtures" / "before-specs.tar.xz"
@@ -50,7 +50,9 @@ class Before:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, FolderStore(folder / "store")
-        self.expected = State.model_validate_json((folder / "expected/state.json").read_bytes(), extra="ignore")
+        self.expected = CheckpointState.model_validate_json(
+            (folder / "expected/state.json").read_bytes(), extra="ignore"
+        )
         self.run, self.dataset = self.expected.run, self.expected.dataset
 
 
@@ -162,7 +164,7 @@ def test_new_versions_are_judged_against_its_champion(before: Before, tmp_path: 
         version = client.create_model_version(
             MODEL, source=str(champion.source), tags=kept | scores_tags(new) | {"run": run}
         )
-        return promote(client, store, MODEL, str(version.version))
+        return decide(client, store, MODEL, str(version.version))
 
     again = judged("again", evidence.features)
     assert (again.alias, again.against) == ("challenger", "1")

@@ -46,7 +46,7 @@ from diffusion.store.objects import FolderStore
 from diffusion.tracking.promotion import past_champions
 from diffusion.training.journal import COMMITTED, JOURNAL, Journal, committed_step, records
 from diffusion.training.state import FORMAT_VERSION as STATE_FORMAT
-from diffusion.training.state import State, load_state
+from diffusion.training.state import CheckpointState, load_state
 from flows.owner import read_owner
 from flows.plugins.deployment import name_position
 from flows.request import parse_range
@@ -137,7 +137,7 @@ def targets(folder: Path) -> dict[str, Target]:
     recipe = load_recipe("demo")
     yaml = Path(sys.modules["diffusion"].__path__[0], "presets", "demo.yaml").read_bytes()
     state = seal(
-        State(
+        CheckpointState(
             format_version=STATE_FORMAT,
             run="r",
             step=8,

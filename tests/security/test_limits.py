@@ -33,7 +33,7 @@ from diffusion.data.sources.eurosat import MAX_FILE_BYTES, Mirror, read_archive
 from diffusion.errors import DataError, StoreError
 from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import load_latest
-from diffusion.training.state import State
+from diffusion.training.state import CheckpointState
 from diffusion.trust.reading import parse_json
 from tests.conftest import Ingested
 from tests.specs import RGB_SPEC
@@ -214,7 +214,7 @@ def test_deeply_nested_json_is_damage_and_not_the_end() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json(DEEP)
     with pytest.raises(ValueError, match="nested too deeply"):
-        unseal(State, DEEP)
+        unseal(CheckpointState, DEEP)
 
 
 def test_a_checkpoint_with_a_hostile_state_is_passed_over(ingested: Ingested, tmp_path: Path) -> None:

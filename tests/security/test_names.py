@@ -21,7 +21,7 @@ from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, S3Store
 from diffusion.tracking.promotion import Promotion, past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
-from diffusion.training.state import State
+from diffusion.training.state import CheckpointState
 from flows.request import TrainingRequest, usable_processes
 from flows.run import open_tracking
 from mlflow import MlflowClient
@@ -98,9 +98,9 @@ def test_a_run_is_not_named_so(name: str, tmp_path: Path) -> None:
         "sha256": {},
     }
     with pytest.raises(ValueError, match="run"):
-        State.model_validate(state | {"run": name})
+        CheckpointState.model_validate(state | {"run": name})
     with pytest.raises(ValueError, match="sha256"):
-        State.model_validate(state | {"run": "r", "sha256": {"../x": "d" * 64}})
+        CheckpointState.model_validate(state | {"run": "r", "sha256": {"../x": "d" * 64}})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from diffusion.errors import RecipeError
 from diffusion.evaluation import extractor as extractors
 from diffusion.evaluation.classifier import Classifier, fuse
 from diffusion.evaluation.extractor import load_inception, shipped
-from diffusion.evaluation.names import SHIPPED_SHA256, SHIPPED_WEIGHTS
+from diffusion.evaluation.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS
 from diffusion.evaluation.train_extractor import tell_views, view, views_told
 from diffusion.settings import InceptionSource
 

@@ -10,7 +10,7 @@ from diffusion.process.objective import with_bound
 from diffusion.process.schedule import Cosine, chain
 from diffusion.randomness import stream
 from diffusion.training.batches import quarter_turns
-from diffusion.training.levels import LevelSource
+from diffusion.training.noise_levels import LevelSource
 from tests.conftest import tiny_recipe
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.process.names import Prediction, Weighting
+from diffusion.process.choices import Prediction, Weighting
 from diffusion.process.objective import simple_loss, weight
 from diffusion.process.prediction import diffuse, target, to_epsilon, to_x0
 

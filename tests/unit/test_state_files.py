@@ -12,7 +12,7 @@ from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import Journal, records
-from diffusion.training.state import FORMAT_VERSION, State, average_name, load_state, steps_with_checkpoint
+from diffusion.training.state import FORMAT_VERSION, CheckpointState, average_name, load_state, steps_with_checkpoint
 from tests.conftest import tiny_recipe
 
 
@@ -22,8 +22,8 @@ def content(step: int) -> Checkpoint:
     return Checkpoint(tensors, averages, {"weight/exp_avg": torch.ones(2)}, b'{"step": 1}\n')
 
 
-def write(store: FolderStore, step: int, run: str = "run") -> State:
-    state = State(
+def write(store: FolderStore, step: int, run: str = "run") -> CheckpointState:
+    state = CheckpointState(
         format_version=FORMAT_VERSION,
         run=run,
         step=step,
