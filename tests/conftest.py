@@ -52,7 +52,6 @@ TINY: dict[str, Any] = {
     "data.lanes": 4,
     "data.window_shards": 2,
     "network.width": 16,
-    "network.multipliers": [1, 2],
     "network.patch": 1,
     "network.attention_below": 8,
     "optimizer.warmup_images": 32,

@@ -58,7 +58,11 @@ class Trial:
     def prepare(self) -> None:
         self.folder.mkdir()
         recipe = tiny_recipe(
-            data__images=16 * STEPS, data__lanes=PROCESSES, evaluation__every_images=16 * STEPS, network__dropout=0.1
+            data__images=16 * STEPS,
+            data__lanes=PROCESSES,
+            network__multipliers=[1, 2],
+            evaluation__every_images=16 * STEPS,
+            network__dropout=0.1,
         )
         job = TrainingJob(
             run=self.name,
