@@ -124,6 +124,19 @@ def read_output(recipe: Recipe, output: Tensor) -> tuple[Tensor, Tensor | None]:
     return prediction, (variance + 1) / 2
 
 
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How samples are drawn. What is not given is as the recipe evaluates."""
+
+    steps: int | None = None
+    sampler: SamplerName | None = None
+    spacing: Spacing | None = None
+    guidance: float | None = None
+
+
+BY_THE_RECIPE = SamplingPlan()
+
+
 class Denoiser:
     """Predicts x0 and draws samples.
 
@@ -170,22 +183,19 @@ class Denoiser:
         indices: range,
         labels: NDArray[np.int64] | None,
         seed: int,
-        steps: int | None = None,
-        sampler: SamplerName | None = None,
-        spacing: Spacing | None = None,
-        guidance: float | None = None,
+        plan: SamplingPlan = BY_THE_RECIPE,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Images:
         """Draw the samples `indices` of `seed`: levels [len(indices), height, width, bands].
 
-        Sample i depends on (seed, i) and its label; all else comes from the recipe where it is not given. The images of
-        one call go through the network together: the same calls give the same levels. `watch` may end it early, by raising.
+        Sample i depends on (seed, i), its label and the plan. The images of one call go through the network together: the same
+        calls give the same levels. `watch` may end it early, by raising.
         """
 
         def noise(k: int) -> Tensor:
             return self._noise(indices, seed, "sample step", k)
 
-        return self.draw(self.start(indices, seed), labels, noise, steps, sampler, spacing, guidance, watch)
+        return self.draw(self.start(indices, seed), labels, noise, plan, watch)
 
     def start(self, indices: range, seed: int) -> Tensor:
         """What these samples of `seed` begin as: [len(indices), bands, height, width], of variance one as the data is here."""
@@ -202,10 +212,7 @@ class Denoiser:
         start: Tensor,
         labels: NDArray[np.int64] | None,
         noise: Callable[[int], Tensor],
-        steps: int | None = None,
-        sampler: SamplerName | None = None,
-        spacing: Spacing | None = None,
-        guidance: float | None = None,
+        plan: SamplingPlan = BY_THE_RECIPE,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Images:
         """Walk from pure noise to images: levels [batch, height, width, bands].
@@ -216,9 +223,10 @@ class Denoiser:
             watch: told (x_t, x0 as predicted from it) at each network evaluation.
         """
         evaluation = self.recipe.evaluation
-        name = sampler or evaluation.sampler
-        levels = sampling_levels(self.schedule, steps or evaluation.sampler_steps, spacing or evaluation.spacing)
-        scale = evaluation.guidance if guidance is None else guidance
+        name = plan.sampler or evaluation.sampler
+        steps, spacing = plan.steps or evaluation.sampler_steps, plan.spacing or evaluation.spacing
+        levels = sampling_levels(self.schedule, steps, spacing)
+        scale = evaluation.guidance if plan.guidance is None else plan.guidance
         low, high = evaluation.guidance_interval or (0.0, math.inf)
         if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):
             raise ValueError("epsilon prediction can't start at pure noise")

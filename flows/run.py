@@ -80,32 +80,34 @@ def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any
     }
 
 
-def run_phase(
-    title: str,
-    key: str,
-    module: str,
-    spec: JobSpec,
-    folder: Path,
-    workers: Workers,
-    recipe: Recipe,
-    part: str,
-    threads: int | None = None,
-) -> None:
-    """Run a job as one stage of the flow, with its progress shown and its time counted. Raises the job's error."""
-    with Phase(title, key) as stage, stopwatch.part(part):
+@dataclass(frozen=True)
+class Job:
+    """A job as a part of the flow."""
+
+    module: str
+    """Of its body."""
+    spec: JobSpec
+    folder: Path
+    part: str
+    """Of the table that says where the time went."""
+
+
+def run_phase(title: str, key: str, job: Job, workers: Workers, recipe: Recipe, threads: int | None = None) -> None:
+    """Run a job as one phase of the flow, with its progress shown and its time counted. Raises the job's error."""
+    with Phase(title, key) as phase, stopwatch.part(job.part):
 
         def on_progress(progress: dict[str, Any]) -> None:
             note = progress["note"] or f"{progress['stage']}, {progress['done']:,} of {progress['total']:,}"
-            stage.update(progress["done"], progress["total"], note)
+            phase.update(progress["done"], progress["total"], note)
 
         # At a terminal the bar tells enough; the whole output is in the folder either way.
         on_line: Callable[[str], None] = (lambda line: None) if attended() else say
         if settings().engine == "ray":
-            placement = Placement(module=module, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
-            run_on_cluster(placement, spec, folder, on_progress, on_line)
+            placement = Placement(module=job.module, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
+            run_on_cluster(placement, job.spec, job.folder, on_progress, on_line)
         else:
             threads = threads or threads_per_process(recipe)
-            run_job(module, spec, folder, workers.counts[-1], on_progress, on_line, threads)
+            run_job(job.module, job.spec, job.folder, workers.counts[-1], on_progress, on_line, threads)
 
 
 def open_tracking(environment: Settings) -> tuple[MlflowClient, str]:

@@ -40,10 +40,11 @@ class Sampler(PythonModel):
         from safetensors.torch import load_file
 
         from diffusion.data.manifest import parse_manifest
-        from diffusion.denoiser import Denoiser, Pixels, build_network
+        from diffusion.denoiser import Denoiser, Pixels, SamplingPlan, build_network
         from diffusion.process.samplers import SAMPLERS
         from diffusion.recipe import Recipe
 
+        self.plan = SamplingPlan
         self.samplers = list(SAMPLERS)
         recipe = Recipe.model_validate_json(Path(context.artifacts["recipe"]).read_bytes())
         dataset = Path(context.artifacts["dataset"])
@@ -117,9 +118,7 @@ class Sampler(PythonModel):
                     range(start, start + BLOCK),
                     self._labels(range(start, start + BLOCK), label),
                     seed,
-                    steps,
-                    sampler,
-                    guidance=guidance,
+                    self.plan(steps, sampler, guidance=guidance),
                     watch=lambda *_: _check(deadline),
                 )
                 for start in starts

@@ -9,9 +9,14 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 
 FILES_TAG = "files.digest"
 """Of a version, among its lineage: the digest of its files. It lies in MLflow's database, the files lie elsewhere."""
+PACKAGE = "diffusion"
 ADDED_BY_DOWNLOAD = ("registered_model_meta",)
 NAME = re.compile(
     r"(?:models:/)?(?P<model>[A-Za-z0-9_][A-Za-z0-9._-]*)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[0-9]{1,9}))"
@@ -47,11 +53,46 @@ def files_digest(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+class OwnCode:
+    """The code that a version was made with, in the place of this package's while it runs.
+
+    Both are called `diffusion`: without this a version would run with whichever of the two was imported first, and one of another
+    release find functions that are not as it knows them.
+    """
+
+    _lock = threading.RLock()
+
+    def __init__(self) -> None:
+        self._modules: dict[str, ModuleType] = {}
+        self._path: list[str] = []
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Whoever imports `diffusion` gets the version's. One version at a time, for all threads."""
+        with self._lock:
+            before, ours = list(sys.path), _taken_out()
+            sys.modules.update(self._modules)
+            sys.path[:] = [*self._path, *before]
+            try:
+                yield
+            finally:
+                self._modules = _taken_out()
+                self._path = [entry for entry in sys.path if entry not in before]
+                sys.modules.update(ours)
+                sys.path[:] = before
+
+
+def _taken_out() -> dict[str, ModuleType]:
+    """The modules of a package of our name, which are imported no more."""
+    names = [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 class Model:
     """A model version that is known to be what its run has made. Whatever MLflow's own object can do, it can as well."""
 
-    def __init__(self, loaded: Any) -> None:
-        self._loaded = loaded
+    def __init__(self, loaded: Any, code: OwnCode) -> None:
+        self._loaded, self._code = loaded, code
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loaded, name)
@@ -64,7 +105,8 @@ class Model:
         valid = [param.name for param in self._loaded.metadata.signature.params.params]
         if unknown := sorted(set(params or {}) - set(valid)):
             raise TypeError(f"The model has no parameter '{shown(unknown[0])}': {nearest(unknown[0], valid)}")
-        return self._loaded.predict(data, params=params)
+        with self._code.in_place():
+            return self._loaded.predict(data, params=params)
 
     def draw(self, n: int = 8, label: str = "", **params: Any) -> list[Image.Image]:
         """n pictures of a class, or of all in turn. Raises what `predict` does.
@@ -118,12 +160,14 @@ def load_version(name: str, settings: Settings) -> Model:
                 f"The files of {version.name} {version.version} are not those that its run has made: nothing of them was run. "
                 "Look who can write where MLflow keeps its artifacts."
             )
-        model = mlflow.pyfunc.load_model(str(folder))
+        code = OwnCode()
+        with code.in_place():
+            model = mlflow.pyfunc.load_model(str(folder))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)  # its code is imported from there as it is used
-    return Model(model)
+    return Model(model, code)
 
 
 def _check_own(path: Path) -> None:

@@ -15,7 +15,7 @@ from diffusion.store import layout
 from diffusion.training.state import CheckpointState
 from flows.engines.placement import Workers
 from flows.progress import show
-from flows.run import Run, run_phase
+from flows.run import Job, Run, run_phase
 from flows.tasks.retrying import RETRIED
 
 GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
@@ -35,9 +35,8 @@ def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
         spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
         title = f"Evaluating step {step:,} ({samples:,} samples)"
-        run_phase(
-            title, f"evaluate-{step}", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation"
-        )
+        job = Job("diffusion.evaluation.job", spec, folder, "evaluation")
+        run_phase(title, f"evaluate-{step}", job, workers, run.recipe)
         scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
         assert scores is not None
     grid = evaluation_picture(run, step, "grid")

@@ -13,7 +13,7 @@ from diffusion.settings import settings
 from diffusion.store.objects import open_store
 from flows.engines.placement import Workers
 from flows.progress import say
-from flows.run import job_fields, run_phase
+from flows.run import Job, job_fields, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -28,17 +28,11 @@ def _train(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
     environment = settings()
     store = open_store(environment.store_uri)
     if find_own(store, dataset.digest) is None:
-        run_phase(
-            "Training an extractor of these images",
-            "extractor",
-            "diffusion.evaluation.train_extractor",
-            ExtractorJob(**job_fields("extractor", dataset, environment)),
-            environment.runs / "extractors" / dataset.digest[:16],
-            Workers(counts=(1,), cores=workers.cores),  # alone, whatever the recipe's other jobs run on
-            recipe,
-            "reference",
-            threads=workers.cores,
-        )
+        spec = ExtractorJob(**job_fields("extractor", dataset, environment))
+        folder = environment.runs / "extractors" / dataset.digest[:16]
+        job = Job("diffusion.evaluation.train_extractor", spec, folder, "reference")
+        alone = Workers(counts=(1,), cores=workers.cores)  # whatever the recipe's other jobs run on
+        run_phase("Training an extractor of these images", "extractor", job, alone, recipe, workers.cores)
     own = find_own(store, dataset.digest)
     assert own is not None
     say(f"The extractor tells {own.told}.")

@@ -20,7 +20,7 @@ from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest
-from flows.run import Run, run_phase
+from flows.run import Job, Run, run_phase
 from flows.tasks.plan import start_at
 from flows.tasks.retrying import RETRIED
 
@@ -91,7 +91,8 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
         )
         title = f"Scoring version {champion.version}, the champion, as this one was"
         folder = run.folder / "champion"
-        run_phase(title, "score-champion", "diffusion.evaluation.job", spec, folder, workers, run.recipe, "evaluation")
+        job = Job("diffusion.evaluation.job", spec, folder, "evaluation")
+        run_phase(title, "score-champion", job, workers, run.recipe)
         scores = find_scores(*wanted)
         assert scores is not None
     return Scored(start.run, scores, name)

@@ -16,7 +16,7 @@ from diffusion.store import layout
 from diffusion.store.objects import open_store
 from flows.engines.placement import Workers
 from flows.progress import say
-from flows.run import job_fields, run_phase
+from flows.run import Job, job_fields, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -48,13 +48,5 @@ def measure_reference(dataset: Manifest, recipe: Recipe, workers: Workers) -> No
         )
         folder = environment.runs / name.removesuffix(".safetensors")
         title = f"Measuring real images ({known.name})"
-        run_phase(
-            title,
-            f"reference-{extractor}",
-            "diffusion.evaluation.measure_reference",
-            spec,
-            folder,
-            workers,
-            recipe,
-            "reference",
-        )
+        job = Job("diffusion.evaluation.measure_reference", spec, folder, "reference")
+        run_phase(title, f"reference-{extractor}", job, workers, recipe)

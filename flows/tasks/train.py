@@ -11,7 +11,7 @@ from diffusion.training.journal import JOURNAL, Journal, commit, committed_step,
 from diffusion.training.state import CheckpointState, checkpoint_file, is_whole, load_state
 from flows.engines.placement import Workers
 from flows.request import checkpoint_every
-from flows.run import Run, run_phase
+from flows.run import Job, Run, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -28,7 +28,8 @@ def train(run: Run, until: int, workers: Workers) -> CheckpointState:
             **run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=checkpoint_every(run.recipe)
         )
         title = f"Training to step {until:,} of {run.recipe.total_steps:,}"
-        run_phase(title, f"train-{until}", "diffusion.training.job", spec, run.folder, workers, run.recipe, "training")
+        job = Job("diffusion.training.job", spec, run.folder, "training")
+        run_phase(title, f"train-{until}", job, workers, run.recipe)
     state = load_state(run.store, run.name, until)
     if committed_step(run.folder) < until:
         # Whoever wrote the checkpoint did not come to say so here: it died, or it was another machine.
