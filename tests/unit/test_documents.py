@@ -42,3 +42,11 @@ def test_every_setting_is_on_the_page_of_operations() -> None:
 
     page = (PROJECT / "docs/operations.md").read_text()
     assert [name for f in Settings.model_fields.values() if (name := str(f.validation_alias)) not in page] == []
+
+
+def test_the_page_of_the_recipe_is_that_of_its_schema() -> None:
+    from diffusion.presentation.recipe_page import recipe_page
+
+    assert (PROJECT / "docs/recipe.md").read_text() == recipe_page(), (
+        "python -m diffusion.presentation.recipe_page > docs/recipe.md"
+    )
