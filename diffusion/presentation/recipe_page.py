@@ -14,7 +14,8 @@ HEAD = """# The recipe
 
 Everything that can change the weights or the scores. A preset is a YAML file of these values in `diffusion/presets/`; yours is named
 by its path: `-p preset=path/to/mine.yaml`. Single values are replaced by `-p 'overrides={"network.width": 96}'`, in the demo by
-`--set network.width=96`. A value that does not fit is refused before anything starts. A preset's column is empty where it has the default.
+`--set network.width=96`. A value that does not fit is refused before anything starts.
+A preset's column is empty where it has the default.
 
 This page is made from the schema: `python -m diffusion.presentation.recipe_page > docs/recipe.md`.
 """
