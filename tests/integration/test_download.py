@@ -132,6 +132,20 @@ def test_it_goes_on_as_long_as_it_moves_on(tmp_path: Path, serve: Serve) -> None
     assert len(requests) == 6, "1 MB each time"
 
 
+def test_an_extractor_s_network_comes_as_well_through_breaks_and_from_a_busy_server(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "BUSY_SECONDS", 0.1)
+    mirror, requests = serve
+    assert download.download(mirror("/pieces").url, len(CONTENT)) == CONTENT
+    assert len(requests) == 6, "1 MB each time"
+    mirror.busy.extend([(503, None), (429, "0")])  # type: ignore[attr-defined]
+    assert download.download(mirror("/busy").url, len(CONTENT)) == CONTENT
+    mirror.busy.extend([(503, "0")] * download.BUSY_TIMES)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="HTTP 503, busy"):
+        download.download(mirror("/busy").url, len(CONTENT))
+
+
 def test_the_rest_of_another_file_is_noticed_in_the_same_start(tmp_path: Path, serve: Serve) -> None:
     mirror, requests = serve
     (tmp_path / "whole.zip.part").write_bytes(b"of another file" * 100_000)

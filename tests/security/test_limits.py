@@ -199,7 +199,7 @@ def test_a_download_without_end_is_given_up_and_leaves_nothing(tmp_path: Path, m
     try:
         with pytest.raises(DataError, match="more than 3,145,728 bytes came"):
             download_eurosat(tmp_path, [Mirror(f"http://127.0.0.1:{server.server_port}/x", "x.zip", "0" * 32)])
-        with pytest.raises(DataError, match="has more than 100 bytes"):
+        with pytest.raises(DataError, match="more than 100 bytes came"):
             download.download(f"http://127.0.0.1:{server.server_port}/x", 100)
     finally:
         server.shutdown()

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,22 +102,24 @@ def download_eurosat(folder: Path, mirrors: Sequence[Mirror] = MIRRORS, progress
 
 
 def download(url: str, limit: int) -> bytes:
-    """The content of an https address, of at most `limit` bytes. Raises DataError with the reason if it is not to be had."""
-    try:
-        with requests.get(
-            url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=CONNECT_AND_READ_SECONDS
-        ) as response:
-            response.raise_for_status()
-            content = bytearray()
-            for chunk in chunks(response):
-                content += chunk
-                if len(content) > limit:
-                    raise DataError(
-                        f"{url} has more than {limit:,} bytes. It is not what it should be, and was not read."
-                    )
-            return bytes(content)
-    except DOWNLOAD_ERRORS as error:
-        raise DataError(f"{url} can't be downloaded: {reason(error)}") from error
+    """The content of an https address, of at most `limit` bytes. Raises DataError with the reason if it is not to be had.
+
+    A broken transfer is continued where it stopped, as long as it moves on; a busy server is asked again when it says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "content")
+        for times in range(1, BUSY_TIMES + 1):
+            try:
+                go_on(functools.partial(_continue, url, part, None, limit=limit), part)
+                return part.read_bytes()
+            except Busy as error:
+                if times == BUSY_TIMES:
+                    raise DataError(f"{url} can't be downloaded: {error}") from error
+                log.warning("%s is busy: asked again in %.0f s", url, error.seconds)
+                time.sleep(error.seconds)
+            except DOWNLOAD_ERRORS as error:
+                raise DataError(f"{url} can't be downloaded: {reason(error)}") from error
+        raise AssertionError("the last time returns or raises")
 
 
 def reason(error: Exception) -> str:
@@ -234,7 +237,8 @@ def go_on(
     raise DataError(f"the transfer broke off {MOST_ATTEMPTS:,} times")
 
 
-def _continue(url: str, part: Path, progress: Progress | None, here: int) -> None:
+def _continue(url: str, part: Path, progress: Progress | None, here: int, limit: int | None = None) -> None:
+    limit = MAX_ARCHIVE_BYTES if limit is None else limit
     # Not packed on the way: a few bytes could become very many.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {})
     with requests.get(url, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
@@ -250,11 +254,11 @@ def _continue(url: str, part: Path, progress: Progress | None, here: int) -> Non
         with part.open("ab" if here else "wb") as file:
             for chunk in chunks(response):
                 here += len(chunk)
-                if here > MAX_ARCHIVE_BYTES:
+                if here > limit:
                     file.close()
                     part.unlink()
                     raise DataError(
-                        f"more than {MAX_ARCHIVE_BYTES:,} bytes came, which EuroSAT has not; they were deleted"
+                        f"more than {limit:,} bytes came from {url}: it is not what it should be; they were deleted"
                     )
                 file.write(chunk)
                 if progress:
