@@ -261,6 +261,16 @@ def test_one_s_own_authority_is_named_by_the_setting(tmp_path: Path, monkeypatch
     assert found.read_bytes() == CONTENT
 
 
+class Guarded(BaseHTTPRequestHandler):
+    """A proxy that wants another password."""
+
+    def do_CONNECT(self) -> None:
+        self.send_error(407)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
 @pytest.mark.parametrize(
     ("url", "env", "said"),
     [
@@ -280,6 +290,12 @@ def test_one_s_own_authority_is_named_by_the_setting(tmp_path: Path, monkeypatch
             {"HTTPS_PROXY": "http://127.0.0.1:SILENT"},
             "by the proxy 127.0.0.1:[0-9]+ .HTTPS_PROXY",
         ),
+        ("https://example.org/x", {"ALL_PROXY": "http://127.0.0.1:9"}, "the proxy 127.0.0.1:9 .* Set ALL_PROXY right"),
+        (
+            "https://example.org/x",
+            {"HTTPS_PROXY": "http://me:secret@127.0.0.1:GUARDED"},
+            "wants a user and a password .HTTP 407.. HTTPS_PROXY takes both",
+        ),
         ("http://127.0.0.1:SILENT/x", {}, "silence for 1 s"),
     ],
 )
@@ -287,12 +303,15 @@ def test_why_a_server_is_not_reached_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, env: dict[str, str], said: str
 ) -> None:
     monkeypatch.setattr(download, "CONNECT_AND_READ_SECONDS", (1, 1))
-    for name in ("NO_PROXY", "no_proxy", "https_proxy", "HTTPS_PROXY"):
+    for name in ("NO_PROXY", "no_proxy", *download.PROXIES):
         monkeypatch.delenv(name, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    guarded = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=guarded.serve_forever, daemon=True).start()
+    with socket.create_server(("127.0.0.1", 0)) as silent, guarded:
         port = str(silent.getsockname()[1])
         for name, value in env.items():
-            monkeypatch.setenv(name, value.replace("SILENT", port))
+            monkeypatch.setenv(name, value.replace("SILENT", port).replace("GUARDED", str(guarded.server_port)))
         with pytest.raises(DataError, match=said) as error:
             download_eurosat(tmp_path, [Mirror(url.replace("SILENT", port), "x.zip", MD5)])
+        guarded.shutdown()
     assert "secret" not in str(error.value)

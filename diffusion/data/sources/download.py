@@ -43,6 +43,8 @@ BUSY_TIMES, BUSY_SECONDS, MOST_BUSY_SECONDS = 5, 10.0, 300.0
 DOWNLOAD_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What requests raises, and what it lets through: of urllib3, of the disk, of addresses that are none."""
 
+PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+"""Which name the proxy of https addresses, in the order in which requests looks at them."""
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 """What ends a transfer that may go on."""
 
@@ -126,22 +128,23 @@ def reason(error: Exception) -> str:
     """Why something is not to be had, and what to set."""
     text = str(error)
     if isinstance(error, requests.exceptions.ProxyError):
-        return f"the proxy {_proxy()} does not answer. Set HTTPS_PROXY right, or name the host in NO_PROXY"
+        proxy, setting = _proxy()
+        if "407" in text:
+            return f"the proxy {proxy} wants a user and a password (HTTP 407). {setting} takes both, before the host's name"
+        return f"the proxy {proxy} does not answer. Set {setting} right, or name the host in NO_PROXY"
     if isinstance(error, requests.exceptions.SSLError):
         if "expired" in text or "not yet valid" in text:
             return "its certificate has expired, or this machine's clock is wrong"
         if "match" in text:
             return "its certificate is for another name"
         return "its certificate is of an authority that this machine does not know. Set REQUESTS_CA_BUNDLE to a file that has it"
-    if isinstance(error, requests.exceptions.ConnectTimeout):
-        return (
-            f"no answer within {CONNECT_AND_READ_SECONDS[0]} s. Where the way out is a proxy, set HTTPS_PROXY"
-            if _proxy() is None
-            else f"no answer within {CONNECT_AND_READ_SECONDS[0]} s by the proxy {_proxy()} (HTTPS_PROXY)"
-        )
-    if isinstance(error, requests.exceptions.ReadTimeout) or "timed out" in text:
-        by = f" by the proxy {_proxy()} (HTTPS_PROXY)" if _proxy() else ""
-        return f"silence for {CONNECT_AND_READ_SECONDS[1]} s{by}"
+    if isinstance(error, requests.exceptions.ConnectTimeout) and not _proxy()[0]:
+        return f"no answer within {CONNECT_AND_READ_SECONDS[0]} s. Where the way out is a proxy, set HTTPS_PROXY"
+    if isinstance(error, requests.Timeout) or "timed out" in text:
+        proxy, setting = _proxy()
+        by = f" by the proxy {proxy} ({setting})" if proxy else ""
+        first = isinstance(error, requests.exceptions.ConnectTimeout)
+        return f"{'no answer within' if first else 'silence for'} {CONNECT_AND_READ_SECONDS[not first]} s{by}"
     if isinstance(error, requests.ConnectionError):
         if "NameResolution" in text or "getaddrinfo" in text or "resolve" in text:
             return "its name is not known here: there is no network, or no name server"
@@ -153,10 +156,12 @@ def reason(error: Exception) -> str:
     return text
 
 
-def _proxy() -> str | None:
-    """The proxy of https addresses, without a password that may be in it."""
-    address = next((value for name in ("HTTPS_PROXY", "https_proxy") if (value := os.environ.get(name))), None)
-    return None if address is None else urlsplit(address).netloc.rpartition("@")[2] or address.rpartition("@")[2]
+def _proxy() -> tuple[str, str]:
+    """The proxy of https addresses, without a password that may be in it, and the variable that names it; empty if none does."""
+    for setting in PROXIES:
+        if address := os.environ.get(setting):
+            return urlsplit(address).netloc.rpartition("@")[2] or address.rpartition("@")[2], setting
+    return "", "HTTPS_PROXY"
 
 
 def _innermost(error: BaseException) -> str:
