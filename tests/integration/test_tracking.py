@@ -566,7 +566,7 @@ def test_a_clean_environment_of_the_versions_own_requirements_draws_the_same_byt
         f"{uri}/requirements.txt", dst_path=str(tmp_path), tracking_uri=mlflow_server.url
     )
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    install = [tmp_path / "venv/bin/pip", "install", "--quiet", "-r", requirements]
+    install = [tmp_path / "venv/bin/pip", "install", "--quiet", "--no-compile", "-r", requirements]
     done = subprocess.run(install, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     drawn = [
