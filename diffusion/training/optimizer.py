@@ -103,7 +103,9 @@ class Muon(Optimizer):
         for parameter, state in self.state.items():
             if parameter.grad is None:
                 continue
-            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"]
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             update = parameter.grad.lerp(momentum, MOMENTUM)
             # Channels last, as the weight lies in memory: the matrix is no copy.

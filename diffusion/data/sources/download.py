@@ -110,18 +110,19 @@ def download(url: str, limit: int) -> bytes:
     """
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "content")
-        for times in range(1, BUSY_TIMES + 1):
+        times = 0
+        while True:
             try:
-                go_on(functools.partial(_continue, url, part, None, limit=limit), part)
+                go_on(functools.partial(_continue, url, part, limit, None), part)
                 return part.read_bytes()
             except Busy as error:
+                times += 1
                 if times == BUSY_TIMES:
                     raise DataError(f"{url} can't be downloaded: {error}") from error
                 log.warning("%s is busy: asked again in %.0f s", url, error.seconds)
                 time.sleep(error.seconds)
             except DOWNLOAD_ERRORS as error:
                 raise DataError(f"{url} can't be downloaded: {reason(error)}") from error
-        raise AssertionError("the last time returns or raises")
 
 
 def reason(error: Exception) -> str:
@@ -200,7 +201,7 @@ def _fetch(mirror: Mirror, target: Path, progress: Progress | None) -> None:
     part = target.with_name(target.name + ".part")
     begun_before = part.exists()
     while True:
-        go_on(functools.partial(_continue, mirror.url, part, progress), part)
+        go_on(functools.partial(_continue, mirror.url, part, MAX_ARCHIVE_BYTES, progress), part)
         with part.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found == mirror.md5:
@@ -242,8 +243,7 @@ def go_on(
     raise DataError(f"the transfer broke off {MOST_ATTEMPTS:,} times")
 
 
-def _continue(url: str, part: Path, progress: Progress | None, here: int, limit: int | None = None) -> None:
-    limit = MAX_ARCHIVE_BYTES if limit is None else limit
+def _continue(url: str, part: Path, limit: int, progress: Progress | None, here: int) -> None:
     # Not packed on the way: a few bytes could become very many.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {})
     with requests.get(url, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
