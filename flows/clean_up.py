@@ -19,12 +19,13 @@ from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.retention import find_superseded
+from diffusion.tracking.run import open_tracking
 from diffusion.training.state import checkpoint_names, steps_begun
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs, shown
 from flows.plugins.credentials import use_block
 from flows.progress import say
-from flows.run import FLOW_FOLDER, open_tracking
+from flows.run import FLOW_FOLDER
 from flows.slot import keep_slots
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 from prefect import runtime
@@ -21,8 +21,8 @@ from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import Store, open_store
-from diffusion.tracking.connection import connect, when_it_answers
-from diffusion.tracking.run import Lineage, TrackedRun, open_experiment, unfinished_run
+from diffusion.tracking.connection import when_it_answers
+from diffusion.tracking.run import Lineage, TrackedRun, open_tracking, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import Hosts, Machine, SystemMetrics
 from diffusion.trust.redaction import fit_to_leave
@@ -32,9 +32,6 @@ from flows.owner import ENDING, Ending, close_abandoned, close_tasks_of_ended_ru
 from flows.progress import Phase, attended, say
 from flows.request import TrainingRequest, threads_per_process
 from flows.stopwatch import stopwatch
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 FLOW_FOLDER = "flow"
 """Of a run's folder, what the flow locks; the folder itself is locked by its jobs."""
@@ -108,13 +105,6 @@ def run_phase(title: str, key: str, job: Job, workers: Workers, recipe: Recipe, 
         else:
             threads = threads or threads_per_process(recipe)
             run_job(job.module, job.spec, job.folder, workers.counts[-1], on_progress, on_line, threads)
-
-
-def open_tracking(environment: Settings) -> tuple[MlflowClient, str]:
-    """A client of MLflow and the experiment of all runs. Raises TrackingError if MLflow does not answer."""
-    client = connect(environment.tracking_uri)
-    artifacts = environment.artifacts if environment.tracking_uri.startswith("sqlite") else None
-    return client, open_experiment(client, artifacts)
 
 
 @contextmanager

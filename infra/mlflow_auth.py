@@ -17,6 +17,15 @@ def write_settings(path: Path, database: str) -> None:
     path.write_text(TEMPLATE.read_text().replace("= DATABASE_URI", f"= {database}"))
 
 
+def upgrade(path: Path) -> None:
+    """Bring an SQLite file of users, empty or of an earlier version, to what the installed MLflow needs."""
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    users = SqlAlchemyStore()
+    users.init_db(f"sqlite:///{path}")
+    users.engine.dispose()
+
+
 def follow_password(database: str, password: str) -> None:
     """Have the users, where there are any, know the password: MLflow keeps the one that its database was made with."""
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore

@@ -20,6 +20,10 @@ from diffusion.trust.private import write_private
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
+# What is imported here tells nobody that it was, and says no more than it must.
+QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+for name, value in QUIET.items():
+    os.environ.setdefault(name, value)
 reach_loopback_directly()
 try:
     HOME = settings().home

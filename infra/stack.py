@@ -22,11 +22,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import mlflow_auth
+from databases import MLFLOW_USERS, OWN_DATABASES, PREFECT, make_databases_current
 from processes import (
     BIN,
     HOME,
@@ -42,13 +44,12 @@ from processes import (
 )
 
 from diffusion.errors import UserError
-from diffusion.settings import DATABASE, reach_loopback_directly, settings
+from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import read_private, use_private_home, write_private
 from diffusion.trust.redaction import fit_to_leave
 from flows.keyring import PASSWORD, TOKEN, cluster_token, encryption_key, known_password, new_password
 
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
-MLFLOW_USERS = STACK / "mlflow-auth.db"
 RAY_FOLDER = "ray-folder"
 NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 """What there may be of it, in the order in which it is stopped."""
@@ -107,12 +108,6 @@ by their origin, but not those that make their own name point to this machine. U
 """
 
 
-OWN_DATABASES = {
-    "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{HOME / 'prefect' / 'prefect.db'}",
-    "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{HOME / DATABASE}",
-}
-
-
 def origin(address: str) -> str:
     """Of a page, as browsers tell it."""
     parts = urlsplit(address)
@@ -136,7 +131,7 @@ def start_prefect(port: int, addresses: Addresses) -> None:
     database = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
     if database not in env:  # another database may be shared, and has its own key
         env[database] = OWN_DATABASES[database]
-        env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, HOME / "prefect" / "prefect.db")
+        env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, PREFECT)
     if addresses.password:
         env["PREFECT_SERVER_API_AUTH_STRING"] = f"admin:{addresses.password}"
     else:  # else pages of other sites could have it do what they like, though not read what it answers
@@ -218,14 +213,29 @@ def register_deployments(env: dict[str, str]) -> None:
             print(done.stdout, end="")
 
 
-def table_of_runs(env: dict[str, str]) -> str:
-    """Where MLflow's page of all runs is, below the server's address: a first look finds it there, before there are any."""
+@contextmanager
+def table_of_runs(env: dict[str, str]) -> Iterator[Callable[[], str]]:
+    """Where MLflow's page of all runs is, below the server's address: a first look finds it there, before there are any.
+
+    Asked for in a process of its own meanwhile, and waited for when it is called.
+    """
     code = (
         "from diffusion.settings import settings; from diffusion.tracking.pages import runs_page; "
-        "from flows.run import open_tracking; print(runs_page(open_tracking(settings())[1]))"
+        "from diffusion.tracking.run import open_tracking; print(runs_page(open_tracking(settings())[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""  # a run says what is wrong, and what to do
+    asked = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+    def answer() -> str:
+        said = asked.communicate()[0].strip()
+        return said if asked.returncode == 0 else ""  # a run says what is wrong, and what to do
+
+    try:
+        yield answer
+    finally:
+        asked.kill()
+        asked.wait()
 
 
 def up(register: bool = True) -> None:
@@ -254,8 +264,9 @@ def up(register: bool = True) -> None:
                 flush=True,
             )
             env = {**base_environment(), **addresses.client_environment()}
-            register_deployments(env)
-            tell_where(addresses, table_of_runs(env))
+            with table_of_runs(env) as runs:
+                register_deployments(env)
+                tell_where(addresses, runs())
             return
         if register:
             refuse_under_a_run("make up", "what it runs on has to start anew")
@@ -264,6 +275,7 @@ def up(register: bool = True) -> None:
     check_port(mlflow_port, "MLflow", "MLFLOW_PORT")
     if own_cluster:
         check_port(ray_port, "Ray", "RAY_PORT")
+    make_databases_current()
     print(f"starting the Prefect server and the MLflow server{', and Ray' if own_cluster else ''} …", flush=True)
     start_prefect(prefect_port, addresses)
     start_mlflow(mlflow_port, addresses)
@@ -279,18 +291,20 @@ def up(register: bool = True) -> None:
     # The worker and its flows need the store's keys and the servers' passwords, but nothing of how the servers are run.
     own = base_environment(*WITHHELD["worker"])
     env = {**own, **addresses.client_environment(), **cluster, "PREFECT_UI_URL": addresses.prefect_pages}
-    if register:
-        print("registering the deployments …", flush=True)
-        try:
-            register_deployments(env)
-        except SystemExit:
-            down()  # servers without a worker are of no use
-            raise
-    runs = table_of_runs(env)
-    start("worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env)
-    write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
-    profile("follow")
-    tell_where(addresses, runs)
+    with table_of_runs(env) as runs:
+        if register:
+            print("registering the deployments …", flush=True)
+            try:
+                register_deployments(env)
+            except SystemExit:
+                down()  # servers without a worker are of no use
+                raise
+        start(
+            "worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env
+        )
+        write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
+        profile("follow")
+        tell_where(addresses, runs())
 
 
 def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from diffusion.errors import TrackingError
 from diffusion.settings import reach_loopback_directly
+from diffusion.tracking.database import make_mlflow_current
 from diffusion.trust.redaction import fit_to_leave
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def connect(uri: str) -> MlflowClient:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
         )
     if scheme == "sqlite":
-        _check_database(Path(uri.split("///", 1)[-1]))
+        path = Path(uri.split("///", 1)[-1])
+        _check_database(path)
+        make_mlflow_current(path)
     elif scheme not in ("http", "https"):
         raise TrackingError(f"MLFLOW_TRACKING_URI '{uri}' is neither http(s)://… nor sqlite:////absolute/path.")
 

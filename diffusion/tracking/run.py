@@ -22,7 +22,9 @@ from diffusion.evaluation.scores import Scores
 from diffusion.presentation.legend import LEGEND_TITLE, legend
 from diffusion.presentation.plots import bound_by_noise_level, class_distances, fid_over_training
 from diffusion.recipe import Recipe, Start, flatten
+from diffusion.settings import Settings
 from diffusion.store import layout
+from diffusion.tracking.connection import connect
 from diffusion.tracking.pages import VIEW_TAG, run_page, runs_page, shared_view
 from diffusion.tracking.promotion import Decision
 from diffusion.trust.identifiers import RunName
@@ -236,6 +238,13 @@ class TrackedRun:
         if reason:
             self.client.set_tag(self.run_id, "failure", fit_to_leave(reason)[:5000])
         self.client.set_terminated(self.run_id, status)
+
+
+def open_tracking(environment: Settings) -> tuple[MlflowClient, str]:
+    """A client of MLflow and the experiment of all runs. Raises TrackingError if MLflow does not answer."""
+    client = connect(environment.tracking_uri)
+    artifacts = environment.artifacts if environment.tracking_uri.startswith("sqlite") else None
+    return client, open_experiment(client, artifacts)
 
 
 def open_experiment(client: MlflowClient, artifacts: Path | None) -> str:

@@ -59,6 +59,7 @@ def main() -> int:
     (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
     os.environ.update(_server_secrets(environment.home))
 
+    from flows.prefect_database import make_prefect_current
     from flows.stopwatch import stopwatch
 
     try:
@@ -76,6 +77,7 @@ def main() -> int:
         with stopwatch.part("ingest"):
             source = _source_or_generated(arguments.source)
         print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
+        make_prefect_current(environment.home / "prefect" / "prefect.db")
         report = train_diffusion(
             preset=arguments.preset,
             overrides=overrides,

@@ -29,6 +29,7 @@ from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
+from diffusion.tracking.run import open_tracking
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
@@ -37,7 +38,7 @@ from diffusion.trust.redaction import redact_logs
 from flows.launcher import run_job
 from flows.plugins.credentials import use_block
 from flows.request import checkpoint_every, threads_per_process, usable_processes
-from flows.run import git_commit, job_fields, open_tracking
+from flows.run import git_commit, job_fields
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -16,12 +16,12 @@ from diffusion.settings import settings
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.registry import model_name
-from diffusion.tracking.run import finished_run, recorded_start
+from diffusion.tracking.run import finished_run, open_tracking, recorded_start
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows.progress import say
 from flows.request import TrainingRequest
-from flows.run import git_commit, open_tracking
+from flows.run import git_commit
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from diffusion.recipe import Start
 from diffusion.settings import settings
 from diffusion.store.objects import open_store
 from diffusion.tracking.promotion import past_champions
-from diffusion.tracking.run import RUN_KEY, START_TAG
+from diffusion.tracking.run import RUN_KEY, START_TAG, open_tracking
 from diffusion.training.state import steps_with_checkpoint
-from flows.run import open_tracking
 from mlflow import MlflowClient
+from tests.conftest import BIN, free_port, start_server, stop_server
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +23,41 @@ STARTS = {"r3": "r1", "r5": "r2"}  # the champion went on from r1, the run under
 
 
 @pytest.fixture
-def six_nights(home_with_mlflow: Path) -> MlflowClient:
+def guarded_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLflow's server as people have their own: it alone reaches the artifacts, and asks everybody for a password."""
+    (home / "mlflow").mkdir(parents=True)
+    url, password = f"http://127.0.0.1:{free_port()}", "a password of the tests"
+    template = Path(__file__).parents[2] / "mlflow" / "server.ini"
+    (home / "auth.ini").write_text(template.read_text().replace("= DATABASE_URI", f"= sqlite:///{home / 'auth.db'}"))
+    env = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{home / 'mlflow' / 'server.db'}",
+        "MLFLOW_AUTH_CONFIG_PATH": str(home / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the tests",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = [
+        str(BIN / "mlflow"),
+        "server",
+        "--app-name",
+        "basic-auth",
+        "--workers",
+        "1",
+        "--port",
+        url.rsplit(":")[-1],
+    ]
+    command += ["--artifacts-destination", str(settings().artifacts)]
+    server = start_server(command, url, f"{url}/health", home, env)
+    for name, value in (("URI", url), ("USERNAME", "admin"), ("PASSWORD", password)):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    yield
+    stop_server(server)
+
+
+@pytest.fixture(params=["home_with_mlflow"])
+def six_nights(empty_mlflow: Path, home: Path, request: pytest.FixtureRequest) -> MlflowClient:
     """Six runs of which each made a version; version 1 was champion, 4 is, and the last run is under way."""
-    home = home_with_mlflow
+    request.getfixturevalue(request.param)
     client, experiment_id = open_tracking(settings())
     store = open_store(settings().store_uri)
     client.create_registered_model(MODEL)
@@ -57,7 +90,7 @@ def six_nights(home_with_mlflow: Path) -> MlflowClient:
     client.create_registered_model("others")
     theirs = client.create_run(client.create_experiment("others"))
     for run_id in (theirs.info.run_id, theirs.info.run_id, None):
-        client.create_model_version("others", source=str(home), run_id=run_id, await_creation_for=0)
+        client.create_model_version("others", source="s3://theirs/model", run_id=run_id, await_creation_for=0)
     return client
 
 
@@ -77,6 +110,7 @@ def weights() -> int:
     return len(list(settings().artifacts.rglob("artifacts/weights")))
 
 
+@pytest.mark.parametrize("six_nights", ["home_with_mlflow", "guarded_server"], indirect=True)
 def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: MlflowClient) -> None:
     from flows.clean_up import clean_up
 

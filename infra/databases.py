@@ -1,0 +1,44 @@
+"""The SQLite databases of the servers on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import mlflow_auth
+from processes import HOME, STACK
+
+from diffusion.settings import DATABASE, settings
+from diffusion.tracking.database import is_current, make_current, make_mlflow_current
+from flows.prefect_database import make_prefect_current
+
+PREFECT, MLFLOW, MLFLOW_USERS = HOME / "prefect" / "prefect.db", HOME / DATABASE, STACK / "mlflow-auth.db"
+OWN_DATABASES = {
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{PREFECT}",
+    "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{MLFLOW}",
+}
+
+
+def make_databases_current() -> None:
+    """Have them be what the installed servers need; a user's own servers are brought up to date by whoever keeps them."""
+    own = [variable not in os.environ for variable in OWN_DATABASES]
+    prefect: list[Callable[[], None]] = []
+    mlflow: list[Callable[[], None]] = []
+    if own[0] and not is_current(PREFECT, "prefect"):
+        prefect.append(partial(make_prefect_current, PREFECT))
+    if own[1] and not is_current(MLFLOW, "mlflow"):
+        mlflow.append(partial(make_mlflow_current, MLFLOW))
+    if settings().auth == "on" and not is_current(MLFLOW_USERS, "mlflow"):
+        mlflow.append(partial(make_current, MLFLOW_USERS, "mlflow", mlflow_auth.upgrade))
+    if prefect or mlflow:
+        print("making the databases, or bringing them to the versions that are installed …", flush=True)
+    with ThreadPoolExecutor() as both:
+        for done in [both.submit(_one_by_one, steps) for steps in (prefect, mlflow)]:
+            done.result()
+
+
+def _one_by_one(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
