@@ -7,7 +7,12 @@ MLFLOW_AUTH_CONFIG_PATH of the environment.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "mlflow" / "server.ini"
 
@@ -17,21 +22,25 @@ def write_settings(path: Path, database: str) -> None:
     path.write_text(TEMPLATE.read_text().replace("= DATABASE_URI", f"= {database}"))
 
 
-def upgrade(path: Path) -> None:
-    """Bring an SQLite file of users, empty or of an earlier version, to what the installed MLflow needs."""
-    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+def open_users(database: str) -> SqlAlchemyStore:
+    """MLflow's own users, in a database that is brought to what the installed MLflow needs."""
+    with warnings.catch_warnings():  # of what MLflow itself imports: nothing that a user could do about
+        warnings.simplefilter("ignore")
+        from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
     users = SqlAlchemyStore()
-    users.init_db(f"sqlite:///{path}")
-    users.engine.dispose()
+    users.init_db(database)
+    return users
+
+
+def upgrade(path: Path) -> None:
+    """Bring an SQLite file of users, empty or of an earlier version, to what the installed MLflow needs."""
+    open_users(f"sqlite:///{path}").engine.dispose()
 
 
 def follow_password(database: str, password: str) -> None:
     """Have the users, where there are any, know the password: MLflow keeps the one that its database was made with."""
-    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
-
-    users = SqlAlchemyStore()
-    users.init_db(database)
+    users = open_users(database)
     if users.has_user("admin") and not users.authenticate_user("admin", password):
         users.update_user("admin", password)
     users.engine.dispose()

@@ -161,6 +161,48 @@ def test_the_flow_run_page_of_prefect(prefect_page: Page, stack: Project, run: d
 EVIL = f"<p>It is shown. {SCRIPT}<script>alert(3); try {{ parent.document.title = 'taken' }} catch {{}}</script></p>"
 
 
+def deployment(stack: Project) -> Any:
+    answer = requests.get(
+        f"{prefect_address(stack)}/api/deployments/name/train-diffusion/train-diffusion",
+        auth=("admin", password(stack)),
+        timeout=120,
+    )
+    return answer.json()
+
+
+@pytest.mark.last(1)
+def test_a_night_is_moved_and_paused_by_the_page(prefect_page: Page, stack: Project) -> None:
+    """It keeps its time zone and is still one of the scheduler's, with the deployment's parameters."""
+    before = deployment(stack)
+    (night,) = before["schedules"]
+    prefect_page.goto(f"{prefect_address(stack)}/deployments/deployment/{before['id']}")
+    prefect_page.locator(".deployment-schedule__menu").click()
+    prefect_page.locator(".p-overflow-menu-item", has_text="Edit").first.click()
+    dialog = prefect_page.locator(".p-modal").filter(has_text="Edit schedule")
+    # The field of the cron string has no name of its own.
+    fields = dialog.locator("input").all()
+    (cron,) = [field for field in fields if field.input_value() == night["schedule"]["cron"]]
+    cron.fill("30 4 * * *")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog).to_have_count(0)
+    (moved,) = deployment(stack)["schedules"]
+    same = ("id", "slug", "active", "parameters")
+    assert {key: moved[key] for key in same} == {key: night[key] for key in same}
+    assert moved["schedule"] == night["schedule"] | {"cron": "30 4 * * *"}
+    wanted = {
+        "deployments": {"id": {"any_": [before["id"]]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    due: list[dict[str, Any]] = []
+    while not due or not all("T04:30" in run["expected_start_time"] for run in due):
+        prefect_page.wait_for_timeout(500)  # the scheduler looks every few seconds
+        due = ask(stack, f"{prefect_address(stack)}/api/flow_runs/filter", wanted)
+    assert all(run["tags"] == ["auto-scheduled"] and run["parameters"] == before["parameters"] for run in due)
+    prefect_page.locator(".deployment-schedule-card .p-toggle__control").click()
+    while deployment(stack)["schedules"][0]["active"]:
+        prefect_page.wait_for_timeout(200)
+
+
 def test_no_script_from_names_or_artifacts_runs_in_a_browser(
     browser: Browser, stack: Project, own_images: str, mlflow_page: Page, prefect_page: Page
 ) -> None:

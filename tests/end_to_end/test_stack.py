@@ -441,7 +441,8 @@ async def main():
     async with get_client() as client:
         one = await client.read_deployment_by_name("train-diffusion/train-diffusion")
         (schedule,) = one.schedules
-        await client.update_deployment_schedule(one.id, schedule.id, schedule=CronSchedule(cron="0 4 * * *", timezone="Europe/Paris"))
+        edited = CronSchedule(cron="0 4 * * *", timezone="Europe/Paris")
+        await client.update_deployment_schedule(one.id, schedule.id, active=False, schedule=edited)
 asyncio.run(main())
 """
 
@@ -463,6 +464,8 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     assert again.returncode == 0, again.stderr
     assert "nothing is started anew" in again.stdout
     assert "The schedule nightly of train-diffusion, edited to '0 4 * * *' Europe/Paris, goes back" in again.stdout
+    paused = stack.shell("prefect", "deployment", "schedule", "ls", "train-diffusion/train-diffusion")
+    assert "False" in paused.stdout, "a pause stays"
     assert f"{servers['MLFLOW_TRACKING_URI']}/#/experiments/1/runs?viewStateShareKey=train-diffusion" in again.stdout
     assert {process.pid for process in stack_processes(stack)} == before
 

@@ -302,25 +302,32 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
         "processes": 1,
         "overrides": TINY | ONE_MILESTONE,
     }
-    keys = []
-    with get_client(sync_client=True) as client:
-        for _ in range(2):
-            flow_run = client.create_flow_run(
+
+    def night(due: datetime, parameters: dict[str, Any], times: int) -> list[str | None]:
+        """What comes of it, begun so many times."""
+        found = []
+        with get_client(sync_client=True) as client:
+            made = client.create_flow_run(
                 train_diffusion,
                 parameters=parameters,
-                state=Scheduled(scheduled_time=yesterday),
+                state=Scheduled(scheduled_time=due),
                 tags=["auto-scheduled"],
             )
-            for _ in range(2):
-                run_engine(train_diffusion, flow_run=client.read_flow_run(flow_run.id), parameters=parameters)
-                keys.append(client.read_flow_run(flow_run.id).state_name)
-                client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"), force=True)
+            for _ in range(times):
+                run_engine(train_diffusion, flow_run=client.read_flow_run(made.id), parameters=parameters)
+                found.append(client.read_flow_run(made.id).state_name)
+                client.set_flow_run_state(made.id, Scheduled(name="AwaitingRetry"), force=True)
+        return found
+
+    assert night(yesterday, parameters, 2) + night(yesterday, parameters, 2) == ["Completed", *["Skipped"] * 3]
     tracking = connect(settings().tracking_uri)
     (run,) = tracking.search_runs([tracking.get_experiment_by_name("train-diffusion").experiment_id])
     assert run.data.params["seed"] == f"{yesterday:%Y%m%d}"
-    assert keys == ["Completed", "Skipped", "Skipped", "Skipped"]
-    run_flow(skip_unchanged=True, seed=int(f"{yesterday:%Y%m%d}"), overrides=ONE_MILESTONE | {"data.images": 128})
-    assert len(tracking.search_runs([run.info.experiment_id])) == 2, "another recipe is no reason to skip"
+    # Where nights are for new data, they have one seed: another recipe is a reason to train, another date is none.
+    parameters |= {"nights": "new data", "overrides": TINY | ONE_MILESTONE | {"data.images": 128}}
+    assert night(yesterday, parameters, 1) + night(datetime.now(UTC), parameters, 1) == ["Completed", "Skipped"]
+    newest, _ = tracking.search_runs([run.info.experiment_id])
+    assert newest.data.params["seed"] == "0"
 
 
 @flow
