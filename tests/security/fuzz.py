@@ -50,6 +50,7 @@ from diffusion.training.state import CheckpointState, load_state
 from flows.owner import read_owner
 from flows.plugins.deployment import name_position
 from flows.request import parse_range
+from flows.submission import parameters_of
 from tests.scores import made
 from tests.specs import RGB_SPEC
 
@@ -222,6 +223,10 @@ def targets(folder: Path) -> dict[str, Target]:
         "processes": Target((b"2-8", b"4"), lambda content: parse_range(content.decode(errors="replace"))),
         "owner": Target((b'{"host": "h", "boot": "b", "pid": 1, "started": 0.0}',), lambda c: read_owner(c.decode(errors="replace"))),
         "argv": Target(argv, lambda content: name_position(content.decode(errors="replace").split("\0"))),
+        "parameters": Target(
+            (b'-p\0preset=demo\0--watch\0--param=seed=3\0--params\0{"seed": 1, "nights": "new data"}',),
+            lambda content: parameters_of(content.decode(errors="replace").split("\0")),
+        ),
     }  # fmt: skip
 
 
