@@ -28,8 +28,9 @@ NAMES = (
     "processes",
     "owner",
     "argv",
+    "parameters",
 )
-ANSWER_ALWAYS = {"spec", "scores", "journal", "owner", "argv"}
+ANSWER_ALWAYS = {"spec", "scores", "journal", "owner", "argv", "parameters"}
 """Those that say "none" in place of an error."""
 TRIES = 100
 
