@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install ray lock audit demo check test faults containers soak soak-nights lint up down service no-service status env clean settings password secrets profile reproduce extractor
+.PHONY: help install ray lock audit demo check test faults containers soak soak-nights docs lint up down service no-service status env clean settings password secrets profile reproduce extractor
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # Processes that tests run on, side by side.
-WORKERS := 2
-FAULT_WORKERS := 3
+WORKERS := 3
+FAULT_WORKERS := 4
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
@@ -65,6 +65,9 @@ soak: .venv/installed-dev ## Kill trainings N times at random moments; make soak
 
 soak-nights: .venv/installed-dev ## Night after night with kills, and clean-ups; make soak-nights N=60 SEED=1
 	SOAK_NIGHTS=$(or $(N),60) SOAK_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/faults/test_nights.py
+
+docs: .venv/installed-dev ## The pages as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/installed-dev ## Style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
 """README and docs: short enough to be read, and no link that leads nowhere."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,19 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_is_read_in_five_minutes() -> None:
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_site_is_built_of_all_pages_and_no_link_of_it_leads_nowhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=PROJECT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len([*(tmp_path / "site").glob("*.html")]) == len(PAGES) + 1  # and that of what is not found
+    first = (tmp_path / "site/index.html").read_text()
+    assert 'src="demo-samples.png"' in first
+    assert (tmp_path / "site/demo-samples.png").exists()
+    assert "https://fonts." not in first
 
 
 def test_every_setting_is_on_the_page_of_operations() -> None:
