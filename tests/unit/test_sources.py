@@ -21,13 +21,14 @@ import tifffile
 from PIL import Image
 
 from diffusion.data.codecs import to_npy
-from diffusion.data.ingest import ingest, split_by_hash
+from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.find import find_archive, read_source
 from diffusion.data.sources.own import name_of, read_own
 from diffusion.data.sources.source import AS_IT_IS, Source, SourceImage, SourceOptions, make_source, parse_options
 from diffusion.data.sources.tables import WEBDATASET
+from diffusion.data.split import split_by_hash
 from diffusion.errors import DataError, RecipeError
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore
@@ -173,7 +174,7 @@ def test_images_of_other_shapes_are_brought_to_one_size_if_that_is_asked_for(fol
 
 
 def test_cropping_takes_the_middle_and_stretching_all() -> None:
-    from diffusion.data.ingest import Form, _fitted
+    from diffusion.data.form import Form, fitted
     from diffusion.data.sources.source import SourceImage
 
     image = SourceImage("", "x.png", "0" * 64, 0, bytes)
@@ -182,9 +183,9 @@ def test_cropping_takes_the_middle_and_stretching_all() -> None:
     form = Form(16, 1, "uint16", None)
     for fit, outer in (("crop", 0), ("stretch", 1000)):
         source = Source("x", "", (), "0" * 64, SourceOptions(size=16, fit=fit))  # type: ignore[arg-type]
-        fitted = _fitted(array, image, source, form)
-        assert fitted.shape == (16, 16, 1)
-        assert fitted[0, 0, 0] == outer
+        found = fitted(array, image, source, form)
+        assert found.shape == (16, 16, 1)
+        assert found[0, 0, 0] == outer
 
 
 @pytest.mark.parametrize(

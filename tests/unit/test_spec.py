@@ -116,7 +116,7 @@ ROOT = Path(__file__).parents[2]
 OF_AN_IMAGE = re.compile(r"(^|_)(bands?|channels?|(?<!digest_)size|classes|levels?)$")
 OWN_INPUT = {
     "diffusion/data/codecs.py": "what formats hold",
-    "diffusion/data/ingest.py": "the levels of 8-bit images, where the spec is made",
+    "diffusion/data/form.py": "the levels of 8-bit images, where the spec is made",
     "diffusion/data/manifest.py": "manifests of before there were specs",
     "diffusion/data/spec.py": "the display",
     "diffusion/evaluation/pictures.py": "colours of the sheet",
