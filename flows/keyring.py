@@ -82,7 +82,16 @@ def encryption_key(stack: Path, own: Path) -> str:
 def _key_in_database(path: Path, delete: bool = False) -> str | None:
     if not path.exists():
         return None
-    with contextlib.closing(sqlite3.connect(path, timeout=30)) as database, database:
+    try:
+        return _read_key(path, delete)
+    except sqlite3.Error as error:
+        raise UserError(
+            f"{path} can't be read ({error}). Wait for who uses it; if it is no database, move it away."
+        ) from error
+
+
+def _read_key(path: Path, delete: bool) -> str | None:
+    with contextlib.closing(sqlite3.connect(path, timeout=120)) as database, database:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'configuration'").fetchone():
             return None
         if delete:

@@ -12,6 +12,7 @@ from processes import HOME, STACK
 
 from diffusion.settings import DATABASE, settings
 from diffusion.tracking.database import is_current, make_current, make_mlflow_current
+from flows.keyring import encryption_key
 from flows.prefect_database import make_prefect_current
 
 PREFECT, MLFLOW, MLFLOW_USERS = HOME / "prefect" / "prefect.db", HOME / DATABASE, STACK / "mlflow-auth.db"
@@ -27,6 +28,7 @@ def make_databases_current() -> None:
     prefect: list[Callable[[], None]] = []
     mlflow: list[Callable[[], None]] = []
     if own[0] and not is_current(PREFECT, "prefect"):
+        encryption_key(STACK, PREFECT)  # out of the database, before that is copied
         prefect.append(partial(make_prefect_current, PREFECT))
     if own[1] and not is_current(MLFLOW, "mlflow"):
         mlflow.append(partial(make_mlflow_current, MLFLOW))

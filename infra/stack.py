@@ -379,7 +379,9 @@ def password() -> None:
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
     for process in filter(None, map(find, NAMES)):  # and with the same settings
         for variable, value in process.environ().items():
-            if variable.startswith(KEPT):
+            if variable.startswith(KEPT) and value != OWN_DATABASES.get(
+                variable
+            ):  # else it would be taken for a user's
                 os.environ.setdefault(variable, value)
     made = new_password(STACK)
     if any(map(find, NAMES)):

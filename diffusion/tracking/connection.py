@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from diffusion.errors import TrackingError
-from diffusion.settings import reach_loopback_directly
+from diffusion.settings import DATABASE, reach_loopback_directly, settings
 from diffusion.tracking.database import make_mlflow_current
 from diffusion.trust.redaction import fit_to_leave
 
@@ -89,9 +89,7 @@ def connect(uri: str) -> MlflowClient:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
         )
     if scheme == "sqlite":
-        path = Path(uri.split("///", 1)[-1])
-        _check_database(path)
-        make_mlflow_current(path)
+        _use_database(Path(uri.split("///", 1)[-1]))
     elif scheme not in ("http", "https"):
         raise TrackingError(f"MLFLOW_TRACKING_URI '{uri}' is neither http(s)://… nor sqlite:////absolute/path.")
 
@@ -116,19 +114,21 @@ def connect(uri: str) -> MlflowClient:
     return client
 
 
-def _check_database(path: Path) -> None:
+def _use_database(path: Path) -> None:
+    """Have it be there and whole. One that is not this installation's own, or read only, is left to MLflow."""
     if not path.is_absolute():
         raise TrackingError(f"MLFLOW_TRACKING_URI names the relative path '{path}': give an absolute one, sqlite:////…")
+    own = path == settings().home / DATABASE and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    if own or not path.exists():
+        make_mlflow_current(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with sqlite3.connect(path, timeout=5) as database:
             database.execute("begin immediate")
             database.rollback()
         database.close()
     except (sqlite3.Error, OSError) as error:
-        raise TrackingError(
-            f"The MLflow database {path} can't be used ({error}). Move it away or make it writable."
-        ) from error
+        remedy = "Wait for who has it locked" if "locked" in str(error) else "Move it away or make it writable"
+        raise TrackingError(f"The MLflow database {path} can't be used ({error}). {remedy}.") from error
 
 
 @contextmanager

@@ -50,14 +50,14 @@ def main() -> int:
     reach_loopback_directly()
     os.environ["PREFECT_HOME"] = str(environment.home / "prefect")
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
+    redact_logs()
     try:
         use_private_home(environment.home)
+        (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
+        os.environ.update(_server_secrets(environment.home))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    redact_logs()
-    (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
-    os.environ.update(_server_secrets(environment.home))
 
     from flows.prefect_database import make_prefect_current
     from flows.stopwatch import stopwatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,12 +195,15 @@ def test_a_night_is_moved_and_paused_by_the_page(prefect_page: Page, stack: Proj
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
     }
     due: list[dict[str, Any]] = []
+    deadline = time.monotonic() + PATIENCE / 1000
     while not due or not all("T04:30" in run["expected_start_time"] for run in due):
+        assert time.monotonic() < deadline, due
         prefect_page.wait_for_timeout(500)  # the scheduler looks every few seconds
         due = ask(stack, f"{prefect_address(stack)}/api/flow_runs/filter", wanted)
     assert all(run["tags"] == ["auto-scheduled"] and run["parameters"] == before["parameters"] for run in due)
     prefect_page.locator(".deployment-schedule-card .p-toggle__control").click()
     while deployment(stack)["schedules"][0]["active"]:
+        assert time.monotonic() < deadline, "it is not paused"
         prefect_page.wait_for_timeout(200)
 
 

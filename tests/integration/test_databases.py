@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from diffusion.errors import UserError
-from diffusion.tracking.database import is_current, make_current, make_mlflow_current
+from diffusion.errors import TrackingError
+from diffusion.tracking.database import WORK, is_current, make_current, make_mlflow_current
 from flows.prefect_database import make_prefect_current
 
 pytestmark = pytest.mark.slow
@@ -68,14 +70,19 @@ MAKE = {
 }
 
 
-def kill_while_it_works(path: Path, program: str, delay: float) -> None:
-    """Make it current in a process that is killed, with all that it started, so long after its work began."""
+def kill_in_mid_migration(path: Path, program: str) -> None:
+    """Make it current in a process that is killed, with all that it started, when some of the migrations have run."""
     module, make = MAKE[program]
     code = f"from pathlib import Path; import {module} as it; it.{make.__name__}(Path({str(path)!r}))"
+    before = content(path) if path.exists() else []
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not [*path.parent.glob(".upgrading-*/*.db")]:
+    while process.poll() is None:
+        with contextlib.suppress(sqlite3.Error):  # it is being written
+            if any(
+                len(found := content(work)) > 2 and found != before for work in path.parent.glob(f"{WORK}*/{path.name}")
+            ):
+                break
         time.sleep(0.01)
-    time.sleep(delay)
     assert process.poll() is None, "it was done before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -88,15 +95,16 @@ def test_an_interrupted_upgrade_leaves_what_was_there(
     path, (_, make) = tmp_path / f"{program}.db", MAKE[program]
     earlier(path)
     before = content(path)
-    kill_while_it_works(path, program, random.Random(program).uniform(0.5, 2.0))
+    kill_in_mid_migration(path, program)
     assert content(path) == before
     assert not is_current(path, program)
     make(path)
     assert is_current(path, program)
     assert "kept" in names(path, program)
-    assert content(path.with_name(f"{program}.db.before")) == before
-    assert {one.name for one in tmp_path.glob("*.db*")} == {path.name, f"{path.name}.before"}
-    assert not [*tmp_path.glob(".upgrading-*")]
+    assert content(kept := path.with_name(f"{program}.db.before")) == before
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert {one.name for one in tmp_path.glob("*.db*")} == {path.name, kept.name}
+    assert not [*tmp_path.glob(f"{WORK}*")]
     after = content(path)
     make(path)
     assert content(path) == after
@@ -105,10 +113,46 @@ def test_an_interrupted_upgrade_leaves_what_was_there(
 def test_a_first_start_that_is_killed_leaves_nothing_that_a_later_one_stumbles_over(tmp_path: Path) -> None:
     """MLflow's own way, one kill in ten: a constraint that is there already, at each later start."""
     path = tmp_path / "mlflow.db"
-    kill_while_it_works(path, "mlflow", 0.5)
+    kill_in_mid_migration(path, "mlflow")
     assert content(path) == ["BEGIN TRANSACTION;", "COMMIT;"]
     make_mlflow_current(path)
     assert names(path, "mlflow") == {"Default"}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+ROWS = "AS WITH RECURSIVE n(i) AS (VALUES(1) UNION SELECT i + 1 FROM n WHERE i < 300000) SELECT i FROM n"
+SWAP = f"""
+import sqlite3, sys
+from pathlib import Path
+from diffusion.tracking.database import make_current
+def upgrade(path):
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE more {ROWS}")
+        database.execute("UPDATE some SET i = -i")
+make_current(Path(sys.argv[1]), "prefect", upgrade)
+"""
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_killed_while_the_new_one_takes_the_place_of_the_old_one_it_is_one_of_them(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "some.db"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(f"PRAGMA journal_mode = {mode}")
+        database.execute(f"CREATE TABLE some {ROWS}")
+    written = path.with_name("some.db-journal" if mode == "delete" else "some.db-wal")
+    before = path.stat().st_size
+    process = subprocess.Popen([sys.executable, "-c", SWAP, str(path)])
+    while process.poll() is None and not (written.exists() and written.stat().st_size > 100_000):
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+        (total,) = database.execute("SELECT sum(i) FROM some").fetchone()
+    whole = 300_000 * 300_001 // 2
+    assert (tables, total) in [({"some"}, whole), ({"some", "more"}, -whole)]
+    assert path.stat().st_size >= before
 
 
 def test_a_database_of_a_newer_version_is_refused_as_it_is(tmp_path: Path) -> None:
@@ -118,11 +162,32 @@ def test_a_database_of_a_newer_version_is_refused_as_it_is(tmp_path: Path) -> No
         database.execute("INSERT INTO alembic_version VALUES ('of the year 2040')")
     before = content(path)
     with pytest.raises(
-        UserError, match=r"can't be brought to what mlflow 3\..* needs: .*of the year 2040.*install that one"
+        TrackingError, match=r"can't be brought to what mlflow 3\..* needs: .*of the year 2040.*install that one"
     ):
         make_mlflow_current(path)
     assert content(path) == before
     assert [one.name for one in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_what_is_said_of_one_that_was_broken_before_is_what_is_wrong(tmp_path: Path) -> None:
+    def upgrade(_: Path) -> None:
+        raise RuntimeError(
+            "no such table: runs\n[SQL: SELECT 1]\n(Background on this error at: https://sqlalche.me/e/20/e3q8)"
+        )
+
+    with pytest.raises(TrackingError, match="needs: no such table: runs Nothing in it has changed"):
+        make_current(tmp_path / "x.db", "mlflow", upgrade)
+
+
+@pytest.mark.parametrize("wrong", ["no database", "read only"])
+def test_what_can_t_be_used_is_a_sentence(tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mlflow.db"
+    if wrong == "no database":
+        path.write_text("a shopping list, and more than the sixteen bytes of a header" * 20)
+    else:
+        monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(TrackingError, match=r"mlflow\.db can't be read or written"):
+        make_mlflow_current(path)
 
 
 def test_one_that_others_use_is_left_until_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +197,45 @@ def test_one_that_others_use_is_left_until_they_end(tmp_path: Path, monkeypatch:
         other.execute("PRAGMA journal_mode = WAL")  # as Prefect has it: who only looks is seen, too
         other.execute("CREATE TABLE flow (name)")
         other.execute("SELECT * FROM flow")
-        with pytest.raises(UserError, match="is in use"):
+        with pytest.raises(TrackingError, match="used or upgraded by another process"):
             make_current(path, "prefect", lambda _: pytest.fail("upgraded while others use it"))
     done: list[Path] = []
     make_current(path, "prefect", done.append)
     assert len(done) == 1
     assert is_current(path, "prefect")
+
+
+IDLE = """
+import sqlite3, sys, time
+database = sqlite3.connect(sys.argv[1])
+database.execute("SELECT * FROM runs").fetchall()
+print("here", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_that_is_idle_is_seen_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE runs (name)")
+    with subprocess.Popen([sys.executable, "-c", IDLE, str(path)], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        with pytest.raises(TrackingError, match=f"process {server.pid} .* has it open"):
+            make_current(path, "mlflow", lambda _: pytest.fail("upgraded under a server"))
+        server.kill()
+
+
+def test_of_two_first_starts_at_once_one_makes_it_and_the_other_waits(tmp_path: Path) -> None:
+    path, made = tmp_path / "x.db", []
+
+    def upgrade(work: Path) -> None:
+        time.sleep(0.5)
+        with closing(sqlite3.connect(work)) as database:
+            database.execute("CREATE TABLE runs (name)")
+        made.append(work)
+
+    with ThreadPoolExecutor() as both:
+        for done in [both.submit(make_current, path, "mlflow", upgrade) for _ in range(2)]:
+            done.result()
+    assert len(made) == 1

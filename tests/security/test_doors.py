@@ -97,6 +97,10 @@ PAGES = {
 }
 
 
+SAVE = "from prefect.blocks.system import Secret; Secret(value='kept').save('of-the-tests')"
+LOAD = "from prefect.blocks.system import Secret; print(Secret.load('of-the-tests').get())"
+
+
 @pytest.mark.last(1)
 def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_names_of_a_proxy(stack: Project) -> None:
     """Both take a start of the servers."""
@@ -105,6 +109,8 @@ def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_nam
     home = Path(stack.env["HOME"])
     profiles = home / ".prefect" / "profiles.toml"
     old, before = stack.servers["MLFLOW_TRACKING_PASSWORD"], stack.servers
+    saved = stack.shell(sys.executable, "-c", SAVE)
+    assert saved.returncode == 0, saved.stderr
     assert f"admin:{old}" in profiles.read_text()
     changed = stack.stack("password", **PAGES)
     assert changed.returncode == 0, changed.stdout + changed.stderr
@@ -124,6 +130,7 @@ def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_nam
     assert stat.S_IMODE(profiles.stat().st_mode) == 0o600
     ran = stack.shell("prefect", "deployment", "run", "clean-up", "--watch", folder=home)
     assert "Completed" in ran.stdout, ran.stdout + ran.stderr
+    assert stack.shell(sys.executable, "-c", LOAD).stdout.strip() == "kept", "blocks have lost their key"
     # What `up`, `profile` and `password` started was looked at meanwhile.
     for words in ("prefect\0server", "mlflow\0server", "infra/profile.py"):
         assert [line for line in stack.arguments if words in line], words
