@@ -18,6 +18,7 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import Abort
 from prefect.states import Cancelled, Crashed, State
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -182,23 +183,27 @@ def _crash_flow_run(flow_run: str, reason: str) -> None:
             log.info("Prefect does not know the flow run %s", flow_run)
 
 
-def be_the_only_run(home: Path, name: str, seconds: float = LOCK_SECONDS) -> None:
+def be_the_only_run(home: Path, name: str, flow_run: str, seconds: float = LOCK_SECONDS) -> None:
     """Keep other deployed runs of this home from beginning until this process ends: Prefect's own limit lets a retry pass.
 
-    Raises RunBusy, with the name of the run that is under way.
+    Raises RunBusy, with the name of the run that is under way. If that is this very run, Abort: Prefect tells of one crash twice,
+    the second time up to half a minute late, and a retry in between is started twice. The first goes on, and its state is the run's.
     """
     folder = home / ONLY_RUN
     try:
         _held.append(lock_folder(folder, seconds))
     except RunBusy:
         try:
-            other = shown(read_private(folder / "name"))
+            other, _, its_flow_run = read_private(folder / "name").partition("\n")
         except (OSError, UserError):
-            other = "another one"
+            other, its_flow_run = "another one", ""
+        if its_flow_run == flow_run:
+            say("This run is under way already, in another process, which goes on.")
+            raise Abort from None
         raise RunBusy(
-            f"One run at a time: {other} is under way here. Wait for it to end, or cancel it, and retry this one."
+            f"One run at a time: {shown(other)} is under way here. Wait for it to end, or cancel it, and retry this one."
         ) from None
-    write_private(folder / "name", name)
+    write_private(folder / "name", f"{name}\n{flow_run}")
 
 
 def say_why(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:

@@ -113,7 +113,7 @@ def train_diffusion(
     redact_logs()
     if not attended():
         end_with_worker()
-        be_the_only_run(settings().home, str(runtime.flow_run.name))
+        be_the_only_run(settings().home, str(runtime.flow_run.name), str(runtime.flow_run.id))
     use_block(settings().s3_block)
     recipe, workers = check_before_compute(request)
     limit = time_limit or (NIGHT_HOURS if is_night() else None)

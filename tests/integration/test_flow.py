@@ -18,8 +18,9 @@ import pytest
 import tifffile
 from mlflow.exceptions import MlflowException
 from PIL import Image
-from prefect import flow
+from prefect import flow, runtime
 from prefect.client.orchestration import get_client
+from prefect.exceptions import Abort
 from prefect.states import Cancelled, Crashed, Running
 
 import mlflow
@@ -34,6 +35,7 @@ from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows import launcher
 from flows.checks import check_free
+from flows.owner import be_the_only_run
 from tests.conftest import TINY, lay_out
 from tests.ranks import fork_rank
 
@@ -328,6 +330,32 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
     assert night(yesterday, parameters, 1) + night(datetime.now(UTC), parameters, 1) == ["Completed", "Skipped"]
     newest, _ = tracking.search_runs([run.info.experiment_id])
     assert newest.data.params["seed"] == "0"
+
+
+@flow
+def deployed(home: str) -> None:
+    """What a deployed run does first."""
+    be_the_only_run(Path(home), "1129-0200-nightly", str(runtime.flow_run.id), seconds=0)
+
+
+def test_of_one_run_that_was_started_twice_the_first_goes_on_and_says_how_it_ends(
+    prefect_server: None, tmp_path: Path
+) -> None:
+    """Retried while Prefect's worker had yet to report the crash: it is reported again, of the retry, and retried again."""
+    from prefect.flow_engine import run_flow as run_engine
+
+    hold = "import sys; from pathlib import Path; from flows.owner import be_the_only_run; "
+    hold += "be_the_only_run(Path(sys.argv[1]), 'x', sys.argv[2]); print('held', flush=True); sys.stdin.read()"
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(deployed, parameters={"home": str(tmp_path)}, state=Running())
+        command = [sys.executable, "-c", hold, str(tmp_path), str(run.id)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+            assert first.stdout is not None
+            first.stdout.readline()
+            with pytest.raises(Abort):
+                run_engine(deployed, flow_run=client.read_flow_run(run.id), parameters={"home": str(tmp_path)})
+            first.kill()
+        assert client.read_flow_run(run.id).state_name == "Running"
 
 
 @flow

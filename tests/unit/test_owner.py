@@ -34,15 +34,15 @@ def test_a_process_that_has_ended_is_dead_also_as_a_zombie() -> None:
 
 def test_of_two_deployed_runs_on_one_machine_the_second_is_told_of_the_first(tmp_path: Path) -> None:
     hold = "import sys, time; from pathlib import Path; from flows.owner import be_the_only_run; "
-    hold += "be_the_only_run(Path(sys.argv[1]), '1127-0200-nightly'); print('held', flush=True); time.sleep(60)"
+    hold += "be_the_only_run(Path(sys.argv[1]), '1127-0200-nightly', '1'); print('held', flush=True); time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
     assert first.stdout is not None
     first.stdout.readline()
     with pytest.raises(RunBusy, match="1127-0200-nightly is under way here"):
-        be_the_only_run(tmp_path, "retried", seconds=0)
+        be_the_only_run(tmp_path, "retried", "2", seconds=0)
     first.kill()
     first.wait()
-    be_the_only_run(tmp_path, "retried")
+    be_the_only_run(tmp_path, "retried", "2")
 
 
 def test_another_process_under_the_same_number_is_not_the_owner() -> None:
