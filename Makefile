@@ -10,7 +10,7 @@ help: ## What there is
 
 # Processes that tests run on, side by side.
 WORKERS := 3
-FAULT_WORKERS := 4
+FAULT_WORKERS := 3
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
