@@ -147,7 +147,7 @@ def _told(path: Path) -> Iterator[None]:
                 f"{path} is used or upgraded by another process. Wait for it, or end it (make down), and start again."
             ) from error
         raise TrackingError(
-            f"{path} can't be read or written ({error}). Nothing in it has changed. Make room, or the file and its folder writable; "
+            f"{path} can't be used ({error}). Nothing in it has changed. Make room, or the file and its folder writable; "
             "if it is no database, move it away."
         ) from error
 
@@ -162,13 +162,13 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
 def _owned(path: Path) -> Iterator[sqlite3.Connection]:
     """The database, which nobody else reads or writes meanwhile."""
     with _opened(path) as database:
+        if _schema_of(database) and (user := _other_user(path)):
+            raise TrackingError(
+                f"{path} has to be upgraded, and process {user} has it open. Wait for it or end it (make down), and start again."
+            )
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute("BEGIN EXCLUSIVE")
         database.execute("COMMIT")  # the lock stays
-        if _schema_of(database) and (user := _other_user(path)):
-            raise TrackingError(
-                f"{path} has to be upgraded, and process {user} has it open. End it (make down), and start again."
-            )
         yield database
 
 

@@ -186,7 +186,7 @@ def test_what_can_t_be_used_is_a_sentence(tmp_path: Path, wrong: str, monkeypatc
         path.write_text("a shopping list, and more than the sixteen bytes of a header" * 20)
     else:
         monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(TrackingError, match=r"mlflow\.db can't be read or written"):
+    with pytest.raises(TrackingError, match=r"mlflow\.db can't be used"):
         make_mlflow_current(path)
 
 
