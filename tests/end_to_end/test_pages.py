@@ -186,7 +186,10 @@ def test_a_night_is_moved_and_paused_by_the_page(prefect_page: Page, stack: Proj
     cron.fill("30 4 * * *")
     dialog.get_by_role("button", name="Save").click()
     expect(dialog).to_have_count(0)
-    (moved,) = deployment(stack)["schedules"]
+    deadline = time.monotonic() + PATIENCE / 1000
+    while (moved := deployment(stack)["schedules"][0])["schedule"] == night["schedule"]:  # the dialog closes first
+        assert time.monotonic() < deadline, "it is not moved"
+        prefect_page.wait_for_timeout(200)
     same = ("id", "slug", "active", "parameters")
     assert {key: moved[key] for key in same} == {key: night[key] for key in same}
     assert moved["schedule"] == night["schedule"] | {"cron": "30 4 * * *"}
@@ -195,7 +198,6 @@ def test_a_night_is_moved_and_paused_by_the_page(prefect_page: Page, stack: Proj
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
     }
     due: list[dict[str, Any]] = []
-    deadline = time.monotonic() + PATIENCE / 1000
     while not due or not all("T04:30" in run["expected_start_time"] for run in due):
         assert time.monotonic() < deadline, due
         prefect_page.wait_for_timeout(500)  # the scheduler looks every few seconds
