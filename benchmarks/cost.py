@@ -30,7 +30,8 @@ from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, Store, open_store
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
+from diffusion.tracking.experiment import open_experiment
+from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.batches import Batches
 from diffusion.training.journal import TIMING, records

@@ -20,7 +20,8 @@ from benchmarks.browser import View, median, print_table, server, time_views
 from diffusion.recipe import flatten
 from diffusion.recipe_files import load_recipe
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import RUN_KEY, open_experiment
+from diffusion.tracking.experiment import open_experiment
+from diffusion.tracking.run import RUN_KEY
 from mlflow import MlflowClient
 
 PORT = 5791

@@ -10,7 +10,7 @@ from diffusion.evaluation.identity import required_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, check_writable, open_store
-from diffusion.tracking.run import open_tracking
+from diffusion.tracking.experiment import open_tracking
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest, usable_workers
 

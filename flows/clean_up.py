@@ -17,9 +17,9 @@ from diffusion.jobs.lock import lock_folder
 from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
+from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import past_champions
 from diffusion.tracking.retention import find_superseded
-from diffusion.tracking.run import open_tracking
 from diffusion.training.state import checkpoint_names, steps_begun
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs, shown

@@ -22,7 +22,8 @@ from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.connection import when_it_answers
-from diffusion.tracking.run import Lineage, TrackedRun, open_tracking, unfinished_run
+from diffusion.tracking.experiment import open_tracking
+from diffusion.tracking.run import Lineage, TrackedRun, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import Hosts, Machine, SystemMetrics
 from diffusion.trust.redaction import fit_to_leave

@@ -22,15 +22,19 @@ OWN_DATABASES = {
 }
 
 
+def is_own(variable: str) -> bool:
+    """Whether the database that this variable names is that of this installation: a user's may be shared, and has its own key."""
+    return os.environ.get(variable, OWN_DATABASES[variable]) == OWN_DATABASES[variable]
+
+
 def make_databases_current() -> None:
     """Have them be what the installed servers need; a user's own servers are brought up to date by whoever keeps them."""
-    own = [variable not in os.environ for variable in OWN_DATABASES]
     prefect: list[Callable[[], None]] = []
     mlflow: list[Callable[[], None]] = []
-    if own[0] and not is_current(PREFECT, "prefect"):
+    if is_own("PREFECT_SERVER_DATABASE_CONNECTION_URL") and not is_current(PREFECT, "prefect"):
         encryption_key(STACK, PREFECT)  # out of the database, before that is copied
         prefect.append(partial(make_prefect_current, PREFECT))
-    if own[1] and not is_current(MLFLOW, "mlflow"):
+    if is_own("MLFLOW_BACKEND_STORE_URI") and not is_current(MLFLOW, "mlflow"):
         mlflow.append(partial(make_mlflow_current, MLFLOW))
     if settings().auth == "on" and not is_current(MLFLOW_USERS, "mlflow"):
         mlflow.append(partial(make_current, MLFLOW_USERS, "mlflow", mlflow_auth.upgrade))

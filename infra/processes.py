@@ -20,10 +20,9 @@ from diffusion.trust.private import write_private
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TRAIN_DIFFUSION_HOME", str(PROJECT / "var"))  # from whatever folder it is called
-# What is imported here tells nobody that it was, and says no more than it must.
-QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
-for name, value in QUIET.items():
-    os.environ.setdefault(name, value)
+# What is imported or started here tells nobody that it was.
+os.environ |= {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 reach_loopback_directly()
 try:
     HOME = settings().home
@@ -53,8 +52,6 @@ def base_environment(*withheld: str) -> dict[str, str]:
         "PREFECT_HOME": str(HOME / "prefect"),
         "PREFECT_PLUGINS_ENABLED": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
         "MPLCONFIGDIR": str(HOME / "matplotlib"),
     }
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import mlflow_auth
-from databases import MLFLOW_USERS, OWN_DATABASES, PREFECT, make_databases_current
+from databases import MLFLOW_USERS, OWN_DATABASES, PREFECT, is_own, make_databases_current
 from processes import (
     BIN,
     HOME,
@@ -129,7 +129,7 @@ def start_prefect(port: int, addresses: Addresses) -> None:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     database = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
-    if database not in env:  # another database may be shared, and has its own key
+    if is_own(database):
         env[database] = OWN_DATABASES[database]
         env["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(STACK, PREFECT)
     if addresses.password:
@@ -221,7 +221,7 @@ def table_of_runs(env: dict[str, str]) -> Iterator[Callable[[], str]]:
     """
     code = (
         "from diffusion.settings import settings; from diffusion.tracking.pages import runs_page; "
-        "from diffusion.tracking.run import open_tracking; print(runs_page(open_tracking(settings())[1]))"
+        "from diffusion.tracking.experiment import open_tracking; print(runs_page(open_tracking(settings())[1]))"
     )
     asked = subprocess.Popen(
         [sys.executable, "-c", code], cwd=PROJECT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -379,9 +379,7 @@ def password() -> None:
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
     for process in filter(None, map(find, NAMES)):  # and with the same settings
         for variable, value in process.environ().items():
-            if variable.startswith(KEPT) and value != OWN_DATABASES.get(
-                variable
-            ):  # else it would be taken for a user's
+            if variable.startswith(KEPT):
                 os.environ.setdefault(variable, value)
     made = new_password(STACK)
     if any(map(find, NAMES)):

@@ -29,7 +29,7 @@ from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
-from diffusion.tracking.run import open_tracking
+from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home

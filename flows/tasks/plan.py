@@ -14,9 +14,10 @@ from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, Start
 from diffusion.settings import settings
 from diffusion.store.objects import Store, open_store
+from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.registry import model_name
-from diffusion.tracking.run import finished_run, open_tracking, recorded_start
+from diffusion.tracking.run import finished_run, recorded_start
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows.progress import say

@@ -11,7 +11,8 @@ from diffusion.data.ingest import find_dataset
 from diffusion.jobs.specs import TrainingJob
 from diffusion.store.objects import open_store
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
+from diffusion.tracking.experiment import open_experiment
+from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from flows.engines.placement import Placement
 from flows.launcher import run_job, run_on_cluster

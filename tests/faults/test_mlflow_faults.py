@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from diffusion.tracking.connection import connect
-from diffusion.tracking.run import Lineage, TrackedRun, open_experiment
+from diffusion.tracking.experiment import open_experiment
+from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from flows.owner import ENDING, Ending, close_abandoned, this_process

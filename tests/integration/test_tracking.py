@@ -43,11 +43,12 @@ from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
+from diffusion.tracking.experiment import NOTE, open_experiment
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.promotion import champion_version, decide
 from diffusion.tracking.registry import publish
-from diffusion.tracking.run import NOTE, Lineage, TrackedRun, open_experiment, recorded_start, unfinished_run
+from diffusion.tracking.run import Lineage, TrackedRun, recorded_start, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.tracking.version_tags import tags_of

@@ -19,8 +19,9 @@ from diffusion.recipe import Start
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, S3Store
+from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import Promotion, past_champions
-from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, open_tracking, recorded_start, unfinished_run
+from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
 from diffusion.training.state import CheckpointState
 from flows.request import TrainingRequest, usable_processes
 from mlflow import MlflowClient
