@@ -8,6 +8,9 @@ BIN := .venv/bin
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
+# Set by many container images: each process would then read torch's sources anew, which takes three seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Processes that tests run on, side by side.
 WORKERS := 3
 FAULT_WORKERS := 3
