@@ -95,7 +95,8 @@ class Process(Part):
     """The forward process and what is predicted of it."""
 
     schedule: Literal["cosine", "cosine_discrete", "linear"] = "cosine"
-    """cosine: continuous time between the two ends below. cosine_discrete, linear: the published tables of `steps`."""
+    """cosine: continuous time between the two ends below. cosine_discrete, linear: the published tables of `steps`. Sampling and
+    the bound follow its shape; training does with `objective.noise_levels: uniform` or `importance`, else its ends alone."""
     log_snr_max: float = Field(default=7.5, ge=-60, le=60)
     """The clean end of the continuous schedule: noise of about one grey level, where the bound is tightest."""
     log_snr_min: float = Field(default=-10.0, ge=-60, le=60)

@@ -15,7 +15,7 @@ cd "${SLURM_SUBMIT_DIR:?submit it with sbatch}"
 umask 077
 python=.venv/bin/python
 
-export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token
 # Steps inherit the environment: the token is in no argument.
 RAY_AUTH_TOKEN=$($python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
@@ -31,10 +31,12 @@ ray_on() { # node, and what tells a head from the others
   own=$(address "$node")
   srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" .venv/bin/ray start "$@" --node-ip-address="$own" --block \
     --min-worker-port=0 --max-worker-port=0 --disable-usage-stats &
+  rays+=($!)
 }
+rays=()
 ray_on "${nodes[0]}" --head --port="$port" --include-dashboard=false
 for node in "${nodes[@]:1}"; do ray_on "$node" --address="$RAY_ADDRESS"; done
-$python - "${#nodes[@]}" <<'END'
+$python - "${#nodes[@]}" <<'END' &
 import sys, time, ray
 deadline = time.monotonic() + 300
 while True:
@@ -50,6 +52,14 @@ while len([node for node in ray.nodes() if node["Alive"]]) < int(sys.argv[1]):
         sys.exit("not every node has joined: see above")
     time.sleep(1)
 END
+joined=$!
+while kill -0 $joined 2>/dev/null; do
+  for ray in "${rays[@]}"; do
+    kill -0 "$ray" 2>/dev/null || { echo "Ray did not start on every node: see above" >&2; exit 1; }
+  done
+  sleep 1
+done
+wait $joined
 
 $python -m flows.commands.demo "$@" &
 flow=$!
@@ -57,5 +67,5 @@ trap 'kill -TERM $flow' TERM # a checkpoint, then gone
 code=0
 wait $flow || code=$?
 if kill -0 $flow 2>/dev/null; then wait $flow || code=$?; fi # asked to end, it is waited for
-kill %1 2>/dev/null || true # Ray's head; the others follow
+kill "${rays[0]}" 2>/dev/null || true # the head; the others follow
 exit $code

@@ -184,7 +184,7 @@ SCRIPT = """'"><img src=x onerror="alert(1)">"""
 
 @pytest.fixture(scope="session")
 def own_images(stack: Project) -> str:
-    """What the third command of the README prints, with a smaller recipe behind it. The classes have names that are scripts."""
+    """What the README's command for images of one's own prints, with a smaller recipe. The classes have names that are scripts."""
     readme = Path(__file__).parents[1] / "README.md"
     (command,) = [line for line in readme.read_text().splitlines() if "source=$HOME" in line]
     rng = np.random.default_rng(0)

@@ -65,10 +65,8 @@ class Project:
             looking.join()
 
 
-@contextmanager
-def running_project(parent: Path, archive: Path, **environment: str) -> Iterator[Project]:
-    """Bring the stack up in a folder of its own, with the archive where the generated one is looked for."""
-    folder = parent / "project"
+def copy_project(folder: Path, archive: Path) -> None:
+    """A copy of the project that uses this environment, with the archive where the generated one is looked for."""
     folder.mkdir(exist_ok=True)
     locks = (path.name for path in PROJECT.glob("requirements*.lock"))
     for name in ("flows", "infra", "mlflow", "prefect.yaml", "pyproject.toml", "Makefile", *locks):
@@ -79,6 +77,13 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
             shutil.copy2(source, folder / name)  # as old as it is: `make` has nothing to install
     (folder / ".venv").symlink_to(BIN.parent)
     lay_out(folder / "var", archive)
+
+
+@contextmanager
+def running_project(parent: Path, archive: Path, **environment: str) -> Iterator[Project]:
+    """Bring the stack up in a folder of its own, with the archive where the generated one is looked for."""
+    folder = parent / "project"
+    copy_project(folder, archive)
     home = folder.parent / "home"
     home.mkdir()
     env = {

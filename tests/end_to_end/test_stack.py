@@ -72,6 +72,7 @@ def test_a_model_is_used_from_any_folder_by_the_words_of_the_pages(
     (load,) = blocks("README.md", "Use a model", "python")
     (by_mlflow,) = blocks("docs/promotion.md", "Using a version", "python")
     (served,) = blocks("docs/promotion.md", "Using a version", "")
+    (rolled_back,) = blocks("docs/promotion.md", "An older version", "python")
     serve, ask = served.splitlines()
     port = str(free_port())
     script = f"""
@@ -84,6 +85,10 @@ python - <<'CODE'
 {by_mlflow}
 print(images.shape, more_typical.shape)
 CODE
+python - <<'CODE'
+{rolled_back.replace('"3"', '"1"')}
+print(mlflow.MlflowClient().get_model_version_by_alias("eurosat-ddpm", "champion").version, "is champion")
+CODE
 {serve} >serve.log 2>&1 &
 trap "kill $!; pkill -P $!" EXIT
 for try in $(seq 120); do {ask} >answer.json 2>/dev/null && grep -q predictions answer.json && break; sleep 1; done
@@ -93,6 +98,7 @@ cat answer.json
     done = stack.shell("bash", "-c", script, env={"MLFLOW_DISABLE_TELEMETRY": "true"})
     assert Image.open(tmp_path / "river.png").size == (16, 16), done.stdout + done.stderr
     assert "(8, 16, 16, 3) (8, 16, 16, 3)" in done.stdout, done.stdout + done.stderr
+    assert "1 is champion" in done.stdout, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("{"), (tmp_path / "serve.log").read_text()[-3000:]
     answer = json.loads(last)
@@ -100,7 +106,7 @@ cat answer.json
     assert not list(tmp_path.glob("*.db")), "a database of nobody's was begun there"
 
 
-def test_the_third_command_trains_on_a_folder_of_one_s_own(own_images: str) -> None:
+def test_the_command_for_one_s_own_images_trains_on_a_folder_of_one_s_own(own_images: str) -> None:
     assert "Completed" in own_images
 
 

@@ -1,5 +1,7 @@
 """Parameters of a run are checked where they are typed."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,18 @@ def test_what_is_right_or_lies_on_the_worker_s_machine_passes(tmp_path: Path) ->
     (tmp_path / "mine.yaml").write_text("data: {imags: 3}\n")
     with pytest.raises(RecipeError, match="did you mean"):
         check_parameters(["-p", f"preset={tmp_path / 'mine.yaml'}"])
+
+
+PROJECT = Path(__file__).parents[2]
+TYPED = re.compile(r"^prefect deployment run train-diffusion(?: .*\\\n)*.*$", re.MULTILINE)
+COMMANDS = [
+    command
+    for page in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))
+    for command in TYPED.findall(page.read_text())
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_run_that_a_page_shows_is_taken(command: str) -> None:
+    assert len(COMMANDS) > 2
+    check_parameters(shlex.split(command.replace("\\\n", " "))[4:])
