@@ -29,6 +29,10 @@ class StopRequest:
         os.set_blocking(tell, False)
         signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
         threading.Thread(target=_end_in_time, args=(heard,), name="end in time", daemon=True).start()
+        self.take_signal()
+
+    def take_signal(self) -> None:
+        """Be who hears of SIGTERM, also after a library has put a handler of its own in the place."""
         signal.signal(signal.SIGTERM, self._make)
 
     def _make(self, *_: object) -> None:

@@ -161,6 +161,7 @@ def main() -> int:
     try:
         placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
         with lock_folder(folder), connected(placement.threads):
+            stop.take_signal()  # Ray's own handler ends the process at once, and with it the ranks
             return 0 if run(folder, stop) else 128 + signal.SIGTERM
     except Exception as error:
         put(folder / ERROR, json.dumps(report_of(error, 0)).encode(), Path.replace)

@@ -81,8 +81,14 @@ class Slurm:
 
     def submit(self) -> str:
         """By the command of the page, with a recipe that ends within minutes. Returns the job's number."""
+        for path in self.outputs():
+            path.unlink()  # of the job before: what is read is this one's
         (number,) = re.findall(r"\d+", self.say(*documented("sbatch").split(), "--source=generated", *RECIPE))
         return number
+
+    def outputs(self) -> list[Path]:
+        """What the ranks of the training have said."""
+        return list((self.project / "var/runs").glob("demo-*/output.log"))
 
     def state(self, job: str) -> str:
         (state,) = re.findall(r"JobState=(\w+)", self.say("scontrol", "show", "job", job))
@@ -97,10 +103,10 @@ class Slurm:
         assert self.state(job) in states, self.log(job)[-5000:]
 
     def wait_for_training(self, job: str) -> None:
-        """Until both nodes have been at it for a while."""
+        """Until both nodes are at it."""
 
         def trains() -> bool:
-            text = "".join(path.read_text() for path in (self.project / "var/runs").rglob("output.log"))
+            text = "".join(path.read_text() for path in self.outputs())
             return all(f"] on {node.name} ({node.address})" in text.rpartition("step")[0] for node in self.nodes)
 
         wait_until(lambda: trains() or self.state(job) not in UNDER_WAY, lambda: self.log(job)[-3000:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import smtplib
@@ -14,15 +13,10 @@ import stat
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -37,7 +31,6 @@ from flows.plugins.mail import SmtpMail
 from tests.conftest import free_port
 from tests.running import OLD_KEY
 from tests.security.other_user import listening
-from tests.stack import Project
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -305,16 +298,6 @@ def test_no_password_goes_over_an_open_link_and_no_library_error_escapes() -> No
 # A client and its servers.
 
 
-def status_of(url: str, user: str, password: str) -> int:
-    request = urllib.request.Request(url)
-    request.add_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 @pytest.fixture
 def stranger() -> Iterator[tuple[int, list[str]]]:
     """Somebody who listens on a port of this machine, and what they are told."""
@@ -369,38 +352,3 @@ def test_a_file_of_the_current_folder_does_not_get_the_profile_s_password(
         assert "is not used" in done.stderr
     else:
         assert stranger[1] != [], done.stderr
-
-
-@pytest.mark.slow
-def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(stack: Project) -> None:
-    env = stack.env | {"TRAIN_DIFFUSION_HOME": str(stack.folder / "var")}
-    command = [sys.executable, "-m", "flows.commands.demo", "--source", "generated", "--set", "data.images=100000"]
-    log = stack.folder / "demo.log"
-    with log.open("wb") as output:
-        demo = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=output, stderr=output)
-    tree: list[psutil.Process] = []
-    try:
-        ports: set[int] = set()
-        deadline = time.monotonic() + 600
-        while not ports:
-            assert demo.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-            tree = psutil.Process(demo.pid).children(recursive=True)
-            for process in tree:
-                ports |= {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-        password = stack.servers["MLFLOW_TRACKING_PASSWORD"]
-        for port in ports:
-            api = f"http://127.0.0.1:{port}/api"
-            while (status := status_of(f"{api}/admin/version", "", "")) not in (401, 403):
-                assert status != 200, "an answer without a password"
-            assert status_of(f"{api}/admin/version", "admin", password) == 401
-            assert status_of(f"{api}/block_documents/", "demo", "") == 401
-    finally:
-        tree = psutil.Process(demo.pid).children(recursive=True)
-        demo.kill()
-        demo.wait()
-        for process in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    assert status_of(f"{stack.servers['PREFECT_API_URL']}/admin/version", "admin", password) == 200

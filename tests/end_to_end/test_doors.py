@@ -1,21 +1,25 @@
-"""All routes of both servers for whoever has no password; a password that is changed; servers that have none."""
+"""All routes of both servers, and of a demo beside them, without a password; a password that is changed; servers that have none."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import stat
+import subprocess
 import sys
+import time
 import urllib.request
 from base64 import b64encode
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from tests.conftest import free_port
-from tests.security.test_running import ask
+from tests.end_to_end.test_running import ask
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
@@ -40,8 +44,8 @@ print(json.dumps(sorted(found)))
 """
 
 
-def basic(password: str) -> dict[str, str]:
-    return {"Authorization": f"Basic {b64encode(f'admin:{password}'.encode()).decode()}"}
+def basic(password: str, user: str = "admin") -> dict[str, str]:
+    return {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"}
 
 
 def walk(server: str, routes: list[tuple[str, str]], headers: dict[str, str]) -> dict[tuple[str, str], int]:
@@ -89,6 +93,40 @@ def test_no_route_of_mlflow_answers_without_the_password(stack: Project, tmp_pat
     assert said.pop("store_type") == "SqlStore"
     assert {type(value) for value in said.values()} <= {bool, dict}, said
     assert str(stack.folder) not in str(said)
+
+
+def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(stack: Project) -> None:
+    env = stack.env | {"TRAIN_DIFFUSION_HOME": str(stack.folder / "var")}
+    command = [sys.executable, "-m", "flows.commands.demo", "--source", "generated", "--set", "data.images=100000"]
+    log = stack.folder / "demo.log"
+    with log.open("wb") as output:
+        demo = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=output)
+    tree: list[psutil.Process] = []
+    try:
+        ports: set[int] = set()
+        deadline = time.monotonic() + 600
+        while not ports:
+            assert demo.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+            tree = psutil.Process(demo.pid).children(recursive=True)
+            for process in tree:
+                ports |= {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        password = stack.servers["MLFLOW_TRACKING_PASSWORD"]
+        for port in ports:
+            api = f"http://127.0.0.1:{port}/api"
+            while (status := ask(f"{api}/admin/version", "GET", {})[0]) not in (401, 403):
+                assert status != 200, "an answer without a password"
+            assert ask(f"{api}/admin/version", "GET", basic(password))[0] == 401
+            assert ask(f"{api}/block_documents/", "GET", basic("", "demo"))[0] == 401
+    finally:
+        tree = psutil.Process(demo.pid).children(recursive=True)
+        demo.kill()
+        demo.wait()
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert ask(f"{stack.servers['PREFECT_API_URL']}/admin/version", "GET", basic(password))[0] == 200
 
 
 PAGES = {

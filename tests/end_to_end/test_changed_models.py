@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -33,7 +32,6 @@ CHANGES = {
 }
 
 
-@pytest.mark.slow
 def test_changed_files_are_refused_before_their_code_runs(
     training: Training, stack: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +74,6 @@ def test_changed_files_are_refused_before_their_code_runs(
     diffusion.load(f"models:/{MODEL}/1")
 
 
-@pytest.mark.slow
 def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_left(
     training: Training, stack: Project, tmp_path: Path
 ) -> None:
@@ -122,29 +119,3 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
                 process.kill()
         serving.kill()
         serving.wait()
-
-
-@pytest.mark.parametrize("name", ["../x/1", "m/1/../../y", "m", "m@a'b", "http://127.0.0.1/m/1", "m/1\n"])
-def test_names_that_are_none(name: str) -> None:
-    with pytest.raises(TrackingError, match="names no model version"):
-        diffusion.load(name)
-
-
-@pytest.mark.parametrize("other", ["file", "folder"])
-def test_what_somebody_else_put_into_the_folder_where_one_stands_is_not_loaded(
-    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "TRAIN_DIFFUSION_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(TrackingError, match=r"make env"):
-        diffusion.load(f"{MODEL}@champion")
-    assert list(tmp_path.iterdir()) == [], "nothing is begun there"
-    database = tmp_path / "var" / "mlflow" / "mlflow.db"
-    database.parent.mkdir(parents=True)
-    database.touch()
-    if os.geteuid() != 0:
-        pytest.skip("only root gives files to others")
-    os.chown(database if other == "file" else database.parent, 65534, 65534)
-    with pytest.raises(TrackingError, match="belongs to another user"):
-        diffusion.load(f"{MODEL}@champion")
