@@ -3,7 +3,7 @@
 #   sbatch infra/slurm.sh                                 # the preset demo on two nodes
 #   sbatch --nodes=4 infra/slurm.sh --preset eurosat      # what follows the script's name goes to python -m flows.commands.demo
 # This folder, its .venv (make ray) and var/ (or TRAIN_DIFFUSION_HOME, and the store) lie on a file system that all nodes share.
-# Submitted again after a cancellation, a lost node or the end of its time, it goes on from the newest checkpoint.
+# Submitted again after a cancellation or the end of its time, it goes on from the newest checkpoint.
 #SBATCH --job-name=train-diffusion
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,6 +16,7 @@ umask 077
 python=.venv/bin/python
 
 export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token
+export RAY_NUM_REDIS_GET_RETRIES=300 # seconds that a node waits for the head, which may import from a slow disk
 # Steps inherit the environment: the token is in no argument.
 RAY_AUTH_TOKEN=$($python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
@@ -63,9 +64,11 @@ wait $joined
 
 $python -m flows.commands.demo "$@" &
 flow=$!
-trap 'kill -TERM $flow' TERM # a checkpoint, then gone
-code=0
-wait $flow || code=$?
-if kill -0 $flow 2>/dev/null; then wait $flow || code=$?; fi # asked to end, it is waited for
+trap 'kill -TERM $flow 2>/dev/null || true' TERM # a checkpoint, then gone
+while true; do # asked to end, it is waited for
+  code=0
+  wait $flow || code=$?
+  kill -0 $flow 2>/dev/null || break
+done
 kill "${rays[0]}" 2>/dev/null || true # the head; the others follow
 exit $code

@@ -71,7 +71,7 @@ def tiny_recipe(**overrides: Any) -> Recipe:
 
 
 SHARED = {
-    "hosts": ("test_hosts.py",),
+    "hosts": ("test_hosts.py", "test_slurm.py"),
     "stack of its own": ("test_flow_faults.py",),
     "stack": (
         "test_stack.py",

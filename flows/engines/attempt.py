@@ -35,6 +35,7 @@ PLACING_SECONDS = 10.0
 """That Ray may take to find room for the workers, where there is some."""
 START_SECONDS = 300.0
 """And to start them: a host may have to import much from a slow disk."""
+POLL_SECONDS = 0.3
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,14 @@ def growth(placement: Placement, workers: int) -> int:
 
 
 class Attempt:
-    """The job on a number of workers, until they end. Raises ClusterError for a host that can't run it."""
+    """The job on a number of workers, until they end. Raises ClusterError for a host that can't run it.
 
-    def __init__(self, folder: Path, placement: Placement, store: Store, marker: str, place: Place) -> None:
+    If it is asked to stop while they start, it has ended before it begins.
+    """
+
+    def __init__(
+        self, folder: Path, placement: Placement, store: Store, marker: str, place: Place, stop: StopRequest
+    ) -> None:
         self.folder, self.store, self.place = folder, store, place
         self.run_name: str = json.loads((folder / SPEC).read_text())["run"]
         self.reports: list[dict[str, Any]] = []
@@ -120,7 +126,12 @@ class Attempt:
             options = {"num_cpus": float(placement.threads), "num_gpus": float(placement.gpu)}
             self._ranks.append(worker.options(**options, scheduling_strategy=within).remote())
         try:
-            places = ray.get([rank.meet.remote() for rank in self._ranks], timeout=START_SECONDS)
+            met = [rank.meet.remote() for rank in self._ranks]
+            deadline = time.monotonic() + START_SECONDS
+            while ray.wait(met, num_returns=len(met), timeout=POLL_SECONDS)[1] and time.monotonic() < deadline:
+                if stop.is_made():
+                    return
+            places = ray.get(met, timeout=POLL_SECONDS)
             first = {address: rank for rank, (address, _) in reversed(list(enumerate(places)))}
             told["watchers"] = list(first.values())  # one on each host
             self._running = [

@@ -84,7 +84,7 @@ def run(folder: Path, stop: StopRequest) -> bool:
     try:
         losses, last = 0, (0, frozenset[str]())
         while (place := reserve(placement, stop)) is not None:
-            attempt = Attempt(folder, placement, store, marker, place)
+            attempt = Attempt(folder, placement, store, marker, place, stop)
             try:
                 grown = follow(attempt, placement, stop)
             finally:

@@ -23,6 +23,8 @@ from tests.conftest import free_port
 from tests.running import Training
 from tests.stack import Project
 
+pytestmark = pytest.mark.slow
+
 MODEL = "generated-fields-and-water-ddpm"
 CHANGES = {
     "code/diffusion/denoiser.py": "import pathlib; pathlib.Path({marker!r}).touch()\n",

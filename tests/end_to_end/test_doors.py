@@ -117,6 +117,7 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
             api = f"http://127.0.0.1:{port}/api"
             while (status := ask(f"{api}/admin/version", "GET", {})[0]) not in (401, 403):
                 assert status != 200, "an answer without a password"
+            assert ask(f"{api}/admin/version", "GET", basic("", ""))[0] == 401
             assert ask(f"{api}/admin/version", "GET", basic(password))[0] == 401
             assert ask(f"{api}/block_documents/", "GET", basic("", "demo"))[0] == 401
     finally:

@@ -1,5 +1,6 @@
 """Parameters of a run are checked where they are typed."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from diffusion.errors import DataError, RecipeError
 from flows.submission import check_parameters, parameters_of
+from flows.train_diffusion import train_diffusion
 
 
 def test_parameters_are_read_as_prefect_reads_them() -> None:
@@ -62,5 +64,10 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_run_that_a_page_shows_is_taken(command: str) -> None:
+    words = shlex.split(command.replace("\\\n", " "))[4:]
+    check_parameters(words)
+    assert parameters_of(words).keys() <= inspect.signature(train_diffusion.fn).parameters.keys()
+
+
+def test_the_runs_that_pages_show_are_found() -> None:
     assert len(COMMANDS) > 2
-    check_parameters(shlex.split(command.replace("\\\n", " "))[4:])
