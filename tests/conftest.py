@@ -74,17 +74,17 @@ SHARED = {
     "hosts": ("test_hosts.py", "test_slurm.py"),
     "stack of its own": ("test_flow_faults.py",),
     "stack": (
-        "test_stack.py",
         "test_pages.py",
-        "test_running.py",
-        "test_changed_models.py",
+        "test_stack.py",
         "test_doors.py",
+        "test_changed_models.py",
+        "test_running.py",
     ),
     "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py"),
     "mlflow_server": ("test_tracking.py", "test_kills.py", "test_mlflow_faults.py"),
     "s3": ("test_s3_store.py", "test_s3_faults.py"),
 }
-"""Fixtures that take long to start, and the files whose tests share them."""
+"""Fixtures that take long to start, and the files whose tests share them, in this order."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -105,12 +105,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares the slowest servers first, units last, and within that what changes or ends a server last."""
+    files = {name: (rank, order) for rank, names in enumerate(SHARED.values()) for order, name in enumerate(names)}
 
-    def place(item: pytest.Item) -> tuple[int, int]:
-        names = [names for names in SHARED.values() if item.path.name in names]
-        rank = list(SHARED.values()).index(names[0]) if names else len(SHARED) + ("unit" in item.path.parts)
+    def place(item: pytest.Item) -> tuple[int, int, int]:
+        rank, order = files.get(item.path.name, (len(SHARED) + ("unit" in item.path.parts), 0))
         last = item.get_closest_marker("last")
-        return rank, last.args[0] if last else 0
+        return rank, last.args[0] if last else 0, order
 
     items.sort(key=place)
 
