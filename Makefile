@@ -46,7 +46,7 @@ lock: .venv/installed-dev ## Write the lock files from constraints.txt and pypro
 	$(BIN)/python infra/make_lock.py
 
 audit: .venv/installed-dev ## Ask a database of vulnerabilities about every package (needs a network)
-	$(BIN)/python -m pip_audit --require-hashes --disable-pip -r requirements.lock -r requirements-ray.lock -r requirements-dev.lock -r requirements-torch.lock
+	$(BIN)/python -m pip_audit --strict --require-hashes --disable-pip -r requirements.lock -r requirements-ray.lock -r requirements-dev.lock -r requirements-torch.lock
 
 demo: install ## Train, score and register a small model on this machine, in five to ten minutes
 	@$(BIN)/python -m flows.commands.demo

@@ -36,6 +36,7 @@ PLACING_SECONDS = 10.0
 START_SECONDS = 300.0
 """And to start them: a host may have to import much from a slow disk."""
 POLL_SECONDS = 0.3
+"""Between two looks at whether it is asked to stop."""
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +127,9 @@ class Attempt:
             options = {"num_cpus": float(placement.threads), "num_gpus": float(placement.gpu)}
             self._ranks.append(worker.options(**options, scheduling_strategy=within).remote())
         try:
-            met = [rank.meet.remote() for rank in self._ranks]
-            deadline = time.monotonic() + START_SECONDS
-            while ray.wait(met, num_returns=len(met), timeout=POLL_SECONDS)[1] and time.monotonic() < deadline:
-                if stop.is_made():
-                    return
-            places = ray.get(met, timeout=POLL_SECONDS)
+            places = self._meet(stop)
+            if not places:
+                return
             first = {address: rank for rank, (address, _) in reversed(list(enumerate(places)))}
             told["watchers"] = list(first.values())  # one on each host
             self._running = [
@@ -148,6 +146,17 @@ class Attempt:
             ) from error
         except GetTimeoutError as error:
             self.failure = error
+
+    def _meet(self, stop: StopRequest) -> list[tuple[str, int]]:
+        """Where each rank may be met, once all are there; nothing if it is asked to stop before. Raises what Ray says of them."""
+        met, deadline = [rank.meet.remote() for rank in self._ranks], time.monotonic() + START_SECONDS
+        while not stop.is_made():
+            try:
+                return list(ray.get(met, timeout=POLL_SECONDS))
+            except GetTimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+        return []
 
     def wait(self, seconds: float) -> bool:
         """Wait a while for the ranks to end; returns whether all have, or one has failed."""

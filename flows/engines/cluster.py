@@ -35,13 +35,12 @@ from diffusion.store.objects import open_store
 from diffusion.training.journal import committed_step
 from diffusion.trust.private import put
 from diffusion.trust.redaction import redact_logs
-from flows.engines.attempt import Attempt, capacity, growth, reserve
+from flows.engines.attempt import POLL_SECONDS, Attempt, capacity, growth, reserve
 from flows.engines.placement import PLACEMENT, Placement
 
 PACKAGES = [str(Path(package.__path__[0]).resolve()) for package in (diffusion, flows)]
 """What workers get from here: the code that the flow has, whatever lies on their hosts."""
 ANSWER_SECONDS = 10.0
-POLL_SECONDS = 0.3
 GROW_SECONDS = 5.0
 MOST_LOSSES = 5
 

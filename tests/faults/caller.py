@@ -40,7 +40,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # as a flow is cancelled: its job is ended first
+    # As a flow is cancelled: its job is ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main(Path(sys.argv[1]))

@@ -334,17 +334,20 @@ def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path,
     tell(kills)
 
 
-def test_a_training_that_is_cancelled_leaves_a_checkpoint_where_it_is(machines: Machines, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_whose_flow_ends_leaves_a_checkpoint_where_it_is(
+    machines: Machines, tmp_path: Path, what: signal.Signals
+) -> None:
     """It has written none before."""
-    trial = Trial(machines, tmp_path, "cancelled", every=STEPS)
+    trial = Trial(machines, tmp_path, f"ended-{what.name}", every=STEPS)
     caller = trial.begin()
     wait_until(lambda: "[rank 0] step " in trial.log or caller.poll() is not None, lambda: trial.log[-3000:])
     assert trial.step() == 0
     for process in machines.head.processes("tests.faults.caller"):
-        process.terminate()
-    assert caller.wait(PATIENCE) == 128 + signal.SIGTERM, trial.log[-3000:]
-    assert 0 < trial.step() < STEPS
+        process.send_signal(what)
+    assert caller.wait(PATIENCE) != 0, trial.log[-3000:]
     trial.nothing_is_left()
+    assert 0 < trial.step() < STEPS
 
 
 def test_what_is_wrong_is_said_once(machines: Machines, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def test_installation_looks_at_the_hashes_and_builds_nothing_but_this_project() 
     assert "--only-binary :all:" in options
     for line in makefile.splitlines():
         assert "-r requirements" not in line or "$(WHEELS)" in line or "pip_audit" in line, line
+    # Else a database that knows none of the packages, as behind a mirror, would find no vulnerability, and all would be well.
+    assert all("--strict" in line for line in makefile.splitlines() if "pip_audit" in line)
     assert "--require-hashes --only-binary :all: --no-deps" in (PROJECT / "infra" / "Dockerfile").read_text()
 
 
