@@ -47,7 +47,7 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
     """Seconds of each stretch, by what was on; the first, which warms up, is left out."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    trainer = Trainer(recipe, dataset, accelerator)
+    trainer = Trainer(recipe, dataset, accelerator, store)
     images = ShardImages(store, dataset, "train", recipe.data.image_size, folder)
     for index in range(len(images.shards)):
         images.shard(index)  # decoding is the data's cost, not safety's

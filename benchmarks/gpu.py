@@ -39,7 +39,7 @@ def synchronise() -> None:
 def speeds(recipe: Recipe, dataset: Manifest, store: Store, copies: Path) -> dict[str, float]:
     """Images a second: of the batches alone, of the steps alone, of both as a training has them."""
     accelerator = Accelerator()
-    trainer = Trainer(recipe, dataset, accelerator)
+    trainer = Trainer(recipe, dataset, accelerator, store)
     images = ShardImages(store, dataset, "train", recipe.data.image_size, copies)
     batches = Batches(recipe, images, trainer.lanes, pin_memory=accelerator.device.type == "cuda")
     stream = prefetch(batches, 0, 10**6)

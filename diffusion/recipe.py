@@ -112,6 +112,8 @@ class Process(Part):
 class Objective(Part):
     """The loss."""
 
+    LATER = ("alignment",)
+
     loss: Loss = "simple"
     """simple: the weighted error of the prediction. vlb: the variational bound, with learned variances. hybrid: simple,
     and the bound for the variances alone."""
@@ -130,6 +132,9 @@ class Objective(Part):
     """Parameter of the weights `min_snr` and `p2`."""
     error: Error = "squared"
     """Squared or absolute error."""
+    alignment: float = Field(default=0.0, ge=0, le=1e3)
+    """Weight of a second task in training: to foretell, from the U-Net's middle, the clean image's features by the first extractor of
+    `evaluation.extractors` that is eurosat or own (Yu et al. 2025, arXiv:2410.06940). The FID by those is no judge of its own then."""
 
 
 class Optimizer(Part):
@@ -264,6 +269,12 @@ class Recipe(Part):
             raise ValueError("network.kind seed knows no classes: set network.class_conditional to false")
         if network.kind == "seed" and data.quarter_turns:
             raise ValueError("network.kind seed can't be told about turns: set data.quarter_turns to 0")
+        if self.objective.alignment and network.kind == "seed":
+            raise ValueError("network.kind seed has no middle to align: set objective.alignment to 0")
+        if self.objective.alignment and self.teacher is None:
+            raise ValueError(
+                "objective.alignment needs eurosat or own among evaluation.extractors: its features are foretold"
+            )
         if network.kind == "seed" and self.learned_variance:
             raise ValueError("network.kind seed has no learned variances: set objective.loss to simple")
         if self.process.zero_terminal_snr and self.learned_variance:
@@ -298,6 +309,13 @@ class Recipe(Part):
     def learned_variance(self) -> bool:
         """Whether the network also says how noisy the reverse transitions are: with losses that can teach it."""
         return self.objective.loss != "simple"
+
+    @property
+    def teacher(self) -> ExtractorName | None:
+        """The extractor whose features of clean images the network's middle is aligned with."""
+        if not self.objective.alignment:
+            return None
+        return next((name for name in self.evaluation.extractors if name != "inception"), None)
 
     @property
     def needs_class(self) -> bool:
@@ -362,6 +380,7 @@ STATE_DEPENDS_ON = (
     "process",
     "objective.noise_levels",
     "learned_variance",
+    "teacher",
     "optimizer.kind",
     "ema.half_lives",
 )

@@ -62,14 +62,18 @@ class Classifier(nn.Module):
         )
         self.head = nn.Linear(FEATURES, classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features [batch, 128] of images [batch, bands, height, width]; other sizes are resized to 64 x 64.
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Features [batch, 128, 8, 8] of images [batch, bands, height, width]; other sizes are resized to 64 x 64.
 
         The shipped weights know pixels in [-1, 1], a dataset's own those of mean 0 and variance 1.
         """
         if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             images = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
-        return self.trunk(images).mean(dim=(2, 3))
+        return self.trunk(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [batch, 128], averaged over the image."""
+        return self.feature_map(images).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits [batch, classes]."""

@@ -60,15 +60,42 @@ def load_extractor(
 
 def shipped(device: torch.device) -> Extractor:
     """The classifier that comes with the package."""
-    content = _verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS))
 
     def encode(images: Images) -> Tensor:
         return torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
 
-    return _classifier(Known("eurosat", "eurosat", SHIPPED_SHA256), content, encode, device, knows_classes=True)
+    known = Known("eurosat", "eurosat", SHIPPED_SHA256)
+    return _extractor(known, _classifier(_shipped_weights(), device), encode, device, knows_classes=True)
 
 
-def _own(known: Known, store: Store, dataset: Manifest, device: torch.device) -> Extractor:
+def _shipped_weights() -> bytes:
+    return _verified(SHIPPED_WEIGHTS.read_bytes(), SHIPPED_SHA256, str(SHIPPED_WEIGHTS))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An extractor that training looks at."""
+
+    sha256: str
+    see: Callable[[Tensor], Tensor]
+    """Images in process space [n, bands, height, width] -> features [n, 128, 8, 8]."""
+
+
+def load_teacher(known: Known, store: Store, dataset: Manifest, device: torch.device) -> Teacher:
+    """That extractor, of kind eurosat or own. Raises RecipeError as `load_extractor` does."""
+    shipped, pixels = known.kind == "eurosat", Pixels(dataset.images)
+    network = _classifier(_shipped_weights() if shipped else _own_weights(known, store, dataset), device)
+
+    @torch.no_grad()
+    def see(x0: Tensor) -> Tensor:
+        return network.feature_map(
+            (pixels.to_unit(x0) if shipped else x0).contiguous(memory_format=torch.channels_last)
+        )
+
+    return Teacher(known.sha256, see)
+
+
+def _own_weights(known: Known, store: Store, dataset: Manifest) -> bytes:
     name = layout.own_extractor_weights(dataset.digest, known.sha256)
     try:
         content = store.read(name)
@@ -77,26 +104,31 @@ def _own(known: Known, store: Store, dataset: Manifest, device: torch.device) ->
             f"The extractor {store.uri}/{name} is missing, and its document is there: delete "
             f"{layout.own_extractor(dataset.digest)}."
         ) from None
+    return _verified(content, known.sha256, f"{store.uri}/{name}")
+
+
+def _own(known: Known, store: Store, dataset: Manifest, device: torch.device) -> Extractor:
     own, pixels = find_own(store, dataset.digest), Pixels(dataset.images)
-    content = _verified(content, known.sha256, f"{store.uri}/{name}")
-    return _classifier(
+    return _extractor(
         known,
-        content,
+        _classifier(_own_weights(known, store, dataset), device),
         lambda images: pixels.encode(images).to(device),
         device,
         own is not None and own.task == "classes",
     )
 
 
-def _classifier(
-    known: Known, content: bytes, encode: Callable[[Images], Tensor], device: torch.device, knows_classes: bool
-) -> Extractor:
+def _classifier(content: bytes, device: torch.device) -> Classifier:
     weights = load(content)
     bands, outputs = weights["trunk.0.conv.weight"].shape[1], len(weights["head.bias"])
     network = Classifier(bands, outputs, fused=True)
     network.load_state_dict(weights)
-    network = place(network.float().eval(), device)
+    return place(network.float().eval(), device)
 
+
+def _extractor(
+    known: Known, network: Classifier, encode: Callable[[Images], Tensor], device: torch.device, knows_classes: bool
+) -> Extractor:
     @torch.inference_mode()
     def embed(images: Images) -> Tensor:
         return network.features(encode(images).contiguous(memory_format=torch.channels_last))

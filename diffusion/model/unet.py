@@ -136,6 +136,7 @@ class UNet(nn.Module):
             self.down.append(stages)
             if level < len(multipliers) - 1:
                 resolution //= 2
+        self.middle_channels = channels
         self.middle = nn.ModuleList(
             [Stage(channels, channels, condition, dropout, True), Stage(channels, channels, condition, dropout, False)]
         )
@@ -179,6 +180,10 @@ class UNet(nn.Module):
             turn: quarter turns [batch] in 0..3; None means 0 for all. Without `turns` it is not used.
         """
         condition = self.condition(noise_variance, label, turn)
+        return self.from_middle(*self.to_middle(x, condition), condition)
+
+    def to_middle(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The way down: the middle [batch, middle_channels, ...], where the image is smallest, and what the way up takes over."""
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for level, stages in enumerate(self.down):
@@ -190,6 +195,10 @@ class UNet(nn.Module):
                 skips.append(h)
         for stage in self.middle:
             h = stage(h, condition)
+        return h, skips
+
+    def from_middle(self, h: Tensor, skips: list[Tensor], condition: Tensor) -> Tensor:
+        """The way up; takes the skips away one by one."""
         for level, stages in enumerate(self.up):
             assert isinstance(stages, nn.ModuleList)
             if level > 0:

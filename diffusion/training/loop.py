@@ -132,7 +132,7 @@ def train(job: TrainingJob, rank: Rank) -> None:
     manifest = find_dataset(store, job.dataset)
     if manifest is None:
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
-    trainer = Trainer(recipe, manifest, accelerator)
+    trainer = Trainer(recipe, manifest, accelerator, store)
     recorder = Recorder(recipe, accelerator, folder, job.until)
 
     found = find_checkpoint(store, job, folder, accelerator)

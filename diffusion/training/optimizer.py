@@ -116,12 +116,12 @@ class Muon(Optimizer):
             parameter.sub_(step.reshape(last.shape).movedim(-1, 1), alpha=learning_rate)
 
 
-def make_optimizers(recipe: Recipe, network: nn.Module) -> list[Optimizer]:
-    """The optimisers of a network's parameters, each parameter in one of them."""
+def make_optimizers(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> list[Optimizer]:
+    """The optimisers of these parameters, by their names in the network, each parameter in one of them."""
     options = recipe.optimizer
     by_muon: list[nn.Parameter] = []
     by_adam: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
+    for name, parameter in parameters.items():
         of_a_block = name.startswith(BLOCKS) and parameter.dim() >= 2
         (by_muon if options.kind == "muon" and of_a_block else by_adam).append(parameter)
     optimizers: list[Optimizer] = [AdamW(by_adam, options.weight_decay, options.betas)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,14 +14,19 @@ from torch import Tensor, nn
 
 from diffusion.data.manifest import Manifest
 from diffusion.denoiser import Pixels, build_network, read_output
+from diffusion.evaluation.extractor import load_teacher
+from diffusion.evaluation.identity import identify
 from diffusion.model.ema import EMA
 from diffusion.model.placement import place
+from diffusion.model.unet import UNet
 from diffusion.process.bound import chain_term
 from diffusion.process.objective import Losses, simple_loss, with_bound
 from diffusion.process.prediction import diffuse, to_x0
 from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import noise_variance
 from diffusion.recipe import Recipe
+from diffusion.store.objects import Store
+from diffusion.training.alignment import Aligned
 from diffusion.training.batches import Lane
 from diffusion.training.checkpoint import Checkpoint
 from diffusion.training.noise_levels import Levels, LevelSource
@@ -33,6 +38,8 @@ log = logging.getLogger(__name__)
 
 NOISE_LEVELS = "noise levels"
 """Of the checkpoint's optimiser tensors, those that no parameter owns."""
+ALIGNMENT = "alignment"
+"""And those of the head that only training has."""
 
 
 def lanes_of_process(recipe: Recipe, rank: int, processes: int) -> range:
@@ -82,22 +89,33 @@ class StepReport:
 class Trainer:
     """Everything that changes while training, and how one step changes it."""
 
-    def __init__(self, recipe: Recipe, dataset: Manifest, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, dataset: Manifest, accelerator: Accelerator, store: Store) -> None:
         self.recipe, self.accelerator = recipe, accelerator
         self.lanes = lanes_of_process(recipe, accelerator.process_index, accelerator.num_processes)
         device = accelerator.device
         self.network = place(build_network(recipe, dataset.images), device)
+        self.aligned = None
+        if recipe.teacher is not None:
+            assert isinstance(self.network, UNet)
+            teacher = load_teacher(identify(recipe.teacher, store, dataset, None), store, dataset, device)
+            self.aligned = place(Aligned(self.network, teacher, recipe.seed), device)
+        self.trained: nn.Module = self.aligned or self.network
         self.averages = {average_name(half): EMA(self.network, half, recipe.ema.ramp) for half in recipe.ema.half_lives}
         self.levels = LevelSource(recipe)
         self.chain = self.levels.chain.to(device)
         self.bins = Pixels(dataset.images).bins(self.chain) if recipe.learned_variance else None
-        self.optimizers = make_optimizers(recipe, self.network)
+        self.optimizers = make_optimizers(recipe, self._parameters)
         self.step = 0
         fast = recipe.reduction == "fast"
         # DistributedDataParallel is compiled with what it wraps: only so does it send while the backward pass runs.
-        self.wrapped: nn.Module = accelerator.prepare_model(self.network) if fast else self.network
+        self.wrapped: nn.Module = accelerator.prepare_model(self.trained) if fast else self.trained
         self.forward = torch.compile(self.wrapped) if _can_compile(device) else self.wrapped
-        self.gradients = None if fast else GradientBuffer(self.network)
+        self.gradients = None if fast else GradientBuffer(self.trained)
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """By name, those of the network as they are called in it."""
+        return {name.removeprefix("network."): parameter for name, parameter in self.trained.named_parameters()}
 
     @property
     def images_seen(self) -> int:
@@ -107,12 +125,12 @@ class Trainer:
     def train_step(self, lanes: list[Lane]) -> StepReport:
         """One optimiser step."""
         recipe = self.recipe
-        self.network.train()
+        self.trained.train()
         levels = [self.levels.draw(lane.uniform) for lane in lanes]
         losses = (self._exact_gradients if self.gradients else self._fast_gradients)(lanes, levels)
         if self.levels.learns:
             self._observe(levels, losses)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.optimizer.clip_norm)
         rate = learning_rate(recipe, self.images_seen + recipe.data.batch_size)
         for optimizer in self.optimizers:
             optimizer.step(rate)
@@ -128,6 +146,15 @@ class Trainer:
             torch.manual_seed(lane.dropout_seed)  # dropout takes its numbers from the global generator only
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             output = self.forward(x_t, noise_variance(levels.log_snr), lane.label, lane.turn)
+        if self.aligned is None:
+            return self._losses_of(output, lane, x_t, levels)
+        output, foretold = output
+        losses = self._losses_of(output, lane, x_t, levels)
+        misalignment = self.aligned.misalignment(foretold, lane.x0)
+        return replace(losses, weighted=losses.weighted + objective.alignment * misalignment)
+
+    def _losses_of(self, output: Tensor, lane: Lane, x_t: Tensor, levels: Levels) -> Losses:
+        recipe, objective = self.recipe, self.recipe.objective
         prediction, mix = read_output(recipe, output)
         kind, weighting = recipe.process.prediction, objective.weighting
         simple = simple_loss(
@@ -171,7 +198,7 @@ class Trainer:
         return losses
 
     def _fast_gradients(self, lanes: list[Lane], levels: list[Levels]) -> list[Tensor]:
-        self.network.zero_grad()
+        self.trained.zero_grad()
         losses = []
         for index, (lane, level) in enumerate(zip(lanes, levels, strict=True)):
             last = index == len(lanes) - 1
@@ -185,11 +212,12 @@ class Trainer:
         """What an optimiser step needs beside the weights: its state by parameter, and what the noise levels remember."""
         moments = {
             f"{name}/{key}": value
-            for name, parameter in self.network.named_parameters()
+            for name, parameter in self._parameters.items()
             for optimizer in self.optimizers
             for key, value in optimizer.state.get(parameter, {}).items()
         }
-        return moments | {f"{NOISE_LEVELS}/{key}": value for key, value in self.levels.state.items()}
+        others = {NOISE_LEVELS: self.levels.state, ALIGNMENT: self.aligned.state if self.aligned else {}}
+        return moments | {f"{name}/{key}": value for name, state in others.items() for key, value in state.items()}
 
     def restore(self, step: int, content: Checkpoint) -> None:
         """Continue from a checkpoint."""
@@ -198,11 +226,13 @@ class Trainer:
         for name, average in self.averages.items():
             average.network.load_state_dict(content.averages[name])
         self.levels.restore({key: content.optimizer[f"{NOISE_LEVELS}/{key}"] for key in self.levels.state})
-        parameters = dict(self.network.named_parameters())
+        if self.aligned is not None:
+            self.aligned.restore({key: content.optimizer[f"{ALIGNMENT}/{key}"] for key in self.aligned.state})
+        parameters = self._parameters
         remembered = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
         for entry, value in content.optimizer.items():
             name, _, key = entry.partition("/")
-            if name == NOISE_LEVELS:
+            if name in (NOISE_LEVELS, ALIGNMENT):
                 continue
             parameter = parameters[name]
             # The fused optimiser walks a parameter and its moments together: they share one memory layout.

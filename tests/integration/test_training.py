@@ -37,6 +37,7 @@ EVERYTHING: dict[str, Any] = {
     "process__steps": 20,
     "data__quarter_turns": 0.5,
     "ema__half_lives": (50, 500),
+    "objective__alignment": 0.5,
 }
 
 

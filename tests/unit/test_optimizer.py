@@ -93,7 +93,7 @@ assert "torch._dynamo" not in sys.modules
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_has_one_optimiser_and_only_blocks_have_muon(kind: str) -> None:
     network = place(build_network(tiny_recipe(optimizer__kind=kind), RGB_SPEC), torch.device("cpu"))
-    optimizers = make_optimizers(tiny_recipe(optimizer__kind=kind), network)
+    optimizers = make_optimizers(tiny_recipe(optimizer__kind=kind), dict(network.named_parameters()))
     owned = [id(p) for optimizer in optimizers for p in optimizer.state]
     assert sorted(owned) == sorted(map(id, network.parameters()))
     names = {id(p): name for name, p in network.named_parameters()}
