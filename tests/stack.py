@@ -74,7 +74,9 @@ def copy_project(folder: Path, archive: Path) -> None:
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(source, folder / name)  # as old as it is: `make` has nothing to install
+            shutil.copy2(source, folder / name)
+            # Older than the environment, or `make` would install this copy in it, in place of the project.
+            os.utime(folder / name, (0, 0))
     (folder / ".venv").symlink_to(BIN.parent)
     lay_out(folder / "var", archive)
 

@@ -3,28 +3,21 @@
 import hashlib
 import os
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from diffusion.data.sources import download
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import Mirror
 from diffusion.errors import DataError
+from tests.certificates import certificate, server_side
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -215,23 +208,9 @@ def test_a_full_disk_is_said_and_no_other_mirror_asked(tmp_path: Path, serve: Se
 
 def https_server(folder: Path, name: str, days: int) -> int:
     """The port of a server here with a certificate of its own, for that name, which ends in so many days."""
-    now = datetime.now(UTC)
-    key = ec.generate_private_key(ec.SECP256R1())
-    names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    address = x509.DNSName(name) if name != "127.0.0.1" else x509.IPAddress(IPv4Address(name))
-    made = x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
-    made = made.not_valid_before(now - timedelta(days=30)).not_valid_after(now + timedelta(days=days))
-    made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
-    pem = folder / "server.pem"
-    pem.write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        + made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
     handler = type("OwnHandler", (Handler,), {"requests": [], "broken": False, "answers": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.socket = server_side(certificate(folder, name, days)).wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server.server_port
 
@@ -249,14 +228,14 @@ def test_what_is_wrong_with_a_certificate_is_said(
 ) -> None:
     port = https_server(tmp_path, name, days)
     if trusted:
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "server.pem"))
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / f"{name}.pem"))
     with pytest.raises(DataError, match=said):
         download_eurosat(tmp_path, [Mirror(f"https://127.0.0.1:{port}/whole", "whole.zip", MD5)])
 
 
 def test_one_s_own_authority_is_named_by_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = https_server(tmp_path, "127.0.0.1", 30)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "server.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "127.0.0.1.pem"))
     found = download_eurosat(tmp_path, [Mirror(f"https://127.0.0.1:{port}/whole", "whole.zip", MD5)])
     assert found.read_bytes() == CONTENT
 

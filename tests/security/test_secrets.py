@@ -8,19 +8,14 @@ import os
 import smtplib
 import socket
 import sqlite3
-import ssl
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from prefect.blocks.abstract import NotificationError
 from pydantic import ValidationError
 
@@ -28,6 +23,7 @@ from diffusion.errors import UserError
 from diffusion.trust.private import NotPrivate, read_private, use_private_home, write_private
 from flows.keyring import KEY, PASSWORD, TOKEN, cluster_token, encryption_key, known_password
 from flows.plugins.mail import SmtpMail
+from tests.certificates import certificate, server_side
 from tests.conftest import free_port
 from tests.running import OLD_KEY
 from tests.security.other_user import listening
@@ -167,38 +163,12 @@ def test_the_home_of_another_user_is_refused(tmp_path: Path) -> None:
 # The mail server is one of ours, and what it is given is looked at.
 
 
-def certificate(folder: Path, name: str) -> Path:
-    """A self-signed certificate with its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / f"{name}.pem"
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + made.public_bytes(serialization.Encoding.PEM)
-    )
-    return path
-
-
 class MailServer(threading.Thread):
     """Speaks SMTP with STARTTLS, or TLS from the start, takes any password, and keeps what it was told."""
 
     def __init__(self, pem: Path, from_the_start: bool) -> None:
         super().__init__(daemon=True)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(pem)
+        self.context = server_side(pem)
         self.from_the_start, self.told = from_the_start, b""
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
