@@ -10,28 +10,11 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from diffusion.recipe import Recipe
+from diffusion.training.orthogonal import all_orthogonalised
 
 BLOCKS = ("down.", "middle.", "up.")
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
 MOMENTUM = 0.95
 EPSILON = 1e-8
-
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix of the same singular vectors whose singular values all lie between about 0.7 and 1.2.
-
-    Newton-Schulz iteration with the coefficients of Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural
-    networks", kellerjordan.github.io/posts/muon), which lift small singular values fast and settle near one, not at it.
-    """
-    a, b, c = NEWTON_SCHULZ
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
 
 
 class Optimizer(ABC):
@@ -100,20 +83,22 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        for parameter, state in self.state.items():
-            if parameter.grad is None:
-                continue
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"]
-            momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-            update = parameter.grad.lerp(momentum, MOMENTUM)
-            # Channels last, as the weight lies in memory: the matrix is no copy.
-            last = update.movedim(1, -1)
-            matrix = last.reshape(len(last), -1)
-            step = orthogonalised(matrix) * (0.2 * max(matrix.shape) ** 0.5)
+        moving = [parameter for parameter in self.state if parameter.grad is not None]
+        updates = [self._update(parameter) for parameter in moving]
+        directions = all_orthogonalised([update.flatten(1) for update in updates])
+        for parameter, update, direction in zip(moving, updates, directions, strict=True):
+            step = direction * (0.2 * max(direction.shape) ** 0.5)
             parameter.mul_(1 - learning_rate * self.weight_decay)
-            parameter.sub_(step.reshape(last.shape).movedim(-1, 1), alpha=learning_rate)
+            parameter.sub_(step.reshape(update.shape).movedim(-1, 1), alpha=learning_rate)
+
+    def _update(self, parameter: nn.Parameter) -> Tensor:
+        """Nesterov's momentum, its inputs' channels last as the weight lies in memory: flattened to a matrix it is no copy."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(state["momentum"], MOMENTUM).movedim(1, -1)
 
 
 def make_optimizers(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> list[Optimizer]:

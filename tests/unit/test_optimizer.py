@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from diffusion.denoiser import build_network
 from diffusion.model.placement import place
-from diffusion.training.optimizer import AdamW, Muon, make_optimizers, orthogonalised
+from diffusion.training.optimizer import AdamW, Muon, make_optimizers
+from diffusion.training.orthogonal import orthogonalised, share_out
 from tests.conftest import tiny_recipe
 from tests.specs import RGB_SPEC
 
@@ -25,6 +28,15 @@ def test_singular_values_come_near_one_and_their_vectors_stay(shape: tuple[int, 
     assert values.max() < 1.3
     assert values.median() > 0.6
     assert values.min() > (0.6 if shape[0] != shape[1] else 0.0)
+
+
+@given(st.lists(st.integers(1, 10**9), max_size=60), st.integers(1, 9))
+def test_work_is_shared_out_evenly(costs: list[int], processes: int) -> None:
+    load = [0] * processes
+    for cost, owner in zip(costs, share_out(costs, processes), strict=True):
+        load[owner] += cost
+    assert sum(load) == sum(costs)
+    assert max(load) <= sum(costs) / processes + max(costs, default=0)
 
 
 def test_a_step_is_pytorch_s_own() -> None:
