@@ -57,9 +57,9 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
         Recorder(recipe, accelerator, folder, steps),
     )
     client = connect(f"sqlite:///{folder / 'mlflow.db'}")
-    lineage = Lineage(run="cost", commit="unknown", flow_run_id="", flow_run_url="", owner="{}")
+    lineage = Lineage(run="cost", name="cost", commit="unknown", flow_run_id="", flow_run_url="", owner="{}")
     experiment_id = open_experiment(client, folder / "artifacts")
-    tracked = TrackedRun.open(client, experiment_id, "cost", lineage, recipe, dataset, store.uri)
+    tracked = TrackedRun.open(client, experiment_id, lineage, recipe, dataset, store.uri)
     found: dict[str, list[float]] = {"everything": [], "nothing": []}
     with MetricsSender(tracked, folder):
         for stretch in range(steps // STRETCH):
@@ -90,7 +90,7 @@ def speed(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, process
         checkpoint_every=10**9,
     )
     where = folder / f"{recipe.reduction}-{processes}"
-    run_job("diffusion.training.job", job, where, processes, lambda progress: None, lambda line: None, threads=1)
+    run_job("diffusion.training.job", job, where, processes, threads=1)
     rows = records((where / TIMING).read_bytes())
     return float(np.median([row["images_per_second"] for row in rows[len(rows) // 2 :]]))
 

@@ -77,7 +77,7 @@ class Jobs:
     def run(self, module: str, spec: JobSpec) -> None:
         """Run a job on one process."""
         where = self.folder / f"{spec.run}-{module.rpartition('.')[0]}"
-        run_job(module, spec, where, 1, lambda progress: None, lambda line: None, threads=4)
+        run_job(module, spec, where, 1, threads=4)
 
     def train(self, run: str, recipe: Recipe, until: int, deterministic: bool = False) -> None:
         """Train that run to a step."""

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from diffusion.data.codecs import decode
 from diffusion.data.sources.eurosat import read_eurosat
-from diffusion.evaluation.classifier import Classifier, fuse
-from diffusion.evaluation.train_extractor import (
+from diffusion.features.classifier import Classifier, fuse
+from diffusion.features.train_extractor import (
     OWN_BUDGET,
     OWN_EPOCHS,
     VIEW_OUTPUTS,

@@ -26,8 +26,8 @@ from diffusion.data.sources.find import EUROSAT, find_archive, read_source
 from diffusion.data.spec import ImageSpec
 from diffusion.denoiser import build_network
 from diffusion.evaluation.figures import FIGURES, with_error
-from diffusion.evaluation.identity import SHIPPED_SHA256
 from diffusion.evaluation.scores import DEVIATIONS, Row, Scores, find_scores
+from diffusion.features.identity import SHIPPED_SHA256
 from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.recipe_files import load_recipe
@@ -35,7 +35,7 @@ from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import open_store
 from diffusion.training.state import steps_with_checkpoint
-from flows.launcher import run_job
+from flows.launcher import Listener, run_job
 from flows.request import usable_processes
 
 
@@ -146,7 +146,7 @@ class Bench:
 
     def _job(self, module: str, spec: JobSpec, name: str, processes: int) -> None:
         say: Callable[[str], None] = lambda line: print(f"  {line}", flush=True) if "] step " in line else None  # noqa: E731
-        run_job(module, spec, self.environment.runs / "benchmarks" / name, processes, lambda progress: None, say)
+        run_job(module, spec, self.environment.runs / "benchmarks" / name, processes, Listener(on_line=say))
 
     def reference(self, image_size: int) -> None:
         """Measure the real images, once."""

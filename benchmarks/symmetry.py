@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
 from diffusion.data.sources.find import EUROSAT, find_archive, read_source
-from diffusion.evaluation.extractor import shipped
 from diffusion.evaluation.statistics import kernel_distance
+from diffusion.features.extractor import shipped
 from diffusion.randomness import stream
 from diffusion.settings import settings
 from diffusion.store.objects import open_store

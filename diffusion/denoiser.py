@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion.data.spec import Images, ImageSpec
 from diffusion.errors import RecipeError
 from diffusion.model.seed_unet import SeedUNet
-from diffusion.model.unet import UNet
+from diffusion.model.unet import UNet, UNetShape
 from diffusion.process import schedule as schedules
 from diffusion.process.bound import PixelBins
 from diffusion.process.choices import SamplerName, Spacing
@@ -102,17 +102,19 @@ def build_network(recipe: Recipe, spec: ImageSpec) -> nn.Module:
             widths = tuple(network.width * multiplier for multiplier in network.multipliers)
             return SeedUNet(bands, widths, network.blocks)
         return UNet(
-            image_size=size,
-            bands=bands,
-            width=network.width,
-            multipliers=network.multipliers,
-            blocks=network.blocks,
-            attention_below=network.attention_below,
-            patch=network.patch,
-            classes=len(spec.classes) if network.class_conditional else 0,
-            dropout=network.dropout,
-            outputs=2 * bands if recipe.learned_variance else bands,
-            turns=recipe.data.quarter_turns > 0,
+            UNetShape(
+                image_size=size,
+                bands=bands,
+                width=network.width,
+                multipliers=network.multipliers,
+                blocks=network.blocks,
+                attention_below=network.attention_below,
+                patch=network.patch,
+                classes=len(spec.classes) if network.class_conditional else 0,
+                dropout=network.dropout,
+                outputs=2 * bands if recipe.learned_variance else bands,
+                turns=recipe.data.quarter_turns > 0,
+            )
         )
 
 

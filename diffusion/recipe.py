@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from diffusion.errors import RecipeError
-from diffusion.evaluation.identity import ExtractorName
+from diffusion.features.identity import ExtractorName
 from diffusion.process.choices import Error, Loss, NoiseLevels, Prediction, SamplerName, Spacing, Weighting
 from diffusion.trust.identifiers import RunName, Sha256
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, RecipeError, nearest
-from diffusion.evaluation.identity import accepts
+from diffusion.features.identity import accepts
 from diffusion.recipe import Part, Recipe
 from diffusion.trust.reading import read_file
 from diffusion.trust.redaction import shown

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from diffusion.errors import StoreError
-from diffusion.evaluation.identity import required_inception
+from diffusion.features.identity import required_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, check_writable, open_store

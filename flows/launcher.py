@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,23 @@ NOT_FOR_RANKS = (
 """Beginnings of the names of variables that ranks do not get."""
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what a job says while it runs."""
+
+    on_progress: Callable[[dict[str, Any]], None] = lambda progress: None
+    on_line: Callable[[str], None] = lambda line: None
+
+
+NOBODY = Listener()
+
+
 def run_job(
     module: str,
     spec: JobSpec,
     folder: Path,
     processes: int,
-    on_progress: Callable[[dict[str, Any]], None],
-    on_line: Callable[[str], None],
+    listener: Listener = NOBODY,
     threads: int | None = None,
 ) -> None:
     """Run `module` on `processes` processes until all have ended; raise the error that they left if one failed.
@@ -75,16 +86,16 @@ def run_job(
                     env |= of_ray()
                 ranks.append(_start(module, folder, log.fileno(), env))
             while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
-                _forward(output, on_line)
-                _report(folder, on_progress)
+                _forward(output, listener.on_line)
+                _report(folder, listener.on_progress)
                 time.sleep(POLL_SECONDS)
         finally:
             # The first of these that ended is the reason; what the others end with follows from it.
             code = next((rank.returncode for rank in ranks if rank.returncode), 0)
             _end(ranks)
             (folder / meeting).unlink(missing_ok=True)
-        _forward(output, on_line)
-        _report(folder, on_progress)
+        _forward(output, listener.on_line)
+        _report(folder, listener.on_progress)
     if code != 0:
         tail = "\n".join((folder / LOG).read_text().splitlines()[-TAIL_LINES:])
         raise error_of(folder) or RuntimeError(f"{module} ended with code {code}:\n{tail}")
@@ -94,13 +105,12 @@ def run_on_cluster(
     placement: Placement,
     spec: JobSpec,
     folder: Path,
-    on_progress: Callable[[dict[str, Any]], None],
-    on_line: Callable[[str], None],
+    listener: Listener,
 ) -> None:
     """Run a job on the Ray cluster, by a driver that is started, watched and ended like a rank of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PLACEMENT).write_text(placement.model_dump_json())
-    run_job(DRIVER, spec, folder, 1, on_progress, on_line)
+    run_job(DRIVER, spec, folder, 1, listener)
 
 
 def cluster_capacity() -> Capacity:

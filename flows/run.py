@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import Hosts, Machine, SystemMetrics
 from diffusion.trust.redaction import fit_to_leave
 from flows.engines.placement import Placement, Workers
-from flows.launcher import run_job, run_on_cluster
+from flows.launcher import Listener, run_job, run_on_cluster
 from flows.owner import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending, this_process
 from flows.progress import Phase, attended, say
 from flows.request import TrainingRequest, threads_per_process
@@ -99,13 +99,13 @@ def run_phase(title: str, key: str, job: Job, workers: Workers, recipe: Recipe, 
             phase.update(progress["done"], progress["total"], note)
 
         # At a terminal the bar tells enough; the whole output is in the folder either way.
-        on_line: Callable[[str], None] = (lambda line: None) if attended() else say
+        listener = Listener(on_progress) if attended() else Listener(on_progress, say)
         if settings().engine == "ray":
             placement = Placement(module=job.module, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
-            run_on_cluster(placement, job.spec, job.folder, on_progress, on_line)
+            run_on_cluster(placement, job.spec, job.folder, listener)
         else:
             threads = threads or threads_per_process(recipe)
-            run_job(job.module, job.spec, job.folder, workers.counts[-1], on_progress, on_line, threads)
+            run_job(job.module, job.spec, job.folder, workers.counts[-1], listener, threads)
 
 
 @contextmanager
@@ -136,13 +136,14 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     lock = lock or lock_folder(environment.runs / key / FLOW_FOLDER)
     lineage = Lineage(
         run=key,
+        name=name,
         commit=commit,
         flow_run_id=flow_run_id,
         flow_run_url=str(runtime.flow_run.ui_url or "") if runtime.deployment.id else "",
         owner=this_process(),
     )
     tracked = when_it_answers(
-        partial(TrackedRun.open, client, experiment_id, name, lineage, recipe, dataset, environment.store_uri)
+        partial(TrackedRun.open, client, experiment_id, lineage, recipe, dataset, environment.store_uri)
     )
     _take_name(tracked.name)
     folder = environment.runs / lineage.run

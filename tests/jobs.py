@@ -51,7 +51,7 @@ class Trainer:
 
 def start(where: Path, spec: JobSpec, module: str, processes: int) -> None:
     with mock.patch("flows.launcher._start", fork_rank):
-        run_job(module, spec, where, processes, lambda progress: None, lambda line: None, threads=1)
+        run_job(module, spec, where, processes, threads=1)
 
 
 def digest(store: FolderStore, run: str, step: int) -> str:

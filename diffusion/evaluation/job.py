@@ -15,9 +15,7 @@ from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence
-from diffusion.evaluation.extractor import Extractor, load_extractor
 from diffusion.evaluation.figures import Features, measured
-from diffusion.evaluation.identity import identify
 from diffusion.evaluation.likelihood import bits_per_dim
 from diffusion.evaluation.pictures import png
 from diffusion.evaluation.reference import load_reference
@@ -27,6 +25,8 @@ from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.showpieces import closest_pairs, pictures
 from diffusion.evaluation.spectrum import Spectra, first_powers, powers
 from diffusion.evaluation.statistics import Moments, frechet_distance
+from diffusion.features.extractor import Extractor, load_extractor
+from diffusion.features.identity import identify
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import EvaluationJob

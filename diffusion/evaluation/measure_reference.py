@@ -8,11 +8,11 @@ import torch
 from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
 from diffusion.errors import DataError
-from diffusion.evaluation.extractor import load_extractor
-from diffusion.evaluation.identity import identify
 from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
+from diffusion.features.extractor import load_extractor
+from diffusion.features.identity import identify
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import ReferenceJob

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from diffusion.evaluation.identity import ExtractorName
+from diffusion.features.identity import ExtractorName
 from diffusion.recipe import Evaluation, Recipe
 from diffusion.settings import InceptionSource
 from diffusion.trust.identifiers import RunName, Sha256

@@ -6,6 +6,8 @@ blocks as in Dhariwal & Nichol 2021 (arXiv:2105.05233).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,77 +81,79 @@ class Stage(nn.Module):
         return self.attention(self.block(x, condition))
 
 
+@dataclass(frozen=True)
+class UNetShape:
+    """What a U-Net is built for, and its size."""
+
+    image_size: int
+    """Height and width of the images."""
+    bands: int
+    """Their channels."""
+    width: int
+    """Channels at the highest resolution."""
+    multipliers: tuple[int, ...]
+    """Channels at each resolution, as multiples of `width`; the resolution halves between them."""
+    blocks: int
+    """Residual blocks at each resolution."""
+    attention_below: int
+    """Resolutions up to this have attention."""
+    patch: int
+    """Pixels of a patch x patch square become channels before the first layer (1: none)."""
+    classes: int
+    """How many there are; 0 makes the network unconditional."""
+    dropout: float
+    """Share of activations dropped in each block while training."""
+    outputs: int
+    """Channels of the output: as many as bands, or twice as many where a network speaks of two things."""
+    turns: bool = False
+    """Whether it is told by how many quarters an image was turned."""
+
+
 class UNet(nn.Module):
-    """Predicts from the noisy image and its noise variance.
+    """Predicts from the noisy image and its noise variance."""
 
-    Args:
-        image_size: height and width of the images.
-        bands: their channels.
-        width: channels at the highest resolution.
-        multipliers: channels at each resolution, as multiples of `width`; the resolution halves between them.
-        blocks: residual blocks at each resolution.
-        attention_below: resolutions up to this have attention.
-        patch: pixels of a patch x patch square become channels before the first layer (1: none).
-        classes: number of classes; 0 makes the network unconditional.
-        dropout: share of activations dropped in each block while training.
-        outputs: channels of the output: as many as bands, or twice as many where a network speaks of two things.
-        turns: whether it is told by how many quarters an image was turned.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        bands: int,
-        width: int,
-        multipliers: tuple[int, ...],
-        blocks: int,
-        attention_below: int,
-        patch: int,
-        classes: int,
-        dropout: float,
-        outputs: int,
-        turns: bool = False,
-    ) -> None:
+    def __init__(self, shape: UNetShape) -> None:
         super().__init__()
+        width, classes, dropout = shape.width, shape.classes, shape.dropout
         condition = 4 * width
-        self.patch, self.classes = patch, classes
+        self.patch, self.classes = shape.patch, classes
         self.noise_embedding = SinusoidalEmbedding(NOISE_FEATURES)
         self.noise_mlp = nn.Sequential(
             nn.Linear(2 * NOISE_FEATURES, condition), nn.SiLU(), nn.Linear(condition, condition)
         )
         # The row after the last class means "no class given".
         self.class_embedding = nn.Embedding(classes + 1, condition) if classes else None
-        self.turn_embedding = nn.Embedding(4, condition) if turns else None
+        self.turn_embedding = nn.Embedding(4, condition) if shape.turns else None
 
-        resolution = image_size // patch
+        resolution = shape.image_size // shape.patch
         channels = width
-        self.conv_in = nn.Conv2d(bands * patch**2, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(shape.bands * shape.patch**2, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [channels]
-        for level, multiplier in enumerate(multipliers):
-            attention = resolution <= attention_below
+        for level, multiplier in enumerate(shape.multipliers):
+            attention = resolution <= shape.attention_below
             stages = nn.ModuleList()
-            for _ in range(blocks):
+            for _ in range(shape.blocks):
                 stages.append(Stage(channels, width * multiplier, condition, dropout, attention))
                 channels = width * multiplier
                 skips.append(channels)
             self.down.append(stages)
-            if level < len(multipliers) - 1:
+            if level < len(shape.multipliers) - 1:
                 resolution //= 2
         self.middle_channels = channels
         self.middle = nn.ModuleList(
             [Stage(channels, channels, condition, dropout, True), Stage(channels, channels, condition, dropout, False)]
         )
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            attention = resolution <= attention_below
+        for level, multiplier in reversed(list(enumerate(shape.multipliers))):
+            attention = resolution <= shape.attention_below
             stages = nn.ModuleList()
-            for _ in range(blocks + (level == 0)):
+            for _ in range(shape.blocks + (level == 0)):
                 stages.append(Stage(channels + skips.pop(), width * multiplier, condition, dropout, attention))
                 channels = width * multiplier
             self.up.append(stages)
             resolution *= 2
         self.norm_out = _norm(channels)
-        self.conv_out = _zero(nn.Conv2d(channels, outputs * patch**2, 3, padding=1))
+        self.conv_out = _zero(nn.Conv2d(channels, shape.outputs * shape.patch**2, 3, padding=1))
 
     def condition(self, noise_variance: Tensor, label: Tensor | None, turn: Tensor | None = None) -> Tensor:
         """[batch, 4 width]: what every block is told."""

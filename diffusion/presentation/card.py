@@ -9,9 +9,9 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.sources.eurosat import EUROSAT_DIGEST
 from diffusion.errors import UserError
 from diffusion.evaluation.figures import TELLING, Figure, full_name, in_order, with_interval
-from diffusion.evaluation.identity import OwnExtractor
 from diffusion.evaluation.pictures import grid_caption
 from diffusion.evaluation.scores import Row, Scores
+from diffusion.features.identity import OwnExtractor
 from diffusion.presentation.markdown import plain
 from diffusion.presentation.templates import template
 from diffusion.training.state import CheckpointState

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process.choices import Error, Loss, Prediction, Weighting
-from diffusion.process.prediction import loss_weight, target
+from diffusion.process.prediction import loss_weight
 from diffusion.process.schedule import noise_variance
 
 
@@ -31,24 +31,15 @@ def weight(weighting: Weighting, prediction: Prediction, log_snr: Tensor, gamma:
     return loss_weight(prediction, of_x0, log_snr)
 
 
-def simple_loss(
-    output: Tensor,
-    x0: Tensor,
-    epsilon: Tensor,
-    log_snr: Tensor,
-    prediction: Prediction,
-    weighting: Weighting = "none",
-    gamma: float = 5.0,
-    error: Error = "squared",
-) -> Tensor:
-    """The weighted error of the prediction, averaged over channels and pixels: [batch], float32 or better.
+def simple_loss(output: Tensor, target: Tensor, weight: Tensor, error: Error = "squared") -> Tensor:
+    """The error of the network's output, averaged over channels and pixels and weighted: [batch], float32 or better.
 
-    Ho et al. 2020, eq. 14, for any prediction.
+    Ho et al. 2020, eq. 14, for any prediction: `target` is `prediction.target`'s, and `weight` [batch] that of the function here.
     """
-    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target(prediction, x0, epsilon, log_snr)
+    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
     elementwise = difference.square() if error == "squared" else difference.abs()
     per_image = elementwise.flatten(1).mean(1)
-    return per_image * weight(weighting, prediction, log_snr, gamma).to(per_image)
+    return per_image * weight.to(per_image)
 
 
 @dataclass(frozen=True)
@@ -62,20 +53,18 @@ class Losses:
 
 
 def with_bound(
-    loss: Loss, simple: Tensor, bound: Tensor, share: Tensor, steps: int, bound_weight: float, unweight_simple: bool
+    loss: Loss, simple: Tensor, bound: Tensor, odds: Tensor, bound_weight: float, unweight_simple: bool
 ) -> Losses:
-    """Losses of images whose step of the chain was drawn with probability `share`, each [batch].
+    """Losses of images whose step of the chain was drawn `odds` times as often as if all steps were as likely, each [batch].
 
-    vlb: steps * bound is the whole bound on average, if every step is as likely; else it is divided by steps * share.
-    hybrid: simple + bound_weight * steps * bound (Nichol & Dhariwal 2021, eq. 16).
+    vlb: the bound, divided by the odds. hybrid: simple + bound_weight * bound (Nichol & Dhariwal 2021, eq. 16).
 
     Args:
-        bound: the bound's term of each image's step, nats a dimension.
-        unweight_simple: divide the simple loss by steps * share as well, to mean what steps drawn evenly mean; else the
-            way in which steps are drawn is part of what it means.
+        bound: the whole bound as each image's step tells it: steps times its term, nats a dimension.
+        unweight_simple: divide the simple loss by the odds as well, to mean what steps drawn evenly mean; else the way in
+            which steps are drawn is part of what it means.
     """
-    unweight = 1 / (steps * share)
-    bound = steps * bound
+    unweight = 1 / odds
     if loss == "vlb":
         return Losses((bound * unweight).to(simple), bound.to(simple))
     simple_weight = unweight if unweight_simple else torch.ones_like(unweight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, StoreError
 from diffusion.evaluation.figures import headline, metrics
-from diffusion.evaluation.identity import find_own
 from diffusion.evaluation.scores import Scores
+from diffusion.features.identity import find_own
 from diffusion.presentation.card import Card
 from diffusion.presentation.markdown import fit_description
 from diffusion.recipe import Recipe
@@ -75,32 +76,35 @@ def _kind_of(store: Store, digest: str) -> str | None:
     return found.images.kind if found else None
 
 
-def publish(
-    run: TrackedRun,
-    store: Store,
-    state: CheckpointState,
-    scores: Scores,
-    dataset: Manifest,
-    pictures: dict[str, bytes],
-    tags: dict[str, str],
-    compute: str,
-) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Candidate:
+    """What becomes a model version."""
+
+    state: CheckpointState
+    """Of the checkpoint."""
+    scores: Scores
+    dataset: Manifest
+    pictures: dict[str, bytes]
+    """PNGs by name: `grid`, samples, and `closest`, the samples nearest to training images."""
+    tags: dict[str, str]
+    """Where it came from: `git.commit`, `prefect.flow_run_id`."""
+    compute: str
+    """What the training took, for the card."""
+
+
+def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
     """Make a model version of a checkpoint, and return the model's name and its number; one that this run has made of it counts.
 
     The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
-
-    Args:
-        pictures: PNGs by name: `grid`, samples, and `closest`, the samples nearest to training images.
-        compute: what the training took, for the card.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
 
-    client = run.client
+    client, state, scores, dataset = run.client, made.state, made.scores, made.dataset
     name = model_name(client, store, dataset, state.recipe.data.image_size)
     tags = {
-        **tags,
+        **made.tags,
         "result": headline(scores),
         "run": state.run,
         "dataset.name": dataset.source,
@@ -118,14 +122,16 @@ def publish(
             _tell_start(client, version.name, state, str(version.version))
             return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
-    card = Card(name, state, scores, dataset, tags["git.commit"], run.run_id, compute, find_own(store, dataset.digest))
+    card = Card(
+        name, state, scores, dataset, tags["git.commit"], run.run_id, made.compute, find_own(store, dataset.digest)
+    )
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=with_lineage(tags)
     )
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            contents = _write_files(Path(folder), store, state, scores.weights, dataset, pictures)
+            contents = _write_files(Path(folder), store, state, scores.weights, dataset, made.pictures)
             model_folder = Path(folder, "model")
             mlflow.pyfunc.save_model(
                 path=str(model_folder),
@@ -145,7 +151,7 @@ def publish(
                 pip_requirements=_pinned_requirements(),
             )
             # Beside the artifacts the card can show them.
-            pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in pictures)
+            pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in made.pictures)
             lasting = card.text(ASSETS, "The version's description in the registry has it.")
             recipe = f"## Recipe\n\n```json\n{state.recipe.model_dump_json(indent=1)}\n```\n"
             Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}{recipe}")

@@ -46,6 +46,8 @@ class Lineage:
 
     run: str
     """The key by which the run is found again: one for each flow run, unless it goes on with an earlier one."""
+    name: str
+    """How people know a run that is new."""
     commit: str
     """Git commit of the code, with `-dirty` if files differ from it."""
     flow_run_id: str
@@ -67,7 +69,6 @@ class TrackedRun:
         cls,
         client: MlflowClient,
         experiment_id: str,
-        name: str,
         lineage: Lineage,
         recipe: Recipe,
         dataset: Manifest,
@@ -97,8 +98,8 @@ class TrackedRun:
         else:
             # With its start from the first moment: a retry goes on as it began.
             start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
-            run = client.create_run(experiment_id, run_name=name, tags={**tags, RUN_KEY: lineage.run, **start})
-        self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or name)
+            run = client.create_run(experiment_id, run_name=lineage.name, tags={**tags, RUN_KEY: lineage.run, **start})
+        self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or lineage.name)
         client.log_batch(
             self.run_id,
             params=[Param(key, value) for key, value in flatten(recipe).items()],

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.errors import RecipeError
-from diffusion.evaluation.classifier import FEATURES
-from diffusion.evaluation.extractor import Teacher
+from diffusion.features.classifier import FEATURES
+from diffusion.features.extractor import Teacher
 from diffusion.model.unet import UNet
 from diffusion.randomness import stream
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from diffusion.data.manifest import Manifest
 from diffusion.denoiser import Pixels, build_network, read_output
-from diffusion.evaluation.extractor import load_teacher
-from diffusion.evaluation.identity import identify
+from diffusion.features.extractor import load_teacher
+from diffusion.features.identity import identify
 from diffusion.model.ema import EMA
 from diffusion.model.placement import place
 from diffusion.model.unet import UNet
 from diffusion.process.bound import chain_term
-from diffusion.process.objective import Losses, simple_loss, with_bound
-from diffusion.process.prediction import diffuse, to_x0
+from diffusion.process.objective import Losses, simple_loss, weight, with_bound
+from diffusion.process.prediction import diffuse, target, to_x0
 from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import noise_variance
 from diffusion.recipe import Recipe
@@ -157,9 +157,8 @@ class Trainer:
         recipe, objective = self.recipe, self.recipe.objective
         prediction, mix = read_output(recipe, output)
         kind, weighting = recipe.process.prediction, objective.weighting
-        simple = simple_loss(
-            prediction, lane.x0, lane.epsilon, levels.log_snr, kind, weighting, objective.gamma, objective.error
-        )
+        aim = target(kind, lane.x0, lane.epsilon, levels.log_snr)
+        simple = simple_loss(prediction, aim, weight(weighting, kind, levels.log_snr, objective.gamma), objective.error)
         if levels.position is None or levels.share is None:
             return Losses(simple, simple)
         bound = torch.zeros_like(levels.share)
@@ -170,9 +169,8 @@ class Trainer:
         return with_bound(
             objective.loss,
             simple,
-            bound,
-            levels.share,
-            self.levels.steps,
+            self.levels.steps * bound,
+            self.levels.steps * levels.share,
             objective.bound_weight,
             unweight_simple=self.levels.learns,
         )

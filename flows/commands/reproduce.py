@@ -35,7 +35,7 @@ from diffusion.training.state import CheckpointState, delete_checkpoint, load_st
 from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file
 from diffusion.trust.redaction import redact_logs
-from flows.launcher import run_job
+from flows.launcher import Listener, run_job
 from flows.plugins.credentials import use_block
 from flows.request import checkpoint_every, threads_per_process, usable_processes
 from flows.run import git_commit, job_fields
@@ -160,8 +160,7 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
                 job,
                 environment.runs / run,
                 usable_processes(recipe, processes),
-                say_progress,
-                lambda line: None,
+                Listener(say_progress),
                 threads_per_process(recipe),
             )
         return compare(original, load_state(store, run, step))

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
-from diffusion.evaluation.identity import find_own
+from diffusion.features.identity import find_own
 from diffusion.jobs.specs import ExtractorJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
@@ -30,7 +30,7 @@ def _train(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
     if find_own(store, dataset.digest) is None:
         spec = ExtractorJob(**job_fields("extractor", dataset, environment))
         folder = environment.runs / "extractors" / dataset.digest[:16]
-        job = Job("diffusion.evaluation.train_extractor", spec, folder, "reference")
+        job = Job("diffusion.features.train_extractor", spec, folder, "reference")
         alone = Workers(counts=(1,), cores=workers.cores)  # whatever the recipe's other jobs run on
         run_phase("Training an extractor of these images", "extractor", job, alone, recipe, workers.cores)
     own = find_own(store, dataset.digest)

@@ -7,8 +7,8 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.data.manifest import Manifest
 from diffusion.errors import DataError
-from diffusion.evaluation.identity import identify
 from diffusion.evaluation.reference import load_reference
+from diffusion.features.identity import identify
 from diffusion.jobs.specs import ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.settings import settings

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from diffusion.evaluation.scores import Scores
-from diffusion.tracking.registry import publish
+from diffusion.tracking.registry import Candidate, publish
 from diffusion.training.state import CheckpointState
 from flows.request import gpus, usable_processes
 from flows.run import Run
@@ -30,7 +30,8 @@ def register(run: Run, state: CheckpointState, scores: Scores) -> tuple[str, str
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
     pictures = {name: evaluation_picture(run, state.step, name) for name in ("grid", "closest")}
-    return publish(run.tracked, run.store, state, scores, run.dataset, pictures, tags, compute(run, state))
+    made = Candidate(state, scores, run.dataset, pictures, tags, compute(run, state))
+    return publish(run.tracked, run.store, made)
 
 
 def compute(run: Run, state: CheckpointState) -> str:

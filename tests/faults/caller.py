@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from diffusion.data.ingest import find_dataset
 from diffusion.jobs.specs import TrainingJob
@@ -16,7 +16,7 @@ from diffusion.tracking.experiment import open_experiment
 from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from flows.engines.placement import Placement
-from flows.launcher import run_job, run_on_cluster
+from flows.launcher import Listener, run_job, run_on_cluster
 
 
 def main(folder: Path) -> None:
@@ -24,17 +24,16 @@ def main(folder: Path) -> None:
     job = TrainingJob.model_validate(told["job"])
     manifest = find_dataset(open_store(job.store), job.dataset)
     assert manifest is not None
-    lineage = Lineage(run=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
+    lineage = Lineage(run=job.run, name=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
     client = connect(told["tracking_uri"])
-    run = TrackedRun.open(client, open_experiment(client, None), job.run, lineage, job.recipe, manifest, job.store)
+    run = TrackedRun.open(client, open_experiment(client, None), lineage, job.recipe, manifest, job.store)
     (folder / "mlflow_run").write_text(run.run_id)
     with MetricsSender(run, folder) as sender:
         if "counts" in told:  # of processes, on a cluster
             placement = Placement(module="diffusion.training.job", counts=told["counts"], threads=1)
-            run_on_cluster(placement, job, folder, lambda progress: None, lambda line: print(line, flush=True))
+            run_on_cluster(placement, job, folder, Listener(on_line=partial(print, flush=True)))
         else:
-            nobody: Any = lambda said: None  # noqa: E731
-            run_job("diffusion.training.job", job, folder, told["processes"], nobody, nobody, threads=1)
+            run_job("diffusion.training.job", job, folder, told["processes"], threads=1)
         sender.flush()
     run.close("FINISHED")
 

@@ -69,7 +69,7 @@ def expected(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         until=STEPS,
         checkpoint_every=1000,
     )
-    run_job("diffusion.training.job", job, tmp_path / "job", 1, lambda p: None, lambda line: None, threads=1)
+    run_job("diffusion.training.job", job, tmp_path / "job", 1, threads=1)
     return weights(store, "undisturbed", STEPS), (tmp_path / "job" / JOURNAL).read_bytes()
 
 

@@ -25,7 +25,7 @@ from tests.faults.s3_proxy import Faults, proxy
 
 pytestmark = pytest.mark.slow
 
-LINEAGE = Lineage(run="mlflow-faults", commit="c" * 40, flow_run_id="f", flow_run_url="", owner="{}")
+LINEAGE = Lineage(run="mlflow-faults", name="faults", commit="c" * 40, flow_run_id="f", flow_run_url="", owner="{}")
 
 
 def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
@@ -36,7 +36,7 @@ def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
     monkeypatch.setattr("diffusion.tracking.connection.AGAIN_SECONDS", 0.2)
     direct = connect(mlflow_server.url)
     run = TrackedRun.open(
-        direct, open_experiment(direct, None), "faults", LINEAGE, tiny_recipe(), ingested.manifest, ingested.store.uri
+        direct, open_experiment(direct, None), LINEAGE, tiny_recipe(), ingested.manifest, ingested.store.uri
     )
     faults = Faults(unavailable=0.3, lost_answer=0.4, seed=2)
     journal, timing = Journal(tmp_path / JOURNAL), Journal(tmp_path / TIMING)
@@ -71,10 +71,10 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     child.wait()
 
     def begin(key: str) -> tuple[TrackedRun, Path]:
-        lineage = replace(LINEAGE, run=key, owner=json.dumps(ended))
+        lineage = replace(LINEAGE, run=key, name=key, owner=json.dumps(ended))
         folder = tmp_path / key
         folder.mkdir()
-        run = TrackedRun.open(direct, experiment, key, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
+        run = TrackedRun.open(direct, experiment, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
         return run, folder
 
     faults = Faults(unavailable=1.0)

@@ -68,7 +68,7 @@ def undisturbed(source: Source, folder: Path, seed: int) -> tuple[str, bytes]:
         until=STEPS,
         checkpoint_every=1000,
     )
-    run_job("diffusion.training.job", job, folder / job.run, 1, lambda p: None, lambda line: None, threads=1)
+    run_job("diffusion.training.job", job, folder / job.run, 1, threads=1)
     return weights(store, job.run, STEPS), (folder / job.run / JOURNAL).read_bytes()
 
 

@@ -121,8 +121,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every).model_copy(
         update={"store": ingested.store.uri, "run": "quiet-s3"}
     )
-    nobody = lambda _: None  # noqa: E731
-    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 2, nobody, nobody, threads=1)
+    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 2, threads=1)
 
     puts = 0
     killed: list[int] = []
@@ -151,7 +150,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     code = (
         "import sys; from pathlib import Path; from diffusion.jobs.specs import TrainingJob; from flows.launcher import run_job\n"
         "told = Path(sys.argv[1]); job = TrainingJob.model_validate_json(told.read_bytes())\n"
-        "run_job('diffusion.training.job', job, told.parent, 2, lambda progress: None, lambda line: None, threads=1)"
+        "run_job('diffusion.training.job', job, told.parent, 2, threads=1)"
     )
     command = [sys.executable, "-c", code, str(folder / "told.json")]
     for _ in range(len(uploads) + 4):
@@ -188,8 +187,7 @@ def test_the_server_itself_is_killed_at_random_moments(
     away = [moments.uniform(1, 6) for _ in kills]
     quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every)
     quiet = quiet.model_copy(update={"store": ingested.store.uri, "run": "quiet-server"})
-    nobody = lambda _: None  # noqa: E731
-    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 1, nobody, nobody, threads=1)
+    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 1, threads=1)
 
     (tmp_path / "s3").mkdir()
     server = start_s3(tmp_path / "s3")
@@ -205,7 +203,7 @@ def test_the_server_itself_is_killed_at_random_moments(
         killer.start()
         for attempt in range(12):
             try:
-                run_job("diffusion.training.job", job, folder, 1, nobody, nobody, threads=1)
+                run_job("diffusion.training.job", job, folder, 1, threads=1)
                 break
             except StoreError:
                 assert attempt < 11

@@ -16,7 +16,7 @@ import pytest
 
 from diffusion.errors import DataError
 from diffusion.jobs.specs import JobSpec
-from flows.launcher import run_job
+from flows.launcher import Listener, run_job
 
 pytestmark = pytest.mark.slow
 
@@ -64,19 +64,19 @@ def spec(what: str, tmp_path: Path) -> JobSpec:
 def test_output_and_progress_reach_the_caller(job_module: str, tmp_path: Path) -> None:
     lines: list[str] = []
     progress: list[dict[str, object]] = []
-    run_job(job_module, spec("well", tmp_path), tmp_path / "job", 2, progress.append, lines.append)
+    run_job(job_module, spec("well", tmp_path), tmp_path / "job", 2, Listener(progress.append, lines.append))
     assert {"[rank 0] hello from rank 0", "[rank 1] hello from rank 1"} <= set(lines)
     assert progress[-1] == {"stage": "working", "done": 1, "total": 1, "note": ""}
 
 
 def test_an_error_for_the_user_stays_what_it_is(job_module: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="shard 3 is damaged"):
-        run_job(job_module, spec("user-error", tmp_path), tmp_path / "job", 1, lambda p: None, lambda line: None)
+        run_job(job_module, spec("user-error", tmp_path), tmp_path / "job", 1)
 
 
 def test_a_crash_brings_the_rank_and_its_traceback(job_module: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 failed[\s\S]*rank one divides by zero"):
-        run_job(job_module, spec("crash", tmp_path), tmp_path / "job", 2, lambda p: None, lambda line: None)
+        run_job(job_module, spec("crash", tmp_path), tmp_path / "job", 2)
     assert_gone(tmp_path / "job")
 
 
@@ -89,7 +89,7 @@ def test_whatever_ends_the_caller_s_wait_ends_the_job(job_module: str, tmp_path:
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        run_job(job_module, spec("for-ever", tmp_path), tmp_path / "job", 2, stop_at_once, lambda line: None)
+        run_job(job_module, spec("for-ever", tmp_path), tmp_path / "job", 2, Listener(stop_at_once))
     assert_gone(tmp_path / "job")
 
 
@@ -106,7 +106,7 @@ def test_ranks_that_ignore_the_request_are_killed(
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        run_job(job_module, spec("stubborn", tmp_path), tmp_path / "job", 2, stop_when_both_ignore, lambda line: None)
+        run_job(job_module, spec("stubborn", tmp_path), tmp_path / "job", 2, Listener(stop_when_both_ignore))
     assert_gone(tmp_path / "job")
 
 
@@ -115,9 +115,9 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
         f"""
         from pathlib import Path
         from diffusion.jobs.specs import JobSpec
-        from flows.launcher import run_job
+        from flows.launcher import Listener, run_job
         spec = JobSpec(run="for-ever", store="x", dataset="0" * 64, shard_copies=Path("."))
-        run_job({job_module!r}, spec, Path({str(tmp_path / "job")!r}), 2, lambda p: None, lambda line: None)
+        run_job({job_module!r}, spec, Path({str(tmp_path / "job")!r}), 2)
         """
     )
     caller = subprocess.Popen([sys.executable, "-c", code], env=os.environ.copy())

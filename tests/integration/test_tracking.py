@@ -47,7 +47,7 @@ from diffusion.tracking.experiment import NOTE, open_experiment
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.promotion import champion_version, decide
-from diffusion.tracking.registry import publish
+from diffusion.tracking.registry import Candidate, publish
 from diffusion.tracking.run import Lineage, TrackedRun, recorded_start, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
@@ -61,7 +61,9 @@ from tests.packages import with_only
 from tests.scores import made
 
 MODEL = "generated-fields-and-water-ddpm"
-LINEAGE = Lineage(run="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}")
+LINEAGE = Lineage(
+    run="", name="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}"
+)
 
 
 @pytest.fixture
@@ -75,11 +77,10 @@ def run(client: MlflowClient, ingested: Ingested, request: pytest.FixtureRequest
 
 
 def open_run(client: MlflowClient, ingested: Ingested, key: str) -> TrackedRun:
-    lineage = replace(LINEAGE, run=key)
+    lineage = replace(LINEAGE, run=key, name=f"run {key}")
     return TrackedRun.open(
         client,
         open_experiment(client, None),
-        f"run {key}",
         lineage,
         tiny_recipe(),
         ingested.manifest,
@@ -295,9 +296,9 @@ def test_a_run_that_did_not_finish_is_found_by_the_next_of_its_recipe_data_and_c
         return unfinished_run(client, experiment, of, ingested.manifest, commit)
 
     def begin(key: str) -> TrackedRun:
-        lineage = replace(LINEAGE, run=key)
+        lineage = replace(LINEAGE, run=key, name=key)
         return TrackedRun.open(
-            client, open_experiment(client, None), key, lineage, recipe, ingested.manifest, ingested.store.uri
+            client, open_experiment(client, None), lineage, recipe, ingested.manifest, ingested.store.uri
         )
 
     assert look() is None
@@ -359,7 +360,7 @@ def make_version(run: TrackedRun, ingested: Ingested, store: FolderStore, name: 
     made = scores(checkpoint=state.digest, evidence_sha256=hashlib.sha256(evidence).hexdigest(), **fields)
     store.write(layout.scores(name, 2), seal(made))
     pictures = {"grid": grid(), "closest": grid()}
-    model, version = publish(run, store, state, made, dataset, pictures, tags, "")
+    model, version = publish(run, store, Candidate(state, made, dataset, pictures, tags, ""))
     assert model == expected
     return version
 
@@ -372,8 +373,8 @@ def test_where_a_flow_run_started_is_known_to_its_retry_also_when_another_has_go
     recipe = tiny_recipe().continued(start, tiny_recipe())
     assert recorded_start(client, experiment_id, "flow-a") == (False, None)
     for flow_run in ("flow-a", "flow-b"):  # b goes on with what a has begun
-        lineage = replace(LINEAGE, run="demo-seed0-flow-a", flow_run_id=flow_run)
-        TrackedRun.open(client, experiment_id, flow_run, lineage, recipe, ingested.manifest, ingested.store.uri)
+        lineage = replace(LINEAGE, run="demo-seed0-flow-a", name=flow_run, flow_run_id=flow_run)
+        TrackedRun.open(client, experiment_id, lineage, recipe, ingested.manifest, ingested.store.uri)
         assert recorded_start(client, experiment_id, flow_run) == (True, start)
     assert recorded_start(client, experiment_id, "flow-a") == (True, start)
     assert recorded_start(client, experiment_id, "flow-c") == (False, None)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffusion.denoiser import Pixels, build_network
 from diffusion.errors import RecipeError
-from diffusion.evaluation.extractor import Teacher, load_teacher, shipped
-from diffusion.evaluation.identity import SHIPPED_SHA256, Known
+from diffusion.features.extractor import Teacher, load_teacher, shipped
+from diffusion.features.identity import SHIPPED_SHA256, Known
 from diffusion.model.unet import UNet
 from diffusion.recipe import Recipe
 from diffusion.training.alignment import Aligned

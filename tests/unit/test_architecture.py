@@ -25,7 +25,7 @@ FORBIDDEN = {
         "diffusion.model",
         "diffusion.training",
     ),
-    "diffusion/model": ("diffusion.data", "diffusion.training", "diffusion.evaluation", "diffusion.tracking"),
+    "diffusion/model": (*(f"diffusion.{room}" for room in ("data", "features", "training", "evaluation", "tracking")),),
     "diffusion/training": ("mlflow", "diffusion.evaluation", "diffusion.presentation", "diffusion.tracking"),
     "diffusion/jobs": (
         "mlflow",
@@ -35,6 +35,10 @@ FORBIDDEN = {
         "diffusion.training",
         "diffusion.presentation",
         "diffusion.tracking",
+    ),
+    "diffusion/features": (
+        "mlflow",
+        *(f"diffusion.{room}" for room in ("training", "evaluation", "presentation", "tracking")),
     ),
     "diffusion/evaluation": ("mlflow", "diffusion.presentation", "diffusion.tracking"),
     "diffusion/presentation": ("mlflow", "diffusion.tracking"),

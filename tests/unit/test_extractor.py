@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diffusion.data.sources.eurosat import CLASSES
 from diffusion.errors import RecipeError
-from diffusion.evaluation import extractor as extractors
-from diffusion.evaluation.classifier import Classifier, fuse
-from diffusion.evaluation.extractor import load_inception, shipped
-from diffusion.evaluation.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS
-from diffusion.evaluation.train_extractor import tell_views, view, views_told
+from diffusion.features import extractor as extractors
+from diffusion.features.classifier import Classifier, fuse
+from diffusion.features.extractor import load_inception, shipped
+from diffusion.features.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS
+from diffusion.features.train_extractor import tell_views, view, views_told
 from diffusion.settings import InceptionSource
 
 CPU = torch.device("cpu")

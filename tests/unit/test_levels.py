@@ -54,7 +54,7 @@ def test_losses_drawn_by_importance_are_unbiased_and_vary_less() -> None:
         assert levels.position is not None
         assert levels.share is not None
         own = loss_at(levels.position)
-        losses = with_bound("simple", own, torch.zeros_like(own), levels.share, 200, 0.0, unweight_simple=True)
+        losses = with_bound("simple", own, torch.zeros_like(own), 200 * levels.share, 0.0, unweight_simple=True)
         assert torch.equal(losses.own, own)
         by_importance.append(float(losses.weighted.mean()))
         evenly.append(float(loss_at((uniforms(step, 16) * 200).long()).mean()))
@@ -96,7 +96,7 @@ def test_the_bound_means_the_same_however_steps_are_drawn(noise_levels: str) -> 
         assert levels.position is not None
         assert levels.share is not None
         bound = terms[levels.position]
-        losses = with_bound("vlb", torch.zeros_like(bound), bound, levels.share, 100, 1e-3, source.learns)
+        losses = with_bound("vlb", torch.zeros_like(bound), 100 * bound, 100 * levels.share, 1e-3, source.learns)
         if source.learns:
             source.observe(levels.position, losses.own)
         estimates.append(float(losses.weighted.mean()))
@@ -106,9 +106,9 @@ def test_the_bound_means_the_same_however_steps_are_drawn(noise_levels: str) -> 
 
 def test_hybrid_is_the_simple_loss_and_a_little_of_the_whole_bound() -> None:
     simple, bound, share = (torch.tensor([value], dtype=torch.float64) for value in (0.5, 0.02, 0.001))
-    losses = with_bound("hybrid", simple, bound, share, 1000, 1e-3, unweight_simple=False)
+    losses = with_bound("hybrid", simple, 1000 * bound, 1000 * share, 1e-3, unweight_simple=False)
     assert float(losses.weighted) == pytest.approx(0.5 + 1e-3 * 1000 * 0.02)
-    rare = with_bound("hybrid", simple, bound, share / 4, 1000, 1e-3, unweight_simple=False)
+    rare = with_bound("hybrid", simple, 1000 * bound, 250 * share, 1e-3, unweight_simple=False)
     assert float(rare.weighted) == pytest.approx(0.5 + 4 * 1e-3 * 1000 * 0.02), "the bound is weighted, simple is not"
     assert float(rare.own) == pytest.approx(float(losses.own))
 

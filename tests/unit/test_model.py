@@ -8,7 +8,7 @@ from diffusion.denoiser import build_network
 from diffusion.model.ema import EMA
 from diffusion.model.placement import place
 from diffusion.model.seed_unet import SeedUNet
-from diffusion.model.unet import UNet
+from diffusion.model.unet import UNet, UNetShape
 from diffusion.recipe_files import load_recipe
 from tests.specs import RGB_SPEC
 
@@ -16,17 +16,19 @@ from tests.specs import RGB_SPEC
 def small_unet(classes: int = 10, patch: int = 1, outputs: int = 3) -> UNet:
     torch.manual_seed(0)
     network = UNet(
-        image_size=16,
-        bands=3,
-        width=16,
-        multipliers=(1, 2),
-        blocks=1,
-        attention_below=8,
-        patch=patch,
-        classes=classes,
-        dropout=0.0,
-        outputs=outputs,
-        turns=True,
+        UNetShape(
+            image_size=16,
+            bands=3,
+            width=16,
+            multipliers=(1, 2),
+            blocks=1,
+            attention_below=8,
+            patch=patch,
+            classes=classes,
+            dropout=0.0,
+            outputs=outputs,
+            turns=True,
+        )
     )
     for parameter in network.parameters():  # wake the zero-initialised layers
         nn.init.normal_(parameter, std=0.1)

@@ -37,7 +37,8 @@ def test_a_weight_means_the_same_error_whatever_is_predicted(weighting, log_snr:
     for prediction in PREDICTIONS:
         wrong_epsilon = to_epsilon("x0", wrong_x0, x_t, level)
         output = target(prediction, wrong_x0, wrong_epsilon, level)
-        losses.append(float(simple_loss(output, x0, epsilon, level, prediction, weighting)))
+        aim = target(prediction, x0, epsilon, level)
+        losses.append(float(simple_loss(output, aim, weight(weighting, prediction, level, gamma=5.0))))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-9)
 
 
@@ -60,6 +61,5 @@ def test_gradients_of_the_simple_loss_by_finite_differences(prediction: Predicti
     output, x0, epsilon = (torch.randn(3, 2, 2, 2, generator=rng, dtype=torch.float64) for _ in range(3))
     log_snr = torch.tensor([-6.0, 0.3, 5.0], dtype=torch.float64)
     output.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda out: simple_loss(out, x0, epsilon, log_snr, prediction, weighting), (output,)
-    )
+    aim, by = target(prediction, x0, epsilon, log_snr), weight(weighting, prediction, log_snr, gamma=5.0)
+    assert torch.autograd.gradcheck(lambda out: simple_loss(out, aim, by), (output,))

@@ -124,7 +124,7 @@ def test_an_override_typed_as_text_means_what_it_means_in_yaml() -> None:
 
 
 def test_every_key_can_be_overridden_and_is_a_parameter() -> None:
-    recipe = load_recipe("demo", {"evaluation.guidance_interval": [0.3, 3]})
+    recipe = load_recipe("demo", {"evaluation.guidance_interval": [0.3, 3], "objective.alignment": 0.5})
     flat = flatten(recipe)
     assert set(recipe_keys()) | {"name", "start"} == set(flat)
     assert load_recipe("demo", {key: value for key, value in flat.items() if key not in ("name", "start")}) == recipe

@@ -120,8 +120,8 @@ OWN_INPUT = {
     "diffusion/data/manifest.py": "manifests of before there were specs",
     "diffusion/data/spec.py": "the display",
     "diffusion/evaluation/pictures.py": "colours of the sheet",
-    "diffusion/evaluation/extractor.py": "what the shipped networks eat",
-    "diffusion/evaluation/train_extractor.py": "what the shipped network eats",
+    "diffusion/features/extractor.py": "what the shipped networks eat",
+    "diffusion/features/train_extractor.py": "what the shipped network eats",
 }
 """Where 255 is said, and of what."""
 

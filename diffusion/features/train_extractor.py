@@ -1,7 +1,7 @@
 """Train a feature extractor: a classifier whose features samples are judged by.
 
-    python -m diffusion.evaluation.train_extractor --archive EuroSAT.zip    the one that comes with the package
-    python -m diffusion.evaluation.train_extractor FOLDER                   a dataset's own, as a job
+    python -m diffusion.features.train_extractor --archive EuroSAT.zip    the one that comes with the package
+    python -m diffusion.features.train_extractor FOLDER                   a dataset's own, as a job
 
 The first takes about 20 minutes on 2 CPU cores. What is stored are fused weights as float16 safetensors, and the accuracy that
 those very weights reach on the test split.
@@ -31,8 +31,8 @@ from diffusion.data.sealed import seal
 from diffusion.data.sources.eurosat import read_eurosat
 from diffusion.denoiser import Pixels
 from diffusion.errors import DataError
-from diffusion.evaluation.classifier import Classifier, fuse
-from diffusion.evaluation.identity import SHIPPED_WEIGHTS, OwnExtractor, find_own
+from diffusion.features.classifier import Classifier, fuse
+from diffusion.features.identity import SHIPPED_WEIGHTS, OwnExtractor, find_own
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import ExtractorJob
