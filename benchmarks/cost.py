@@ -81,7 +81,7 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
 def speed(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, processes: int) -> float:
     """Images a second of a training job in its second half."""
     job = TrainingJob(
-        run=f"cost-{recipe.reduction}",
+        run=f"{folder.name}-{recipe.reduction}-{processes}",
         store=store.uri,
         dataset=dataset.digest,
         shard_copies=folder,

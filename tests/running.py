@@ -33,7 +33,7 @@ PROXY = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"), 
 OLD_KEY = "cfTRZvYHTh8PB0nzlQMgBkPYVVRPMkYzCPS8nTPMLHw="
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(archive: Path) -> Iterator[Project]:
     """The servers of `make up`, in a folder that others could read before, with a store's key in the environment, on a machine
     whose way out is a proxy: nothing of what runs here may ask that."""
@@ -62,7 +62,7 @@ def make_old_database(home: Path) -> None:
     home.chmod(0o755)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def password(stack: Project) -> str:
     """What the servers ask for."""
     return stack.servers["MLFLOW_TRACKING_PASSWORD"]
@@ -79,7 +79,7 @@ SmtpMail(host="127.0.0.1", port=int(os.environ["MAIL_PORT"]), **mail).save("test
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mails() -> Iterator[tuple[int, list[str]]]:
     """A mail server here: its port, and the mails that it is given, as they are read."""
     taken: list[str] = []
@@ -104,7 +104,7 @@ def mails() -> Iterator[tuple[int, list[str]]]:
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def received(stack: Project, mails: tuple[int, list[str]]) -> Iterator[list[dict[str, str]]]:
     """What a receiver of notifications here is told."""
     told: list[dict[str, str]] = []
@@ -150,7 +150,7 @@ class Training:
     """All processes of the stack, of the command, and of the ranks, over the time of the training."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def training(stack: Project, received: list[dict[str, str]]) -> Training:
     """Whoever wants to hear of it, listens."""
     command = ["prefect", "deployment", "run", "train-diffusion", "-p", "preset=demo", "-p", "source=generated"]
@@ -182,7 +182,7 @@ SCRIPT = """'"><img src=x onerror="alert(1)">"""
 """A name that is a script where a page shows it as it is."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def own_images(stack: Project) -> str:
     """What the README's command for images of one's own prints, with a smaller recipe. The classes have names that are scripts."""
     readme = Path(__file__).parents[1] / "README.md"

@@ -37,7 +37,7 @@ from diffusion.training.state import load_state, weights_to_try
 EMBEDDING_BATCH = 250
 
 
-def evaluate(job: EvaluationJob, rank: Rank) -> None:
+def score_checkpoint(job: EvaluationJob, rank: Rank) -> None:
     """Score a checkpoint and store its pictures and, last, `scores.json`. The work is shared out in blocks of images."""
     Evaluation(job, rank).run()
 
@@ -183,7 +183,7 @@ def embed_samples(extractor: Extractor, images: Images, accelerator: Accelerator
     return gather_rows(accelerator, blocks, sizes, extractor.embed(images[:1])[0])
 
 
-JOB = EvaluationJob, evaluate
+JOB = EvaluationJob, score_checkpoint
 
 if __name__ == "__main__":
     rank_main(*JOB)

@@ -2,9 +2,9 @@
 
 from diffusion.jobs.rank import rank_main
 from diffusion.jobs.specs import TrainingJob
-from diffusion.training.loop import train
+from diffusion.training.loop import train_until
 
-JOB = TrainingJob, train
+JOB = TrainingJob, train_until
 
 if __name__ == "__main__":
     rank_main(*JOB)

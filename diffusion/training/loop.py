@@ -122,7 +122,7 @@ def load_start(store: Store, start: Start) -> Checkpoint:
     return content
 
 
-def train(job: TrainingJob, rank: Rank) -> None:
+def train_until(job: TrainingJob, rank: Rank) -> None:
     """Train to step `job.until` and leave a checkpoint there.
 
     A request to end ends it early, with a checkpoint at the step that was reached. Raises RecipeError, DataError or StoreError
