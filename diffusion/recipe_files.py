@@ -110,6 +110,11 @@ def fit_to_dataset(recipe: Recipe, overrides: dict[str, Any], spec: ImageSpec) -
             )
         extractors = dict.fromkeys("own" if name in refused else name for name in evaluation.extractors)
         evaluation = evaluation.model_copy(update={"extractors": tuple(extractors)})
+    if recipe.objective.alignment and not set(evaluation.extractors[1:]) & {"eurosat", "own"}:
+        raise RecipeError(
+            "objective.alignment is for images with a judge beside their own extractor, and of these recipes' extractors only own is "
+            "for such images. Set evaluation.extractors to [inception, own] if they are RGB, else objective.alignment to 0."
+        )
     if recipe.learned_variance and not spec.counted:
         raise RecipeError(
             f"objective.loss {recipe.objective.loss} needs the likelihood in bits, which images of {spec.dtype} have not. Use simple."

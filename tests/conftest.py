@@ -35,7 +35,6 @@ from diffusion.recipe_files import load_recipe
 from diffusion.store.objects import FolderStore
 from tests.postgres import programs, running_postgres
 
-pytest_plugins = ["tests.running"]
 BIN = Path(sys.executable).parent
 UMASK = 0o022
 """What most machines have. Flows and jobs that run in the tests' own process change it for the rest of that process."""

@@ -1,1 +1,1 @@
-"""Scores of samples: features, FID, KID, bits per dimension, pictures, and the job that computes them."""
+"""Scores of samples: FID, KID, bits per dimension, pictures, and the job that computes them."""

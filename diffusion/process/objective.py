@@ -31,15 +31,15 @@ def weight(weighting: Weighting, prediction: Prediction, log_snr: Tensor, gamma:
     return loss_weight(prediction, of_x0, log_snr)
 
 
-def simple_loss(output: Tensor, target: Tensor, weight: Tensor, error: Error = "squared") -> Tensor:
+def simple_loss(output: Tensor, aim: Tensor, weights: Tensor, error: Error = "squared") -> Tensor:
     """The error of the network's output, averaged over channels and pixels and weighted: [batch], float32 or better.
 
-    Ho et al. 2020, eq. 14, for any prediction: `target` is `prediction.target`'s, and `weight` [batch] that of the function here.
+    Ho et al. 2020, eq. 14, for any prediction: `aim` is what `prediction.target` gives, and `weights`, [batch], what `weight` does.
     """
-    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
+    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - aim
     elementwise = difference.square() if error == "squared" else difference.abs()
     per_image = elementwise.flatten(1).mean(1)
-    return per_image * weight.to(per_image)
+    return per_image * weights.to(per_image)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,6 @@ class Aligned(nn.Module):
         if bytes(state["teacher"].tolist()).hex() != self.teacher.sha256:
             raise RecipeError(
                 "The network was aligned with another extractor than the dataset's own of today, which has been trained anew: "
-                "start a new run, with another seed or recipe."
+                "start a new run, from scratch, with another seed or recipe."
             )
         self.alignment.load_state_dict({name: value for name, value in state.items() if name != "teacher"})

@@ -95,9 +95,9 @@ class Trainer:
         device = accelerator.device
         self.network = place(build_network(recipe, dataset.images), device)
         self.aligned = None
-        if recipe.teacher is not None:
+        if recipe.aligned_with is not None:
             assert isinstance(self.network, UNet)
-            teacher = load_teacher(identify(recipe.teacher, store, dataset, None), store, dataset, device)
+            teacher = load_teacher(identify(recipe.aligned_with, store, dataset, None), store, dataset, device)
             self.aligned = place(Aligned(self.network, teacher, recipe.seed), device)
         self.trained: nn.Module = self.aligned or self.network
         self.averages = {average_name(half): EMA(self.network, half, recipe.ema.ramp) for half in recipe.ema.half_lives}
@@ -151,6 +151,8 @@ class Trainer:
         output, foretold = output
         losses = self._losses_of(output, lane, x_t, levels)
         misalignment = self.aligned.misalignment(foretold, lane.x0)
+        if self.levels.learns and levels.share is not None:  # as the loss itself
+            misalignment = misalignment / (self.levels.steps * levels.share)
         return replace(losses, weighted=losses.weighted + objective.alignment * misalignment)
 
     def _losses_of(self, output: Tensor, lane: Lane, x_t: Tensor, levels: Levels) -> Losses:

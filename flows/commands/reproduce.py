@@ -25,6 +25,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
 from diffusion.errors import DataError, TrackingError, UserError
+from diffusion.features.identity import identify
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
@@ -136,6 +137,9 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
     dataset = _dataset(original, store, environment)
     print(_line("dataset", True, dataset.digest))
     print(_line("recipe", True, recipe.digest))
+    if recipe.aligned_with is not None:  # before hours of training, if it is not there
+        known = identify(recipe.aligned_with, store, dataset, None)
+        print(_line("aligned with", True, f"{known.name}, sha256 {known.sha256}"))
 
     run = f"reproduce-{uuid4().hex[:16]}"  # what an earlier reproduction made is no proof
     said = 0.0

@@ -37,11 +37,13 @@ EVERYTHING: dict[str, Any] = {
     "process__steps": 20,
     "data__quarter_turns": 0.5,
     "ema__half_lives": (50, 500),
-    "objective__alignment": 0.5,
 }
 
 
-@pytest.mark.parametrize("options", [{"network__dropout": 0.1}, EVERYTHING])
+ALIGNED: dict[str, Any] = {"objective__alignment": 0.5, "evaluation__extractors": ["own", "eurosat"]}
+
+
+@pytest.mark.parametrize("options", [{"network__dropout": 0.1}, EVERYTHING | ALIGNED])
 def test_exact_reduction_gives_the_same_bits_on_1_2_and_4_processes_and_across_a_resume(
     ingested: Ingested, tmp_path: Path, unique: str, options: dict[str, Any]
 ) -> None:
@@ -72,7 +74,8 @@ def test_other_bands_and_levels_are_trained_to_the_same_bits_on_1_and_2_processe
 
 
 def test_fast_reduction_gives_the_same_training_to_rounding(ingested: Ingested, tmp_path: Path, unique: str) -> None:
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast", data__images=960, evaluation__every_images=960))
+    recipe = tiny_recipe(reduction="fast", data__images=960, evaluation__every_images=960, **ALIGNED)
+    trainer = Trainer(ingested, tmp_path, recipe)
     losses, weights = {}, {}
     for processes in (1, 4):
         run = f"fast{processes}-{unique}"

@@ -15,8 +15,10 @@ from diffusion.features.extractor import Teacher, load_teacher, shipped
 from diffusion.features.identity import SHIPPED_SHA256, Known
 from diffusion.model.unet import UNet
 from diffusion.recipe import Recipe
+from diffusion.recipe_files import fit_to_dataset
 from diffusion.training.alignment import Aligned
 from tests.conftest import Ingested, tiny_recipe
+from tests.specs import RGB_SPEC
 
 CPU = torch.device("cpu")
 EUROSAT = Known("eurosat", "eurosat", SHIPPED_SHA256)
@@ -108,7 +110,13 @@ def test_it_goes_on_with_its_head_and_with_no_other_teacher(ingested: Ingested) 
 def test_what_can_t_be_aligned_is_refused() -> None:
     with pytest.raises(RecipeError, match="seed has no middle"):
         tiny_recipe(objective__alignment=0.5, network__kind="seed", network__class_conditional=False, data__lanes=1)
-    with pytest.raises(RecipeError, match=r"needs eurosat or own among evaluation\.extractors"):
-        tiny_recipe(objective__alignment=0.5, evaluation__extractors=["inception"])
-    assert tiny_recipe(objective__alignment=0.5, evaluation__extractors=["inception", "own"]).teacher == "own"
-    assert tiny_recipe().teacher is None
+    with pytest.raises(RecipeError, match=r"needs two of evaluation\.extractors, as \[eurosat, own\]"):
+        tiny_recipe(objective__alignment=0.5, evaluation__extractors=["own"])
+    aligned = tiny_recipe(objective__alignment=0.5, evaluation__extractors=["eurosat", "own"])
+    assert (aligned.aligned_with, tiny_recipe().aligned_with) == ("own", None)
+    assert fit_to_dataset(aligned, {}, RGB_SPEC).aligned_with == "own"
+    other = RGB_SPEC.model_copy(update={"classes": ("a", "b")})
+    with pytest.raises(RecipeError, match=r"Set evaluation\.extractors to \[inception, own\] if they are RGB"):
+        fit_to_dataset(aligned, {}, other)
+    judged = tiny_recipe(objective__alignment=0.5, evaluation__extractors=["inception", "eurosat"])
+    assert fit_to_dataset(judged, {}, other).aligned_with == "own"

@@ -14,15 +14,22 @@ FORBIDDEN = {
     "diffusion/trust": ("torch", "diffusion.data", "diffusion.process", "diffusion.model", "diffusion.training"),
     "diffusion/store": (
         "torch",
-        *(f"diffusion.{room}" for room in ("data", "process", "model", "jobs", "training", "evaluation", "tracking")),
+        *(
+            f"diffusion.{room}"
+            for room in ("data", "process", "model", "jobs", "features", "training", "evaluation", "tracking")
+        ),
     ),
-    "diffusion/data": ("torch", "diffusion.process", "diffusion.model", "diffusion.training", "diffusion.evaluation"),
+    "diffusion/data": (
+        "torch",
+        *(f"diffusion.{room}" for room in ("process", "model", "features", "training", "evaluation")),
+    ),
     "diffusion/process": (
         "logging",
         "pathlib",
         "accelerate",
         "diffusion.data",
         "diffusion.model",
+        "diffusion.features",
         "diffusion.training",
     ),
     "diffusion/model": (*(f"diffusion.{room}" for room in ("data", "features", "training", "evaluation", "tracking")),),

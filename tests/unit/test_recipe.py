@@ -124,7 +124,14 @@ def test_an_override_typed_as_text_means_what_it_means_in_yaml() -> None:
 
 
 def test_every_key_can_be_overridden_and_is_a_parameter() -> None:
-    recipe = load_recipe("demo", {"evaluation.guidance_interval": [0.3, 3], "objective.alignment": 0.5})
+    recipe = load_recipe(
+        "demo",
+        {
+            "evaluation.guidance_interval": [0.3, 3],
+            "objective.alignment": 0.5,
+            "evaluation.extractors": ["own", "eurosat"],
+        },
+    )
     flat = flatten(recipe)
     assert set(recipe_keys()) | {"name", "start"} == set(flat)
     assert load_recipe("demo", {key: value for key, value in flat.items() if key not in ("name", "start")}) == recipe
@@ -161,6 +168,7 @@ def test_the_learning_rate_rises_and_falls_by_images() -> None:
         {"process__prediction": "epsilon"},
         {"optimizer__kind": "adamw"},
         {"ema__half_lives": [1000]},
+        {"objective__alignment": 0.5, "evaluation__extractors": ["own", "eurosat"]},
     ],
 )
 def test_a_state_of_another_form_is_refused(other: dict[str, object]) -> None:
