@@ -26,8 +26,10 @@ from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
 from diffusion.training.state import steps_with_checkpoint
+from flows.launcher import LOOPBACK
 from tests.conftest import Ingested, tiny_recipe
 from tests.jobs import Trainer, start
+from tests.ranks import fork
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +57,14 @@ def test_exact_reduction_gives_the_same_bits_on_1_2_and_4_processes_and_across_a
     journals = {(tmp_path / f"{name}-{unique}" / "journal.jsonl").read_bytes() for name in ("one", "two", "mixed")}
     assert len(journals) == 1
     assert [record["step"] for record in records(journals.pop())] == list(range(1, 9))
+
+
+def test_shared_out_matrices_are_what_each_process_would_have_made_alone(tmp_path: Path) -> None:
+    """Also where there are fewer of them than processes."""
+    (tmp_path / "log").touch()
+    env = {**os.environ, "WORLD_SIZE": "3", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    ranks = [fork("tests.sharing", tmp_path, tmp_path / "log", env | {"RANK": str(rank)}) for rank in range(3)]
+    assert [rank.wait(240) for rank in ranks] == [0, 0, 0], (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(("bands", "dtype"), [(1, "float32"), (13, "uint16")])
