@@ -171,7 +171,7 @@ def main() -> None:
                 row["share of a matrix product's GFLOP/s"] = row["ours, GFLOP/s"] / most
                 rows[f"a step of {batch} images of {size} x {size}, against {PEER}"] = row
         if len(os.sched_getaffinity(0)) > 1:
-            rows["a second process"] = second_process(dataset, store, folder, 2)
+            rows["a second process"] = second_process(dataset, store, folder, max(1, arguments.rounds // 2))
     (arguments.out / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = ["| what | ratio | measured |", "| --- | --- | --- |"]
     for name, row in rows.items():
