@@ -39,6 +39,8 @@ BIN = Path(sys.executable).parent
 UMASK = 0o022
 """What most machines have. Flows and jobs that run in the tests' own process change it for the rest of that process."""
 os.umask(UMASK)
+PATIENCE = 900.0
+"""Seconds: what takes ten of them on a quiet machine takes minutes where others keep it busy."""
 
 # No test is about time: a busy machine must not fail one.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -203,7 +205,7 @@ class Server:
 
 
 def start_server(
-    command: list[str], url: str, ready: str, folder: Path, env: dict[str, str] | None = None, seconds: float = 300
+    command: list[str], url: str, ready: str, folder: Path, env: dict[str, str] | None = None, seconds: float = PATIENCE
 ) -> Server:
     """Start a server and wait until `ready` answers with anything."""
     log = folder / "server.log"
@@ -322,7 +324,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=int(PATIENCE)):
         yield
 
 

@@ -21,13 +21,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import BIN
+from tests.conftest import BIN, PATIENCE
 
 HERE = "10.77.0.1"
 """This machine, as they see it."""
 BRIDGE = "td-bridge"
-PATIENCE = 900.0
-"""Seconds: what takes ten of them on a quiet machine takes minutes where other tests keep it busy."""
 INIT = """
 import os, sys, time
 open(sys.argv[1], "w").write("up")

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 import diffusion
 import mlflow
 from diffusion.errors import TrackingError
-from tests.conftest import free_port
+from tests.conftest import PATIENCE, free_port
 from tests.running import Training
 from tests.stack import Project
 
@@ -96,7 +96,7 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
         serving = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
     tree: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE
         while True:
             assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[-3000:]
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
@@ -113,7 +113,7 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
                 time.sleep(0.1)
         for process in tree:
             process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=300)
+        _, alive = psutil.wait_procs(tree, timeout=PATIENCE)
         assert alive == []
     finally:
         for process in tree:

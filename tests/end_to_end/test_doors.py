@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import PATIENCE, free_port
 from tests.end_to_end.test_running import ask
 from tests.stack import Project
 
@@ -50,7 +50,7 @@ def basic(password: str, user: str = "admin") -> dict[str, str]:
 
 def walk(server: str, routes: list[tuple[str, str]], headers: dict[str, str]) -> dict[tuple[str, str], int]:
     """What each route answers."""
-    connection, answers = HTTPConnection(urlsplit(server).netloc, timeout=30), {}
+    connection, answers = HTTPConnection(urlsplit(server).netloc, timeout=PATIENCE), {}
     for method, route in routes:
         path = re.sub(r"<[^>]*>|\{[^}]*\}", "11111111-1111-1111-1111-111111111111", route)
         connection.request(method, path, b"{}", headers | {"Content-Type": "application/json"})
@@ -63,7 +63,7 @@ def walk(server: str, routes: list[tuple[str, str]], headers: dict[str, str]) ->
 
 def test_no_route_of_prefect_answers_without_the_password(stack: Project, password: str) -> None:
     server = stack.servers["PREFECT_API_URL"].removesuffix("/api")
-    connection = HTTPConnection(urlsplit(server).netloc, timeout=30)
+    connection = HTTPConnection(urlsplit(server).netloc, timeout=PATIENCE)
     connection.request("GET", "/openapi.json", headers=basic(password))
     known = json.loads(connection.getresponse().read())["paths"]
     routes = [(verb.upper(), f"/api{path}") for path, verbs in known.items() for verb in verbs]
@@ -88,7 +88,7 @@ def test_no_route_of_mlflow_answers_without_the_password(stack: Project, tmp_pat
     answers = walk(server, [route for route in routes[::10] if route not in known], {"Authorization": "Bearer x"})
     assert set(answers.values()) == {401, 500}
     assert walk(server, routes[:1], basic("not the password")) == {routes[0]: 401}
-    with urllib.request.urlopen(server + info.pop()[1], timeout=10) as answer:
+    with urllib.request.urlopen(server + info.pop()[1], timeout=PATIENCE) as answer:
         said = json.load(answer)
     assert said.pop("store_type") == "SqlStore"
     assert {type(value) for value in said.values()} <= {bool, dict}, said
@@ -104,7 +104,7 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
     tree: list[psutil.Process] = []
     try:
         ports: set[int] = set()
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + PATIENCE
         while not ports:
             assert demo.poll() is None, log.read_text()
             assert time.monotonic() < deadline
@@ -186,7 +186,7 @@ def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_nam
         for origin, allowed in ((page, page), ("https://other.example.org", None)):
             headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             assert ask(server + path, "OPTIONS", headers)[1].get("access-control-allow-origin") == allowed, server
-    with urllib.request.urlopen(f"{prefect}/ui-settings", timeout=10) as answer:
+    with urllib.request.urlopen(f"{prefect}/ui-settings", timeout=PATIENCE) as answer:
         assert json.load(answer)["api_url"] == "https://prefect.example.org/api"
 
 
@@ -211,7 +211,7 @@ def test_without_a_password_it_is_said_each_time_and_other_pages_are_refused(
     assert ask(experiment, "GET", {})[0] == 200
     assert ask(experiment, "GET", {"Host": "rebound.example.org"})[0] == 403
     # What needs no leave, browsers send at once.
-    connection = HTTPConnection(urlsplit(prefect).netloc, timeout=30)
+    connection = HTTPConnection(urlsplit(prefect).netloc, timeout=PATIENCE)
     for kind in ({}, {"Content-Type": "text/plain"}):
         connection.request(
             "POST", "/api/flows/", b'{"name": "from another page"}', {"Origin": "https://example.org", **kind}

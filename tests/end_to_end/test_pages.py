@@ -16,13 +16,14 @@ from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 from diffusion.evaluation.figures import FIGURES
 from diffusion.tracking.pages import runs_page
 from diffusion.trust.private import write_private
+from tests.conftest import PATIENCE
 from tests.running import SCRIPT, Training
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
 
 MODEL = "generated-fields-and-water-ddpm"
-PATIENCE = 300_000  # ms
+PAGE_PATIENCE = 1000 * PATIENCE  # ms
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
         viewport={"width": 1440, "height": 1100},
         http_credentials={"username": "admin", "password": password(stack)},
     )
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(PAGE_PATIENCE)
     yield context.new_page()
     context.close()
 
@@ -55,7 +56,7 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
 @pytest.fixture
 def prefect_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1440, "height": 1400})
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(PAGE_PATIENCE)
     # What the login form keeps, before the page's own code runs: whenever an answer without it comes late, it throws it away.
     secret = json.dumps(f"admin:{password(stack)}")
     context.add_init_script(f"localStorage.setItem('prefect-password', btoa({secret}))")
@@ -72,7 +73,7 @@ def prefect_address(stack: Project) -> str:
 
 
 def ask(stack: Project, url: str, body: dict[str, Any]) -> Any:
-    answer = requests.post(url, json=body, auth=("admin", password(stack)), timeout=120)
+    answer = requests.post(url, json=body, auth=("admin", password(stack)), timeout=PATIENCE)
     answer.raise_for_status()
     return answer.json()
 
@@ -166,7 +167,7 @@ def deployment(stack: Project) -> Any:
     answer = requests.get(
         f"{prefect_address(stack)}/api/deployments/name/train-diffusion/train-diffusion",
         auth=("admin", password(stack)),
-        timeout=120,
+        timeout=PATIENCE,
     )
     return answer.json()
 
@@ -186,7 +187,7 @@ def test_a_night_is_moved_and_paused_by_the_page(prefect_page: Page, stack: Proj
     cron.fill("30 4 * * *")
     dialog.get_by_role("button", name="Save").click()
     expect(dialog).to_have_count(0)
-    deadline = time.monotonic() + PATIENCE / 1000
+    deadline = time.monotonic() + PATIENCE
     while (moved := deployment(stack)["schedules"][0])["schedule"] == night["schedule"]:  # the dialog closes first
         assert time.monotonic() < deadline, "it is not moved"
         prefect_page.wait_for_timeout(200)

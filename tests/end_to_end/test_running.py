@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PATIENCE
 from tests.running import STORE_KEY, Seen, Training
 from tests.security.other_user import as_another_user, as_root
 from tests.stack import Project
@@ -126,7 +127,7 @@ def test_other_pages_and_other_names_are_refused_by_the_servers(stack: Project, 
 def ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
     request = urllib.request.Request(url, method=method, headers=headers, data=b"{}" if method == "POST" else None)
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return response.status, {key.lower(): value for key, value in response.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, {key.lower(): value for key, value in error.headers.items()}

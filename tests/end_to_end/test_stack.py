@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from flows.plugins.deployment import name_position
-from tests.conftest import TINY, free_port
+from tests.conftest import PATIENCE, TINY, free_port
 from tests.faults.flow_runs import FlowRun, process
 from tests.running import Training, stack_processes
 from tests.security.other_user import listening
@@ -31,7 +31,7 @@ DIRECTLY = {"NO_PROXY": "127.0.0.1,localhost"}
 
 
 def wait_for_message(received: list[dict[str, str]], text: str) -> dict[str, str]:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not (found := [one for one in received if text in one["subject"] + one["body"]]):
         assert time.monotonic() < deadline, received
         time.sleep(0.2)
@@ -117,7 +117,7 @@ def test_a_failure_is_told(stack: Project, received: list[dict[str, str]], mails
     message = wait_for_message(received, "Failed")
     assert "There are no images at /no/such.zip" in message["body"]
     assert "/flow-run" in message["body"]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not any("There are no images at /no/such.zip" in mail for mail in mails[1]):
         assert time.monotonic() < deadline, mails[1]
         time.sleep(0.2)
@@ -245,7 +245,7 @@ async def main():
         begun = await client.read_flow_run((await client.request("POST", "/flow_runs/", json=asked)).json()["id"])
         await client.set_flow_run_state(begun.id, Running())
         left = await client.create_flow_run_from_deployment(deployment.id, state=Pending())
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while (await state(left)).name == "Pending" and time.monotonic() < deadline:
             await asyncio.sleep(0.5)
         print((await state(begun)).name)
@@ -286,7 +286,7 @@ with client:
     limit = f"deployment:{deployment.id}"
 
     def wait_until(what):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not what():
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -545,7 +545,7 @@ def test_down_stops_all_of_it_and_only_it_and_nobody_else_is_told_the_password(s
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         assert stack.stack("down").returncode == 0
-        _, alive = psutil.wait_procs(processes, timeout=60)
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
         assert alive == []
         assert bystander.poll() is None
     finally:

@@ -22,6 +22,7 @@ import requests
 
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
+from tests.conftest import PATIENCE
 from tests.servers import Servers
 from tests.stack import Project
 
@@ -107,7 +108,7 @@ class FlowRun:
 
     def wait_for(self, what: Callable[[], bool], every: float = 0.5) -> None:
         """Asks a server not more often than it can answer beside its work."""
-        deadline = time.monotonic() + 600  # patience: a busy machine fails nothing
+        deadline = time.monotonic() + PATIENCE  # patience: a busy machine fails nothing
         while not what():
             assert time.monotonic() < deadline, f"{self.state()}\n{log_of(self.project, 'worker')}"
             time.sleep(every)
@@ -141,7 +142,7 @@ def flow_process(project: Project) -> psutil.Process:
 
 def kill_rank(project: Project) -> None:
     """Kill rank 0 of the job that runs now; between two jobs there is none for a while."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for child in flow_process(project).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # ended meanwhile
@@ -164,7 +165,7 @@ def kept(project: Project) -> Iterator[None]:
         yield
     finally:
         keeper.terminate()
-        assert keeper.wait(60) == 0, log_of(project, "keeper")
+        assert keeper.wait(PATIENCE) == 0, log_of(project, "keeper")
 
 
 def installed(project: Project, ports: dict[str, str]) -> list[str]:
@@ -215,7 +216,7 @@ def kill_all(project: Project, name: str) -> int:
 
 def wait_until_back(project: Project, name: str, pid: int) -> None:
     """Wait until whatever keeps the stack has started in its place what was killed."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while int((project.folder / f"var/stack/{name}.pid").read_text().split()[0]) == pid:
         assert time.monotonic() < deadline, f"{name} does not come back"
         time.sleep(0.1)
@@ -228,7 +229,7 @@ def wait_until_healthy(project: Project, name: str) -> None:
         "prefect-server": f"{project.servers['PREFECT_API_URL']}/health",
         "mlflow-server": f"{project.servers['MLFLOW_TRACKING_URI']}/health",
     }
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while name in health:
         try:
             requests.get(health[name], timeout=2)

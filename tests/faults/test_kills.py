@@ -23,7 +23,7 @@ import pytest
 from diffusion.jobs.specs import TrainingJob
 from diffusion.store import layout
 from diffusion.training.journal import JOURNAL, records
-from tests.conftest import Ingested, Server, tiny_recipe
+from tests.conftest import PATIENCE, Ingested, Server, tiny_recipe
 from tests.faults.conftest import SEED
 from tests.faults.report import Kill
 from tests.processes import wait_until_ended
@@ -87,7 +87,7 @@ class Trial:
         return int(found[-1]["step"]) if found else 0
 
     def finish(self, caller: ForkedRank) -> None:
-        assert caller.wait(600) == 0, (self.folder / "caller.log").read_text()[-3000:]
+        assert caller.wait(PATIENCE) == 0, (self.folder / "caller.log").read_text()[-3000:]
 
     def weights(self) -> str:
         store = self.ingested.store
@@ -158,7 +158,7 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
     step, killed = trial.step(), time.monotonic()
     if victim != "rank 0 in a checkpoint":
         tree[victim].kill()
-    caller_fails = caller.wait(240)
+    caller_fails = caller.wait(PATIENCE)
     left = wait_until_ended(list(tree.values()), killed + GONE_SECONDS)
     gone = time.monotonic() - killed
     assert left == [], f"{victim} was killed; after {gone:.0f} s {left} still run"

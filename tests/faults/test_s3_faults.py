@@ -23,7 +23,7 @@ from diffusion.store.objects import S3Store, open_store
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
-from tests.conftest import Ingested, S3Server, start_s3, tiny_recipe
+from tests.conftest import PATIENCE, Ingested, S3Server, start_s3, tiny_recipe
 from tests.faults.conftest import SEED
 from tests.faults.report import Kill
 from tests.faults.s3_proxy import Faults, proxy
@@ -140,7 +140,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     store = open_store("s3://tests/training")
     assert isinstance(store, S3Store)
     ingest(source, store, shard_bytes=60_000)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while find_dataset(store, source.digest) is None:
         assert time.monotonic() < deadline
     job = job_on_s3("faulty", source.digest, tmp_path, steps, every)

@@ -17,6 +17,7 @@ import pytest
 from diffusion.errors import DataError
 from diffusion.jobs.specs import JobSpec
 from flows.launcher import Listener, run_job
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +122,7 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
         """
     )
     caller = subprocess.Popen([sys.executable, "-c", code], env=os.environ.copy())
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "job" / "pid-1").exists() or not (tmp_path / "job" / "pid-0").exists():
         assert time.monotonic() < deadline, "the job did not start"
         time.sleep(0.05)
@@ -129,7 +130,7 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
     assert len(tree) == 2  # the ranks
     caller.send_signal(signal.SIGKILL)
     caller.wait()
-    _, alive = psutil.wait_procs(tree, timeout=120)
+    _, alive = psutil.wait_procs(tree, timeout=PATIENCE)
     assert alive == []
 
 
@@ -165,13 +166,15 @@ def test_being_asked_to_end_many_times_at_once_is_being_asked_once() -> None:
     until = time.monotonic() + 0.5
     while time.monotonic() < until:
         child.send_signal(signal.SIGTERM)
-    said, _ = child.communicate(timeout=60)
+    said, _ = child.communicate(timeout=PATIENCE)
     assert (said, child.returncode) == ("ends by itself\n", 0)
 
 
 LONG = """
 import hashlib
 from diffusion.jobs import stopping
+
+from tests.conftest import PATIENCE
 stopping.STOP_SECONDS = 1
 asked = stopping.listen_to_sigterm()
 print("listens", flush=True)
@@ -187,7 +190,7 @@ def test_a_rank_ends_in_time_though_one_operation_takes_longer() -> None:
         assert process.stdout.readline() == b"listens\n"
         time.sleep(0.5)
         process.terminate()
-        assert process.wait(120) == -signal.SIGALRM
+        assert process.wait(PATIENCE) == -signal.SIGALRM
     finally:
         process.kill()
         process.wait()

@@ -56,7 +56,7 @@ from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from diffusion.training.state import FORMAT_VERSION, CheckpointState
 from mlflow import MlflowClient
-from tests.conftest import BIN, Ingested, Server, free_port, start_server, stop_server, tiny_recipe
+from tests.conftest import BIN, PATIENCE, Ingested, Server, free_port, start_server, stop_server, tiny_recipe
 from tests.packages import with_only
 from tests.scores import made
 
@@ -219,7 +219,7 @@ def test_the_sender_follows_in_the_background_and_survives_an_outage(run: Tracke
     unplugged = Unplugged(run.client, run.run_id, run.experiment_id, run.started, run.name)
     write_records(tmp_path, range(1, 11), committed=10)
     with MetricsSender(unplugged, tmp_path) as sender:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while Unplugged.failures < 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         sender.flush()
@@ -269,7 +269,7 @@ def test_system_metrics_outlive_an_absence_of_mlflow(run: TrackedRun, monkeypatc
     monkeypatch.setattr(run, "log_metrics", log_metrics)
     began = time.time() - run.started / 1000
     with SystemMetrics(run, sample_seconds=2.0):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while len(points := history(run, "system/cpu_utilization_percentage")) < 3 and time.monotonic() < deadline:
             time.sleep(0.2)
     assert len(points) >= 3

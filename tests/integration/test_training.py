@@ -27,7 +27,7 @@ from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import records
 from diffusion.training.state import steps_with_checkpoint
 from flows.launcher import LOOPBACK
-from tests.conftest import Ingested, tiny_recipe
+from tests.conftest import PATIENCE, Ingested, tiny_recipe
 from tests.jobs import Trainer, start
 from tests.ranks import fork
 
@@ -64,7 +64,7 @@ def test_shared_out_matrices_are_what_each_process_would_have_made_alone(tmp_pat
     (tmp_path / "log").touch()
     env = {**os.environ, "WORLD_SIZE": "3", "GLOO_SOCKET_IFNAME": LOOPBACK}
     ranks = [fork("tests.sharing", tmp_path, tmp_path / "log", env | {"RANK": str(rank)}) for rank in range(3)]
-    assert [rank.wait(240) for rank in ranks] == [0, 0, 0], (tmp_path / "log").read_text()
+    assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0, 0], (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(("bands", "dtype"), [(1, "float32"), (13, "uint16")])
@@ -123,7 +123,7 @@ def test_a_second_writer_of_a_run_is_refused_and_takes_over_when_the_first_has_e
         waiting = subprocess.Popen([sys.executable, "-c", code.format(str(where), 60)])
         time.sleep(1)
         assert waiting.poll() is None
-    assert waiting.wait(240) == 0, "it takes over when the first has ended"
+    assert waiting.wait(PATIENCE) == 0, "it takes over when the first has ended"
 
 
 def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp_path: Path, unique: str) -> None:
