@@ -173,8 +173,6 @@ def test_being_asked_to_end_many_times_at_once_is_being_asked_once() -> None:
 LONG = """
 import hashlib
 from diffusion.jobs import stopping
-
-from tests.conftest import PATIENCE
 stopping.STOP_SECONDS = 1
 asked = stopping.listen_to_sigterm()
 print("listens", flush=True)
