@@ -35,8 +35,8 @@ from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import open_store
 from diffusion.training.state import steps_with_checkpoint
+from flows.engines.local import usable_processes
 from flows.launcher import Listener, run_job
-from flows.request import usable_processes
 
 
 @dataclass(frozen=True)

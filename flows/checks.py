@@ -11,8 +11,9 @@ from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, check_writable, open_store
 from diffusion.tracking.experiment import open_tracking
+from flows.engines.known import engine
 from flows.engines.placement import Workers
-from flows.request import TrainingRequest, usable_workers
+from flows.request import TrainingRequest
 
 LEAST_FREE = 1_000_000_000
 """Bytes."""
@@ -35,7 +36,7 @@ def check_before_compute(request: TrainingRequest) -> tuple[Recipe, Workers]:
     the store can't be written, or a disk here is all but full; TrackingError if MLflow does not answer, or has lost the experiment.
     """
     environment, recipe = settings(), request.recipe()
-    workers = usable_workers(recipe, request.processes)
+    workers = engine().workers(recipe, request.processes)
     store = open_store(environment.store_uri)
     check_writable(store)
     for folder in [environment.home, *([store.folder] if isinstance(store, FolderStore) else [])]:

@@ -8,7 +8,6 @@ interface only.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -17,23 +16,19 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import ClusterError
 from diffusion.jobs.rank import RENDEZVOUS
 from diffusion.jobs.reports import ERROR, ProgressFile, error_of
 from diffusion.jobs.specs import SPEC, JobSpec
 from diffusion.jobs.stopping import end_with_parent
-from flows.engines.placement import PLACEMENT, Capacity, Placement
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 13.0  # a rank gives up by itself after 12; Prefect kills the flow 30 s after it asked it to end
 LOG = "output.log"
-DRIVER = "flows.engines.cluster"
-CAPACITY_SECONDS = 90.0
 TAIL_LINES = 30
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -71,20 +66,24 @@ def run_job(
     Whatever ends this call early (a cancellation, a crash, a rank that dies) ends the job's other processes first:
     SIGTERM, on which the training leaves a checkpoint, then SIGKILL.
     """
+    threads = threads or max(1, usable_cores() // processes)
+    run_ranks(module, spec, folder, [rank_environment(rank, processes, threads) for rank in range(processes)], listener)
+
+
+def run_ranks(
+    module: str, spec: JobSpec, folder: Path, environments: Sequence[dict[str, str]], listener: Listener
+) -> None:
+    """As `run_job`, with the environment of each process."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / ERROR, folder / ProgressFile.NAME, *folder.glob(f"{RENDEZVOUS}-*")):
         path.unlink(missing_ok=True)
     (folder / SPEC).write_text(spec.model_dump_json(indent=1))
-    threads = threads or max(1, usable_cores() // processes)
     meeting = f"{RENDEZVOUS}-{uuid.uuid4().hex}"
     ranks: list[subprocess.Popen[bytes]] = []
     with (folder / LOG).open("w") as log, (folder / LOG).open() as output:
         try:
-            for rank in range(processes):
-                env = rank_environment(rank, processes, threads) | {"RENDEZVOUS": meeting}
-                if module == DRIVER:
-                    env |= of_ray()
-                ranks.append(_start(module, folder, log.fileno(), env))
+            for environment in environments:
+                ranks.append(_start(module, folder, log.fileno(), environment | {"RENDEZVOUS": meeting}))
             while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
                 _forward(output, listener.on_line)
                 _report(folder, listener.on_progress)
@@ -99,39 +98,6 @@ def run_job(
     if code != 0:
         tail = "\n".join((folder / LOG).read_text().splitlines()[-TAIL_LINES:])
         raise error_of(folder) or RuntimeError(f"{module} ended with code {code}:\n{tail}")
-
-
-def run_on_cluster(
-    placement: Placement,
-    spec: JobSpec,
-    folder: Path,
-    listener: Listener,
-) -> None:
-    """Run a job on the Ray cluster, by a driver that is started, watched and ended like a rank of this machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLACEMENT).write_text(placement.model_dump_json())
-    run_job(DRIVER, spec, folder, 1, listener)
-
-
-def cluster_capacity() -> Capacity:
-    """What the Ray cluster has. Raises ClusterError if it can't be used."""
-    if importlib.util.find_spec("ray") is None:
-        raise ClusterError(
-            "TRAIN_DIFFUSION_ENGINE is ray, which is not installed: make ray, or pip install 'train-diffusion[ray]'."
-        )
-    command, env = [sys.executable, "-m", DRIVER, "capacity"], rank_environment(0, 1, 1) | of_ray()
-    try:
-        asked = subprocess.run(command, env=env, capture_output=True, text=True, timeout=CAPACITY_SECONDS)
-    except subprocess.TimeoutExpired:
-        address = os.environ.get("RAY_ADDRESS", "auto")
-        raise ClusterError(
-            f"The Ray cluster at {address} did not answer within {CAPACITY_SECONDS:.0f} s. Is it up (ray status), and do "
-            "RAY_AUTH_MODE and RAY_AUTH_TOKEN fit?"
-        ) from None
-    last = (asked.stdout.strip().splitlines() or ["it said nothing"])[-1]
-    if asked.returncode:
-        raise ClusterError(last.removeprefix("error: "))
-    return Capacity.model_validate_json(last)
 
 
 def _start(module: str, folder: Path, log: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -156,12 +122,6 @@ def rank_environment(rank: int, processes: int, threads: int) -> dict[str, str]:
     if processes > 1:  # a single one is no group
         own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return inherited | own | {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
-
-
-def of_ray() -> dict[str, str]:
-    """What the driver of a cluster's job is told of Ray."""
-    given = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    return given | {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def usable_cores() -> int:

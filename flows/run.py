@@ -17,7 +17,6 @@ from prefect.client.orchestration import get_client
 from diffusion.data.manifest import Manifest
 from diffusion.errors import RunBusy
 from diffusion.jobs.lock import lock_folder
-from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import Store, open_store
@@ -25,13 +24,15 @@ from diffusion.tracking.connection import when_it_answers
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.run import Lineage, TrackedRun, unfinished_run
 from diffusion.tracking.sender import MetricsSender
-from diffusion.tracking.system import Hosts, Machine, SystemMetrics
+from diffusion.tracking.system import SystemMetrics
 from diffusion.trust.redaction import fit_to_leave
-from flows.engines.placement import Placement, Workers
-from flows.launcher import Listener, run_job, run_on_cluster
+from flows.engines.engine import Job
+from flows.engines.known import engine
+from flows.engines.placement import Workers
+from flows.launcher import Listener
 from flows.owner import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending, this_process
 from flows.progress import Phase, attended, say
-from flows.request import TrainingRequest, threads_per_process
+from flows.request import TrainingRequest
 from flows.stopwatch import stopwatch
 
 FLOW_FOLDER = "flow"
@@ -78,18 +79,6 @@ def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job as a part of the flow."""
-
-    module: str
-    """Of its body."""
-    spec: JobSpec
-    folder: Path
-    part: str
-    """Of the table that says where the time went."""
-
-
 def run_phase(title: str, key: str, job: Job, workers: Workers, recipe: Recipe, threads: int | None = None) -> None:
     """Run a job as one phase of the flow, with its progress shown and its time counted. Raises the job's error."""
     with Phase(title, key) as phase, stopwatch.part(job.part):
@@ -100,12 +89,8 @@ def run_phase(title: str, key: str, job: Job, workers: Workers, recipe: Recipe, 
 
         # At a terminal the bar tells enough; the whole output is in the folder either way.
         listener = Listener(on_progress) if attended() else Listener(on_progress, say)
-        if settings().engine == "ray":
-            placement = Placement(module=job.module, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
-            run_on_cluster(placement, job.spec, job.folder, listener)
-        else:
-            threads = threads or threads_per_process(recipe)
-            run_job(job.module, job.spec, job.folder, workers.counts[-1], listener, threads)
+        where = engine()
+        where.run(job, workers, threads or where.threads(recipe), listener)
 
 
 @contextmanager
@@ -148,8 +133,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     _take_name(tracked.name)
     folder = environment.runs / lineage.run
     (folder / ENDING).unlink(missing_ok=True)  # of an earlier attempt, which goes on
-    machines = partial(Hosts, folder) if environment.engine == "ray" else Machine
-    with lock, SystemMetrics(tracked, machines), MetricsSender(tracked, folder) as sender:
+    with lock, SystemMetrics(tracked, partial(engine().watched, folder)), MetricsSender(tracked, folder) as sender:
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run

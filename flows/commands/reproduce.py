@@ -36,9 +36,10 @@ from diffusion.training.state import CheckpointState, delete_checkpoint, load_st
 from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file
 from diffusion.trust.redaction import redact_logs
+from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
 from flows.plugins.credentials import use_block
-from flows.request import checkpoint_every, threads_per_process, usable_processes
+from flows.request import checkpoint_every
 from flows.run import git_commit, job_fields
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
                 environment.runs / run,
                 usable_processes(recipe, processes),
                 Listener(say_progress),
-                threads_per_process(recipe),
+                Local().threads(recipe),
             )
         return compare(original, load_state(store, run, step))
     finally:

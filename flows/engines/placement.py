@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field
+
+from diffusion.errors import RecipeError
+from diffusion.recipe import Recipe
+from diffusion.trust.redaction import shown
 
 PLACEMENT = "placement.json"
 """Beside a job's spec, where a cluster runs it."""
+RANGE = r"([0-9]{1,6})(?:-([0-9]{1,6}))?"
+"""Of processes: a number, or the least and the most."""
 
 
 class Host(BaseModel):
@@ -87,3 +95,27 @@ class Placement(BaseModel):
         """What is said where there is not enough."""
         each = f"{self.threads} CPU{'s' if self.threads > 1 else ''}" + (" and a GPU" if self.gpu else "")
         return f"The cluster has {capacity}, and the job needs {self.counts[0]} processes with {each} each."
+
+
+def sharing(recipe: Recipe, least: int, most: int) -> tuple[int, ...]:
+    """The counts that share the recipe's lanes evenly. Raises RecipeError if there is none."""
+    if least == most:
+        recipe.check_processes(least)
+    counts = tuple(count for count in range(least, min(most, recipe.data.lanes) + 1) if recipe.data.lanes % count == 0)
+    if not counts:
+        raise RecipeError(
+            f"No number of processes from {least} to {most} shares data.lanes = {recipe.data.lanes} evenly. Choose a range that "
+            "holds a divisor of it."
+        )
+    return counts
+
+
+def parse_range(asked: int | str) -> tuple[int, int]:
+    """The least and the most of a number of processes or a range: 4, "2-8". Raises RecipeError."""
+    found = re.fullmatch(RANGE, str(asked))
+    if found is None:
+        raise RecipeError(f"processes is {shown(str(asked))}: a number (4) or a range (2-8) is wanted.")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if not 1 <= least <= most:
+        raise RecipeError(f"processes is {asked}: a range rises, from 1 on.")
+    return least, most

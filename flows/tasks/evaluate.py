@@ -13,9 +13,10 @@ from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.store import layout
 from diffusion.training.state import CheckpointState
+from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.progress import show
-from flows.run import Job, Run, run_phase
+from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
 
 GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database

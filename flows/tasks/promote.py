@@ -18,9 +18,10 @@ from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
+from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest
-from flows.run import Job, Run, run_phase
+from flows.run import Run, run_phase
 from flows.tasks.plan import start_at
 from flows.tasks.retrying import RETRIED
 

@@ -14,9 +14,10 @@ from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import open_store
+from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.progress import say
-from flows.run import Job, job_fields, run_phase
+from flows.run import job_fields, run_phase
 from flows.tasks.retrying import RETRIED
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from statistics import harmonic_mean
 
 from prefect import task
@@ -11,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import Candidate, publish
 from diffusion.training.state import CheckpointState
-from flows.request import gpus, usable_processes
+from flows.engines.known import engine
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import RETRIED
@@ -36,11 +35,7 @@ def register(run: Run, state: CheckpointState, scores: Scores) -> tuple[str, str
 
 def compute(run: Run, state: CheckpointState) -> str:
     """What the training took, for the card."""
-    if run.settings.engine == "ray":
-        where = f"a Ray cluster ({run.request.processes or 'as many as it had room for'} processes)"
-    else:
-        processes = usable_processes(run.recipe, run.request.processes)
-        where = f"{processes} GPU processes" if gpus() else f"{processes} CPU processes ({platform.machine()})"
+    where = engine().described(run.recipe, run.request.processes)
     points = run.tracked.client.get_metric_history(run.tracked.run_id, "speed/images_per_second")
     images = state.images_seen - run.recipe.first_step * run.recipe.data.batch_size
     took = ""

@@ -9,9 +9,10 @@ from diffusion.jobs.specs import TrainingJob
 from diffusion.presentation.plots import gradient_norms, loss_by_noise_level
 from diffusion.training.journal import JOURNAL, Journal, commit, committed_step, records
 from diffusion.training.state import CheckpointState, checkpoint_file, is_whole, load_state
+from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.request import checkpoint_every
-from flows.run import Job, Run, run_phase
+from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
 
 

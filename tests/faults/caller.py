@@ -16,7 +16,8 @@ from diffusion.tracking.experiment import open_experiment
 from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from flows.engines.placement import Placement
-from flows.launcher import Listener, run_job, run_on_cluster
+from flows.engines.ray_cluster import run_on_cluster
+from flows.launcher import Listener, run_job
 
 
 def main(folder: Path) -> None:

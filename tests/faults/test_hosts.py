@@ -406,9 +406,7 @@ def test_a_store_that_one_host_does_not_reach_is_said_with_its_name(machines: Ma
     ],
 )
 def test_a_cluster_that_can_t_be_used(machines: Machines, change: dict[str, str], said: str) -> None:
-    code = (
-        "from flows.request import *; from tests.conftest import tiny_recipe; print(usable_workers(tiny_recipe(), 4))"
-    )
+    code = "from flows.engines.known import engine; from tests.conftest import tiny_recipe; print(engine().workers(tiny_recipe(), 4))"
     env = machines.cluster.env | {"TRAIN_DIFFUSION_ENGINE": "ray"} | change
     asked = machines.head.start(sys.executable, "-c", code, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output, _ = asked.communicate(timeout=PATIENCE)

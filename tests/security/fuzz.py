@@ -47,9 +47,9 @@ from diffusion.tracking.promotion import past_champions
 from diffusion.training.journal import COMMITTED, JOURNAL, Journal, committed_step, records
 from diffusion.training.state import FORMAT_VERSION as STATE_FORMAT
 from diffusion.training.state import CheckpointState, load_state
+from flows.engines.placement import parse_range
 from flows.owner import read_owner
 from flows.plugins.deployment import name_position
-from flows.request import parse_range
 from flows.submission import parameters_of
 from tests.scores import made
 from tests.specs import RGB_SPEC

@@ -23,7 +23,8 @@ from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import Promotion, past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
 from diffusion.training.state import CheckpointState
-from flows.request import TrainingRequest, usable_processes
+from flows.engines.local import usable_processes
+from flows.request import TrainingRequest
 from mlflow import MlflowClient
 from tests.conftest import Ingested, tiny_recipe
 

@@ -17,11 +17,13 @@ def blocks(section: str, language: str) -> list[str]:
 
 
 def change(copy: Path, diff: str) -> None:
-    """Make a change: what it takes away must be there, once."""
-    for file in re.split(r"^--- a/", diff, flags=re.MULTILINE)[1:]:
-        name, *hunks = re.split(r"^@@\n", file, flags=re.MULTILINE)
-        path = copy / name.splitlines()[0]
-        text = path.read_text()
+    """Make a change: what it takes away must be there, once; a new file must not."""
+    for file in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        names, *hunks = re.split(r"^@@\n", file, flags=re.MULTILINE)
+        old, new = (line.removeprefix("+++ ") for line in names.splitlines())
+        path = copy / new.removeprefix("b/")
+        assert path.exists() == (old != "/dev/null"), names
+        text = path.read_text() if path.exists() else ""
         for hunk in hunks:
             before, after = (
                 "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] == sign) for sign in "-+"
@@ -33,7 +35,8 @@ def change(copy: Path, diff: str) -> None:
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0].lower().replace(" ", "-"))
 def test_each_change_does_what_it_says(section: str, tmp_path: Path) -> None:
-    shutil.copytree(PROJECT / "diffusion", tmp_path / "diffusion", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("diffusion", "flows"):
+        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     (check,) = blocks(section, "python")
     assert subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True).returncode != 0, "as it was"
     for diff in blocks(section, "diff"):

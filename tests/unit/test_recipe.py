@@ -8,8 +8,8 @@ from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe, Start, flatten
 from diffusion.recipe_files import load_recipe, preset_names, recipe_keys
 from diffusion.training.trainer import lanes_of_process, learning_rate
+from flows.engines.local import usable_processes
 from flows.engines.placement import Capacity, Host, Placement
-from flows.request import usable_processes
 from tests.conftest import tiny_recipe
 
 
