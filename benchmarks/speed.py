@@ -1,109 +1,97 @@
-"""How fast a training step is beside another library's, and what a second process gives; ours and theirs take turns in one run.
+"""How fast the parts are beside what else one could use; ours and theirs take turns in one run.
 
-    python -m benchmarks.speed --out FOLDER
+    python -m benchmarks.speed --out FOLDER [--only sampling,loader]
 
-The other library comes into var/peers, over the packages that are here. One thread a process, as the product has it on CPUs. FLOPs
-are counted, forward and backward, by PyTorch's counter: the networks are alike, not equal. The optimiser's and the average's work
-takes time and counts for nothing. Writes `speed.json` and `speed.md`.
+One thread a process, as the product has it on CPUs. FLOPs are counted, forward and backward, by PyTorch's counter: the networks are
+alike, not equal. The optimiser's and the average's work takes time and counts for nothing. Images are EuroSAT's. Writes
+`speed.json` and `speed.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.linalg
 import torch
+import webdataset
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image
+from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.cost import speed
+from benchmarks.peers import Work
 from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
-from diffusion.data.sources import generated
-from diffusion.data.sources.eurosat import read_archive
+from diffusion.data.sources.find import EUROSAT, find_archive, read_source
+from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.evaluation.statistics import Moments, frechet_distance
+from diffusion.model.placement import place
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
-from diffusion.store.objects import FolderStore, Store
+from diffusion.store import layout
+from diffusion.store.objects import FolderStore
 from diffusion.training.batches import Batches
+from diffusion.training.loop import CheckpointWriter, state_of
 from diffusion.training.trainer import Trainer
 
-PEER = "diffusers==0.42.1"
 WARM = 2
+SAMPLES, STEPS = 64, 20
+Row = dict[str, float]
+Rows = Iterator[tuple[str, Row]]
 
 
 @dataclass(frozen=True)
-class Stepper:
-    """A training that can be asked for one step more."""
+class Bench:
+    """What all rows share."""
 
-    step: Callable[[], Any]
-    flops: float
-    """Of a step: forward and backward."""
+    archive: Path
+    store: FolderStore
+    dataset: Manifest
+    folder: Path
+    rounds: int
+    seconds: float
+    """Of each turn."""
 
+    def in_turns(self, ours: Work, theirs: Work, unit: str, scale: float = 1.0) -> Row:
+        """The rate of each, and the median of the ratios of neighbours."""
+        rates: list[list[float]] = [[], []]
+        for round_ in range(self.rounds + 1):
+            for index, one in enumerate((ours, theirs)):
+                began, times = time.perf_counter(), 0
+                while times < (WARM if round_ == 0 else 1) or time.perf_counter() - began < self.seconds:
+                    one.once()
+                    times += 1
+                if round_:  # the first one warms up
+                    rates[index].append(times * one.amount / (time.perf_counter() - began) / scale)
+        ratios = [mine / other for mine, other in zip(*rates, strict=True)]
+        mine, other = map(statistics.median, rates)
+        return {f"ours, {unit}": mine, f"theirs, {unit}": other, "ratio": statistics.median(ratios)}
 
-def peers() -> None:
-    """Have the other library importable."""
-    folder = settings().home / "peers"
-    if not (folder / "diffusers").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER]
-        subprocess.run(command, check=True)
-    sys.path.append(str(folder))
+    def trainer(self, size: int, batch: int) -> tuple[Trainer, Batches]:
+        """The demo's network and optimiser at that size."""
+        recipe = load_recipe("demo", {"data.image_size": size, "data.batch_size": batch, "data.lanes": 1})
+        trainer = Trainer(recipe, self.dataset, Accelerator(cpu=True), self.store)
+        return trainer, Batches(recipe, self.images(size), trainer.lanes)
 
-
-def counted(step: Callable[[], Any]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return float(counter.get_total_flops())
-
-
-def ours(dataset: Manifest, store: Store, folder: Path, size: int, batch: int) -> Stepper:
-    """The demo's network and optimiser at that size, on a batch in memory."""
-    recipe = load_recipe("demo", {"data.image_size": size, "data.batch_size": batch, "data.lanes": 1})
-    trainer = Trainer(recipe, dataset, Accelerator(cpu=True), store)
-    lanes = Batches(recipe, ShardImages(store, dataset, "train", size, folder), trainer.lanes)(0)
-    step = lambda: trainer.train_step(lanes)  # noqa: E731
-    return Stepper(step, counted(step))
-
-
-def theirs(size: int, batch: int) -> Stepper:
-    """A network of the same widths and levels with attention in the same place, AdamW, and the library's own average."""
-    import diffusers  # type: ignore[import-not-found]
-    from diffusers.training_utils import EMAModel  # type: ignore[import-not-found]
-
-    network = diffusers.UNet2DModel(
-        sample_size=size,
-        block_out_channels=(24, 48, 48),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        norm_num_groups=3,
-        attention_head_dim=24,
-        num_class_embeds=11,
-    )
-    scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction")
-    optimizer, average = torch.optim.AdamW(network.parameters(), 1e-3), EMAModel(network.parameters())
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-
-    def step() -> None:
-        noise, times = torch.randn_like(images), torch.randint(0, 1000, (batch,))
-        said = network(scheduler.add_noise(images, noise, times), times, class_labels=labels).sample
-        torch.nn.functional.mse_loss(said, scheduler.get_velocity(images, noise, times)).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(network.parameters())
-
-    return Stepper(step, counted(step))
+    def images(self, size: int) -> ShardImages:
+        """The training images, none of them decoded yet."""
+        return ShardImages(self.store, self.dataset, "train", size, self.folder / "copies")
 
 
 def peak(seconds: float) -> float:
@@ -117,35 +105,182 @@ def peak(seconds: float) -> float:
     return products * 2 * 1024**3 / (time.perf_counter() - began) / 1e9
 
 
-def in_turns(first: Stepper, second: Stepper, rounds: int, seconds: float) -> dict[str, float]:
-    """GFLOP/s of each, and the median of the ratios of neighbours."""
-    rates: list[list[float]] = [[], []]
-    for round_ in range(rounds + 1):
-        for index, one in enumerate((first, second)):
-            began, steps = time.perf_counter(), 0
-            while steps < WARM or time.perf_counter() - began < seconds:
-                one.step()
-                steps += 1
-            if round_:  # the first one warms up
-                rates[index].append(steps * one.flops / (time.perf_counter() - began) / 1e9)
-    ratios = [mine / other for mine, other in zip(*rates, strict=True)]
-    mine, other = map(statistics.median, rates)
-    return {"ours, GFLOP/s": mine, "theirs, GFLOP/s": other, "ratio": statistics.median(ratios)}
+def steps(bench: Bench) -> Rows:
+    """Training steps with optimiser and average, of a batch in memory."""
+    most = peak(bench.seconds)
+    for theirs, name in ((peers.diffusers_step, peers.DIFFUSERS), (peers.lucidrains_step, peers.LUCIDRAINS)):
+        for size in (32, 64):
+            for batch in (16, 64):
+                trainer, batches = bench.trainer(size, batch)
+                lanes = batches(0)
+                ours = peers.counted(partial(trainer.train_step, lanes))
+                row = bench.in_turns(ours, theirs(size, batch), "GFLOP/s", 1e9)
+                row["share of a matrix product's GFLOP/s"] = row["ours, GFLOP/s"] / most
+                yield f"a step of {batch} images of {size} x {size}, against {name}", row
 
 
-def second_process(dataset: Manifest, store: Store, folder: Path, rounds: int) -> dict[str, float]:
-    """Images a second of the demo's training on one core, and on two with a process each."""
+def sampling(bench: Bench) -> Rows:
+    """From noise to bytes."""
+    recipe = load_recipe("demo", {"evaluation.sampler_steps": STEPS, "evaluation.guidance": 1.0})
+    network = place(build_network(recipe, bench.dataset.images).eval().requires_grad_(False), torch.device("cpu"))
+    denoiser = Denoiser(recipe, network, Pixels(bench.dataset.images))
+    ours = peers.counted(lambda: denoiser.sample(range(SAMPLES), np.arange(SAMPLES) % 10, 0))
+    row = bench.in_turns(ours, peers.diffusers_samples(32, SAMPLES, STEPS), "GFLOP/s", 1e9)
+    yield f"{SAMPLES} samples of 32 x 32 in {STEPS} steps of DPM-Solver++, against {peers.DIFFUSERS}", row
+
+
+def loader(bench: Bench) -> Rows:
+    """64 x 64, as they lie in the shards."""
+    shards = [bench.store.folder / layout.dataset(bench.dataset.digest) / one.name for one in bench.images(64).shards]
+    raw = [sample["jpg"] for sample in webdataset.WebDataset([str(shards[0])], shardshuffle=False, empty_check=False)]
+    decoded = Work(lambda: bench.images(64).shard(0), len(raw))
+    alone = Work(lambda: [np.asarray(Image.open(io.BytesIO(content))) for content in raw], len(raw))
+    yield "loader, first epoch, against decoding with Pillow alone", bench.in_turns(decoded, alone, "images/s")
+
+    _, batches = bench.trainer(64, 16)
+    for index in range(len(batches.images.shards)):
+        batches.images.shard(index)
+    number = iter(range(10**9))
+    ours = Work(lambda: batches(next(number)), 16)
+    stock = iter(
+        webdataset.DataPipeline(
+            webdataset.ResampledShards([str(shard) for shard in shards]),
+            webdataset.tarfile_to_samples(),
+            webdataset.shuffle(1000),
+            webdataset.decode("torchrgb"),
+            webdataset.to_tuple("jpg", "cls"),
+            webdataset.batched(16),
+        )
+    )
+    row = bench.in_turns(ours, Work(lambda: next(stock), 16), "images/s")
+    yield "batches of 16 in later epochs, noise and augmentation drawn, against stock webdataset, neither", row
+    folder = bench.folder / "classes"
+    with zipfile.ZipFile(bench.archive) as archive:
+        for name in [name for name in archive.namelist() if name.endswith(".jpg")][::27]:
+            where = folder / Path(name).parent.name
+            where.mkdir(parents=True, exist_ok=True)
+            (where / Path(name).name).write_bytes(archive.read(name))
+    from torchvision import datasets, transforms  # type: ignore[import-not-found]
+
+    files = torch.utils.data.DataLoader(
+        datasets.ImageFolder(str(folder), transforms.ToTensor()), batch_size=16, shuffle=True, drop_last=True
+    )
+    endless = (batch for _ in iter(int, 1) for batch in files)
+    yield (
+        "the same, against DataLoader and ImageFolder",
+        bench.in_turns(ours, Work(lambda: next(endless), 16), "images/s"),
+    )
+
+
+def ingestion(bench: Bench) -> Rows:
+    """Against what nobody can do without: each file read once, and hashed."""
+
+    def read() -> None:
+        with zipfile.ZipFile(bench.archive) as archive:
+            for name in archive.namelist():
+                hashlib.sha256(archive.read(name)).hexdigest()
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as fresh:
+            ingest(read_source(EUROSAT, bench.archive), FolderStore(Path(fresh)))
+
+    found = {name: min(seconds(work) for _ in range(2)) for name, work in (("ours, s", whole), ("theirs, s", read))}
+    yield (
+        "ingestion of EuroSAT, against reading its zip and hashing",
+        found | {"ratio": found["ours, s"] / found["theirs, s"]},
+    )
+
+
+def distance(bench: Bench) -> Rows:
+    """Of 2,048 features, as Inception has."""
+    rng = np.random.default_rng(0)
+    mixed = rng.standard_normal((2048, 2048)) / 45
+    first, second = (
+        Moments.of(((rng.standard_normal((4096, 2048)) + shift) @ mixed).astype(np.float32)) for shift in (0, 0.1)
+    )
+    _ = second.root  # one of the two stays in a series
+
+    def theirs() -> float:
+        root = scipy.linalg.sqrtm(first.covariance @ second.covariance).real
+        means = np.square(first.mean - second.mean).sum()
+        return float(means + np.trace(first.covariance) + np.trace(second.covariance) - 2 * np.trace(root))
+
+    apart = abs(frechet_distance(first, second) / theirs() - 1)
+    row = {
+        "ours, s": seconds(lambda: frechet_distance(first, second)),
+        "theirs, s": seconds(theirs),
+        "relative difference": apart,
+    }
+    yield "FID of 2,048 features, against scipy's root", row | {"ratio": row["theirs, s"] / row["ours, s"]}
+
+
+def checkpoints(bench: Bench) -> Rows:
+    """How long the loop stands still; ours is written while it goes on."""
+    trainer, batches = bench.trainer(32, 16)
+    trainer.train_step(batches(0))
+    writer = CheckpointWriter(FolderStore(bench.folder / "checkpoints"), bench.folder, keep=2)
+    accelerator = Accelerator(cpu=True)
+    network = accelerator.prepare(build_network(trainer.recipe, bench.dataset.images))
+    optimizer = accelerator.prepare(torch.optim.AdamW(network.parameters()))
+    average: dict[str, Tensor] = {name: value.clone() for name, value in network.state_dict().items()}
+    network(torch.randn(2, 3, 32, 32), torch.rand(2, dtype=torch.float64), None).mean().backward()
+    optimizer.step()
+
+    class Average:
+        def state_dict(self) -> dict[str, Any]:
+            return average
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            average.update(state)
+
+    accelerator.register_for_checkpointing(Average())
+    state, ours, theirs = state_of(trainer, "speed", bench.dataset.digest), [], []
+    for _ in range(max(5, bench.rounds)):
+        ours.append(seconds(lambda: writer.save(trainer, state, b"")))
+        writer.wait()
+        theirs.append(seconds(lambda: accelerator.save_state(str(bench.folder / "saved"))))
+    row = {"ours, ms": 1000 * statistics.median(ours), "theirs, ms": 1000 * statistics.median(theirs)}
+    yield "a checkpoint's stall, against accelerate.save_state", row | {"ratio": row["ours, ms"] / row["theirs, ms"]}
+
+
+def jobs(bench: Bench) -> Rows:
+    """A whole training job against the bare loop, and on two processes against one, each on a core of its own."""
     recipe, rates = load_recipe("demo", {"data.images": 2048}), {1: [0.0], 2: [0.0]}
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    for _ in range(rounds):
-        for processes, found in rates.items():
+    cores, bare = sorted(os.sched_getaffinity(0))[:2], [0.0]
+    trainer, batches = bench.trainer(32, 16)
+    lanes = batches(0)
+    for _ in range(max(1, bench.rounds // 2)):
+        os.sched_setaffinity(0, cores[:1])
+        bare.append(64 * 16 / seconds(lambda: [trainer.train_step(lanes) for _ in range(64)]))
+        for processes in (1, 2)[: len(cores)]:
             os.sched_setaffinity(0, cores[:processes])
             # Of a name of its own: a run that is there already would only be found.
-            with tempfile.TemporaryDirectory(dir=folder) as fresh:
-                found.append(speed(recipe, dataset, store, Path(fresh), processes))
-            os.sched_setaffinity(0, cores)
-    one, two = statistics.median(rates[1][1:]), statistics.median(rates[2][1:])
-    return {"one process, images/s": one, "two processes, images/s": two, "ratio": two / one}
+            with tempfile.TemporaryDirectory(dir=bench.folder) as fresh:
+                rates[processes].append(speed(recipe, bench.dataset, bench.store, Path(fresh), processes))
+    os.sched_setaffinity(0, cores)
+    alone, one = statistics.median(bare[1:]), statistics.median(rates[1][1:])
+    yield (
+        "a training job, against its network on a batch in memory",
+        {"ours, images/s": one, "theirs, images/s": alone, "ratio": one / alone},
+    )
+    if len(cores) > 1:
+        two = statistics.median(rates[2][1:])
+        yield (
+            "a second process, on a core of its own",
+            {"one, images/s": one, "two, images/s": two, "ratio": two / one},
+        )
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long it takes, once."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+PARTS: dict[str, Callable[[Bench], Rows]] = {
+    part.__name__: part for part in (steps, sampling, loader, ingestion, distance, checkpoints, jobs)
+}
 
 
 def main() -> None:
@@ -153,25 +288,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each turn")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, commas between")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    peers()
+    peers.install()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, dict[str, float]] = {}
-    most = peak(arguments.seconds)
+    rows: dict[str, Row] = {}
+    archive = find_archive(EUROSAT, settings())
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        archive = generated.write_archive(folder / "generated.zip", images_per_class=24)
-        store = FolderStore(folder / "store")
-        dataset = ingest(read_archive(archive, generated.NAME, generated.LICENCE), store)
-        for size in (32, 64):
-            for batch in (16, 64):
-                pair = ours(dataset, store, folder / "copies", size, batch), theirs(size, batch)
-                row = in_turns(*pair, arguments.rounds, arguments.seconds)
-                row["share of a matrix product's GFLOP/s"] = row["ours, GFLOP/s"] / most
-                rows[f"a step of {batch} images of {size} x {size}, against {PEER}"] = row
-        if len(os.sched_getaffinity(0)) > 1:
-            rows["a second process"] = second_process(dataset, store, folder, max(1, arguments.rounds // 2))
+        store = FolderStore(Path(scratch) / "store")
+        dataset = ingest(read_source(EUROSAT, archive), store)
+        bench = Bench(archive, store, dataset, Path(scratch), arguments.rounds, arguments.seconds)
+        for part in arguments.only.split(","):
+            for name, row in PARTS[part](bench):
+                rows[name] = row
+                print(name, row, flush=True)
     (arguments.out / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = ["| what | ratio | measured |", "| --- | --- | --- |"]
     for name, row in rows.items():
