@@ -13,7 +13,6 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Processes that tests run on, side by side.
 WORKERS := 3
-FAULT_WORKERS := 3
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 
@@ -54,11 +53,11 @@ demo: install ## Train, score and register a small model on this machine, in fiv
 check: lint ## Style, types and unit tests: whether a change holds, within a minute or two
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/unit
 
-test: .venv/installed-dev ## All tests but those that kill; none needs a network
-	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/faults --ignore=tests/containers
+test: .venv/installed-dev ## All tests but those that kill; none needs a network. FAULTS=1: those too, side by side with the others
+	$(BIN)/python -m pytest -n $(WORKERS) $(if $(FAULTS),,--ignore=tests/faults) --ignore=tests/containers
 
 faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
-	$(BIN)/python -m pytest -n $(FAULT_WORKERS) tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) tests/faults
 
 containers: .venv/installed-dev ## infra/compose.yaml for real: a training outlives the death of each container (needs docker compose)
 	$(BIN)/python -m pytest -s tests/containers

@@ -30,10 +30,17 @@ def check_free(folder: Path) -> None:
 
 
 def check_before_compute(request: TrainingRequest) -> tuple[Recipe, Workers]:
+    """As `check_request`. Raises TrackingError as well, if MLflow does not answer, or has lost the experiment."""
+    checked = check_request(request)
+    open_tracking(settings())
+    return checked
+
+
+def check_request(request: TrainingRequest) -> tuple[Recipe, Workers]:
     """The recipe of a request, and what its jobs may run on.
 
     Raises RecipeError if there is no such recipe, it can't be trained here, or an extractor is not set up; StoreError if
-    the store can't be written, or a disk here is all but full; TrackingError if MLflow does not answer, or has lost the experiment.
+    the store can't be written, or a disk here is all but full.
     """
     environment, recipe = settings(), request.recipe()
     workers = engine().workers(recipe, request.processes)
@@ -44,5 +51,4 @@ def check_before_compute(request: TrainingRequest) -> tuple[Recipe, Workers]:
     if "inception" in recipe.evaluation.extractors:
         required_inception(environment.inception)
     request.options()
-    open_tracking(environment)
     return recipe, workers

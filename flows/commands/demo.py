@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
@@ -65,7 +66,8 @@ def main() -> int:
     try:
         overrides = dict(item.split("=", 1) for item in arguments.set)
         with stopwatch.part("imports"):
-            from flows.checks import check_before_compute
+            from diffusion.tracking.experiment import open_tracking
+            from flows.checks import check_request
             from flows.request import TrainingRequest
             from flows.tasks.report import Report
             from flows.train_diffusion import train_diffusion
@@ -73,11 +75,14 @@ def main() -> int:
         request = TrainingRequest(
             preset=arguments.preset, overrides=overrides, seed=arguments.seed, processes=arguments.processes
         )
-        check_before_compute(request)
-        with stopwatch.part("ingest"):
-            source = _source_or_generated(arguments.source)
+        check_request(request)
+        with ThreadPoolExecutor(1) as beside:  # each of the two databases takes ten seconds to make
+            made = beside.submit(make_prefect_current, environment.home / "prefect" / "prefect.db")
+            open_tracking(environment)
+            with stopwatch.part("ingest"):
+                source = _source_or_generated(arguments.source)
+            made.result()
         print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
-        make_prefect_current(environment.home / "prefect" / "prefect.db")
         report = train_diffusion(
             preset=arguments.preset,
             overrides=overrides,
