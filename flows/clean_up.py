@@ -18,7 +18,7 @@ from diffusion.settings import settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
-from diffusion.tracking.promotion import past_champions
+from diffusion.tracking.promotion_log import past_champions
 from diffusion.tracking.retention import find_superseded
 from diffusion.training.state import checkpoint_names, steps_begun
 from diffusion.trust.private import use_private_home

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import StringConstraints, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.ingest import find_dataset
-from diffusion.data.sealed import CHECKSUM, checksum
 from diffusion.errors import DataError, TrackingError
 from diffusion.evaluation.comparison import (
     Difference,
@@ -31,10 +30,10 @@ from diffusion.presentation.markdown import fit_description, plain
 from diffusion.store import layout
 from diffusion.store.objects import Store
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
+from diffusion.tracking.promotion_log import Promotion, is_applied, read_log
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import RunName
-from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
@@ -79,25 +78,6 @@ if TYPE_CHECKING:
     ScoreAgain = Callable[[ModelVersion], Scored]
 
 
-Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """An entry of the log."""
-
-    before: Number | None
-    """The version that was champion; `from` in the file."""
-    to: Number
-    reason: str = ""
-    gates: tuple[Gate, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        """As it lies in the store."""
-        fields = {"from": self.before, "to": self.to, "reason": self.reason, "gates": [asdict(g) for g in self.gates]}
-        return json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1).encode()
-
-
 def decide(
     client: MlflowClient,
     store: Store,
@@ -114,7 +94,7 @@ def decide(
     Raises TrackingError if other runs promote without end.
     """
     for _ in range(ATTEMPTS):
-        entries = _log(store, model)
+        entries = read_log(store, model)
         _complete(client, store, model, entries)
         _end_challenge(client, model)
         if written := [entry for entry in entries if entry.to == version]:
@@ -282,57 +262,14 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
 
 def _complete(client: MlflowClient, store: Store, model: str, entries: list[Promotion]) -> None:
     """Move the alias as the log's last entry says, if whoever wrote it did not come to that."""
-    while entries and not _exists(store, layout.promotion_applied(model, len(entries) - 1)):
+    while entries and not is_applied(store, model, len(entries) - 1):
         client.set_registered_model_alias(model, CHAMPION, entries[-1].to)
         store.write(layout.promotion_applied(model, len(entries) - 1), b"")
         # A slow writer may have moved it back after another had moved it on: the log's end decides.
-        newer = _log(store, model)
+        newer = read_log(store, model)
         if len(newer) > len(entries):
             client.set_registered_model_alias(model, CHAMPION, newer[-1].to)
         entries = newer
-
-
-def _log(store: Store, model: str) -> list[Promotion]:
-    """All entries; read one by one, since a listing may lag."""
-    entries: list[Promotion] = []
-    while True:
-        try:
-            entries.append(_read_entry(store, layout.promotion(model, len(entries))))
-        except KeyError:
-            return entries
-
-
-def _read_entry(store: Store, name: str) -> Promotion:
-    """Raises KeyError if there is none, DataError if it can't be read: without it nobody knows what was live."""
-    try:
-        fields = parse_json(store.read(name))
-        if CHECKSUM in fields and fields.pop(CHECKSUM) != checksum(fields):  # earlier versions wrote none
-            raise ValueError("its checksum is not its own")
-        return TypeAdapter(Promotion).validate_python({**fields, "before": fields.pop("from")})
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        if isinstance(error, KeyError) and error.args != ("from",):
-            raise
-        raise DataError(f"The promotion {store.uri}/{name} can't be read. Restore it from a backup.") from error
-
-
-def past_champions(store: Store, count: int) -> dict[str, list[str]]:
-    """The last `count` versions that were champion, by model, the newest last."""
-    found: dict[str, dict[str, None]] = {}
-    for name in store.names(layout.PROMOTIONS):
-        if name.endswith(".json"):
-            entry, versions = _read_entry(store, name), found.setdefault(name.split("/")[1], {})
-            for version in filter(None, (entry.before, entry.to)):  # one made champion by hand is a `from` only
-                versions.pop(version, None)
-                versions[version] = None
-    return {model: list(versions)[-count:] if count else [] for model, versions in found.items()}
-
-
-def _exists(store: Store, name: str) -> bool:
-    try:
-        store.read(name)
-    except KeyError:
-        return False
-    return True
 
 
 def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:

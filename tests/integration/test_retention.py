@@ -11,7 +11,7 @@ from diffusion.recipe import Start
 from diffusion.settings import settings
 from diffusion.store.objects import open_store
 from diffusion.tracking.experiment import open_tracking
-from diffusion.tracking.promotion import past_champions
+from diffusion.tracking.promotion_log import past_champions
 from diffusion.tracking.run import RUN_KEY, START_TAG
 from diffusion.training.state import steps_with_checkpoint
 from mlflow import MlflowClient

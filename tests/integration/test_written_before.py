@@ -29,7 +29,8 @@ from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.tracking.connection import connect
 from diffusion.tracking.loading import FILES_TAG
-from diffusion.tracking.promotion import Decision, champion_version, decide, past_champions
+from diffusion.tracking.promotion import Decision, champion_version, decide
+from diffusion.tracking.promotion_log import past_champions
 from diffusion.tracking.scores_tag import scores_of, scores_tags
 from diffusion.training.journal import records
 from diffusion.training.state import CheckpointState, load_state

@@ -43,7 +43,7 @@ from diffusion.evaluation.scores import find_scores
 from diffusion.recipe_files import load_recipe
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
-from diffusion.tracking.promotion import past_champions
+from diffusion.tracking.promotion_log import past_champions
 from diffusion.training.journal import COMMITTED, JOURNAL, Journal, committed_step, records
 from diffusion.training.state import FORMAT_VERSION as STATE_FORMAT
 from diffusion.training.state import CheckpointState, load_state

@@ -20,7 +20,7 @@ from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, S3Store
 from diffusion.tracking.experiment import open_tracking
-from diffusion.tracking.promotion import Promotion, past_champions
+from diffusion.tracking.promotion_log import Promotion, past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run
 from diffusion.training.state import CheckpointState
 from flows.engines.local import usable_processes
