@@ -54,7 +54,7 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
     batches = prefetch(Batches(recipe, images, trainer.lanes), 0, steps)
     writer, recorder = (
         CheckpointWriter(FolderStore(folder / "store"), folder, keep=2),
-        Recorder(recipe, accelerator, folder, steps),
+        Recorder(recipe, accelerator, folder, steps, flops=1.0),
     )
     client = connect(f"sqlite:///{folder / 'mlflow.db'}")
     lineage = Lineage(run="cost", name="cost", commit="unknown", flow_run_id="", flow_run_url="", owner="{}")

@@ -58,7 +58,8 @@ class Data(Part):
     batch_size: int = Field(gt=0, le=2**20)
     """Images a step, over all processes together."""
     lanes: int = Field(default=1, gt=0, le=2**12)
-    """Parts that a batch is cut into. A lane is one micro-batch; a process works on whole lanes."""
+    """Parts that a batch is cut into: a power of two that divides it. A lane is one micro-batch; a process works on whole lanes, so
+    they are the most processes."""
     window_shards: int = Field(default=8, gt=0, le=2**16)
     """Whole shards that are shuffled together."""
     horizontal_flip: bool = True
@@ -133,9 +134,9 @@ class Objective(Part):
     error: Error = "squared"
     """Squared or absolute error."""
     alignment: float = Field(default=0.0, ge=0, le=1e3)
-    """Weight of a second task in training: to foretell, from the U-Net's middle, the clean image's features (Yu et al. 2025,
-    arXiv:2410.06940) by the first of `evaluation.extractors` after the one that judges that is eurosat or own. 0.5 is usual; it costs
-    one pass of that network over each image, 0.15 GFLOP."""
+    """Weight of a second task in training: the U-Net's middle must tell the features of the clean image (Yu et al. 2025,
+    arXiv:2410.06940). They are those of eurosat or own, which stands in `evaluation.extractors` behind the one that judges. 0.5 is
+    usual; it costs one pass of that network over each image, 0.15 GFLOP."""
 
 
 class Optimizer(Part):
@@ -224,7 +225,7 @@ class Recipe(Part):
     name: str
     """The preset that it came from."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Key of every random stream: order, noise, noise levels, initial weights."""
+    """Key of every random stream: order, noise, noise levels, initial weights. The parameter `seed` sets it, no file does."""
     data: Data
     network: Network
     process: Process = Process()

@@ -63,6 +63,10 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
     for key, value in (overrides or {}).items():
         _override(values, key, value)
     if seed is not None:
+        if "seed" in values:
+            raise RecipeError(
+                f"The recipe '{shown(preset)}' or an override sets seed, a parameter of the run: -p seed=5, in the demo --seed 5."
+            )
         values["seed"] = seed
     try:
         recipe = Recipe.model_validate(values)

@@ -19,6 +19,7 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "speed": {
         "images_per_second": "of all processes together",
+        "model_flops_utilisation": "what the network computes, as a share of what a product of large matrices reaches; 0 to 1",
         "data_wait_share": "share of the time that is spent waiting for data; 0 to 1",
         "peak_memory_mib": "of the first process (on a GPU: of the GPU's memory); MiB",
     },

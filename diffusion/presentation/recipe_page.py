@@ -19,6 +19,8 @@ A preset's column is empty where it has the default.
 
 This page is made from the schema: `python -m diffusion.presentation.recipe_page > docs/recipe.md`.
 """
+SET_BY_THE_FLOW = ("name", "start")
+"""By the preset's file, and by `start_from`: no user writes them."""
 BOUNDS = {
     "minimum": "≥",
     "exclusiveMinimum": ">",
@@ -52,6 +54,8 @@ def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, d
     """Of the recipe's parts the name, the sentence, and the fields; last the fields that belong to no part."""
     own = []
     for name, field in schema["properties"].items():
+        if name in SET_BY_THE_FLOW:
+            continue
         reference = field.get("$ref") or next((one["$ref"] for one in field.get("anyOf", []) if "$ref" in one), None)
         if reference is None:
             own.append((name, field, schema["required"]))

@@ -91,8 +91,6 @@ def journal_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
 
 def timing_rows(record: dict[str, Any]) -> list[tuple[str, float, int]]:
     """The (name, value, step) rows of a record of the timing."""
-    return [
-        ("speed/images_per_second", record["images_per_second"], record["step"]),
-        ("speed/data_wait_share", record["data_wait_share"], record["step"]),
-        ("speed/peak_memory_mib", record["peak_memory_bytes"] / 2**20, record["step"]),
-    ]
+    keys = ("images_per_second", "model_flops_utilisation", "data_wait_share")  # earlier versions had not all
+    rows = [(f"speed/{key}", record[key], record["step"]) for key in keys if key in record]
+    return [*rows, ("speed/peak_memory_mib", record["peak_memory_bytes"] / 2**20, record["step"])]

@@ -17,6 +17,7 @@ from diffusion.data.loader import ShardImages, prefetch
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError, StoreError
 from diffusion.jobs.rank import Rank
 from diffusion.jobs.specs import TrainingJob
+from diffusion.model.flops import BACKWARD, forward_flops
 from diffusion.recipe import Start
 from diffusion.store.objects import Store, open_store
 from diffusion.training.batches import Batches
@@ -133,7 +134,8 @@ def train_until(job: TrainingJob, rank: Rank) -> None:
     if manifest is None:
         raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
     trainer = Trainer(recipe, manifest, accelerator, store)
-    recorder = Recorder(recipe, accelerator, folder, job.until)
+    flops = (1 + BACKWARD) * forward_flops(trainer.network, len(manifest.images.bands), recipe.data.image_size)
+    recorder = Recorder(recipe, accelerator, folder, job.until, flops)
 
     found = find_checkpoint(store, job, folder, accelerator)
     if found is not None:

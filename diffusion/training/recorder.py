@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from diffusion.errors import TrainingDiverged
 from diffusion.jobs.reports import ProgressFile
+from diffusion.model.flops import peak_flops
 from diffusion.recipe import Recipe
 from diffusion.training.journal import JOURNAL, LOG_SNR_BIN_EDGES, TIMING, Journal
 from diffusion.training.trainer import StepReport, learning_rate
@@ -25,9 +26,13 @@ PROGRESS_SECONDS = 5.0
 
 
 class Recorder:
-    """Collects what the steps report and writes a journal record for every stretch of them."""
+    """Collects what the steps report and writes a journal record for every stretch of them.
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int) -> None:
+    Args:
+        flops: what the network computes for an image that it is trained on.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int, flops: float) -> None:
         self.accelerator, self.recipe, self.folder, self.until = accelerator, recipe, folder, until
         self.every = max(1, recipe.total_steps // JOURNAL_POINTS)
         self.main = accelerator.is_main_process
@@ -35,6 +40,9 @@ class Recorder:
         self._lanes: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._since, self._waited, self._steps = time.monotonic(), 0.0, 0
+        # Each process measures, so that all cores are as busy as in training.
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self._most = accelerator.num_processes * peak_flops(accelerator.device, dtype) / flops  # images a second
         self._progress, self._printed = ProgressFile(folder, self.main), 0.0
 
     def record(self, step: int, report: StepReport, waited: float) -> None:
@@ -83,6 +91,7 @@ class Recorder:
             {
                 "step": step,
                 "images_per_second": round(speed, 2),
+                "model_flops_utilisation": round(speed / self._most, 4),
                 "data_wait_share": round(self._waited / seconds, 4),
                 "peak_memory_bytes": memory,
                 "seconds_left": round(remaining, 1),

@@ -1,5 +1,6 @@
 """Recipes: presets, overrides with help for the misspelt, digests, milestones, and what can't be trained."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffusion.recipe_files import load_recipe, preset_names, recipe_keys
 from diffusion.training.trainer import lanes_of_process, learning_rate
 from flows.engines.local import usable_processes
 from flows.engines.placement import Capacity, Host, Placement
+from flows.request import TrainingRequest
 from tests.conftest import tiny_recipe
 
 
@@ -181,6 +183,15 @@ def test_processes_share_the_lanes(processes: int) -> None:
     recipe = tiny_recipe()
     shares = [lanes_of_process(recipe, rank, processes) for rank in range(processes)]
     assert [lane for share in shares for lane in share] == [0, 1, 2, 3]
+
+
+def test_a_seed_that_a_file_or_an_override_names_is_not_passed_over(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"seed: 5\n{(files('diffusion') / 'presets/demo.yaml').read_text()}")
+    for preset, overrides in ((str(mine), {}), ("demo", {"seed": 5})):
+        assert load_recipe(preset, overrides).seed == 5
+        with pytest.raises(RecipeError, match="sets seed, a parameter of the run: -p seed=5"):
+            TrainingRequest(preset=preset, overrides=overrides, seed=7).recipe()
 
 
 def test_lanes_that_processes_can_t_share_are_refused_with_what_would_fit() -> None:

@@ -14,7 +14,9 @@ from tests.scores import made
 
 def test_every_metric_has_its_meaning_in_the_legend() -> None:
     record = {"step": 1, "kind": "metrics", "loss": 1.0, "learning_rate": 1.0, "gradient_norm": 1.0}
-    timing = {"step": 1, "images_per_second": 1.0, "data_wait_share": 0.0, "peak_memory_bytes": 1}
+    earlier = {"step": 1, "images_per_second": 1.0, "data_wait_share": 0.0, "peak_memory_bytes": 1}
+    timing = earlier | {"model_flops_utilisation": 0.5}
+    assert {*timing_rows(timing)} - {*timing_rows(earlier)} == {("speed/model_flops_utilisation", 0.5, 1)}
     logged = {name for name, *_ in (*journal_rows(record), *timing_rows(timing))}
     scored = {name.removesuffix("_eurosat") for name in metrics(made())}
     beside = {name for name in scored if name.endswith(("_error", "_floor"))}
