@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 PROJECT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = {
@@ -25,3 +26,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = text.replace(f"]({other})", f"]({place})")
         files.append(File.generated(config, name, content=text.replace("](docs/", "](")))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links from docs/ to them."""
+    for path, place in AT_THE_ROOT.items():
+        markdown = markdown.replace(f"](../{path})", f"]({place})")
+    return markdown

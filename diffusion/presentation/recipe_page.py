@@ -38,15 +38,15 @@ def recipe_page() -> str:
         table = [
             (
                 f"`{name}`",
+                field.get("description", ""),
                 _allowed(field, schema["$defs"]),
                 "needed" if name in needed else _shown(field.get("default")),
                 *(_chosen(values.get(f"{part}.{name}".lstrip("."), ""), field) for values in presets.values()),
-                field.get("description", ""),
             )
             for name, field, needed in rows
         ]
         title = f"## `{part}`: {document[0].lower()}{document[1:]}" if part else "## The whole"
-        sections.append(f"{title}\n\n{markdown_table(('value', 'may be', 'default', *presets, 'meaning'), table)}\n")
+        sections.append(f"{title}\n\n{markdown_table(('value', 'meaning', 'may be', 'default', *presets), table)}\n")
     return "\n".join(sections)
 
 
