@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -47,6 +48,11 @@ def test_the_site_is_built_of_all_pages_and_no_link_of_it_leads_nowhere(tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len([*(tmp_path / "site").glob("*.html")]) == len(PAGES) + 1  # and that of what is not found
+    for page in (tmp_path / "site").glob("*.html"):
+        if page.name != "404.html":  # which may be shown anywhere
+            for target in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
+                if not target.startswith(("http:", "https:", "data:", "mailto:")):
+                    assert (page.parent / unquote(target)).exists(), f"{page.name} leads to {target}"
     first = (tmp_path / "site/index.html").read_text()
     assert 'src="demo-samples.png"' in first
     assert (tmp_path / "site/demo-samples.png").exists()
