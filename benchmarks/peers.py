@@ -1,6 +1,6 @@
-"""Other libraries' trainings and samplers, as like ours as they come, for `benchmarks.speed`.
+"""Another library's training and sampler, as like ours as they come, for `benchmarks.speed`.
 
-They come into var/peers, over the packages that are here.
+It comes into var/peers, over the packages that are here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.settings import settings
 
 DIFFUSERS = "diffusers==0.42.1"
-LUCIDRAINS = "denoising-diffusion-pytorch==2.3.4"
-PEERS = (DIFFUSERS, LUCIDRAINS, "einops==0.8.2", "ema-pytorch==0.8.3", "pytorch-fid==0.3.0", "torchvision==0.28.0")
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,11 @@ class Work:
 
 
 def install() -> None:
-    """Have the other libraries importable."""
+    """Have the other library importable."""
     folder = settings().home / "peers"
-    if not (folder / "torchvision").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
-        subprocess.run([*command, *PEERS], check=True)
+    if not (folder / "diffusers").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), DIFFUSERS]
+        subprocess.run(command, check=True)
     sys.path.append(str(folder))
 
 
@@ -101,23 +99,3 @@ def diffusers_samples(size: int, count: int, steps: int) -> Work:
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().byte().numpy()
 
     return counted(draw)
-
-
-def lucidrains_step(size: int, batch: int) -> Work:
-    """A step as its own trainer takes it: Adam, clipped gradients, an average every tenth step."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # type: ignore[import-not-found]
-    from ema_pytorch import EMA  # type: ignore[import-not-found]
-
-    network = Unet(dim=24, dim_mults=(1, 2, 2), attn_dim_head=24, attn_heads=2)
-    training = GaussianDiffusion(network, image_size=size, objective="pred_v")
-    optimizer, average = torch.optim.Adam(training.parameters(), 1e-3), EMA(training, update_every=10)
-    images = torch.rand(batch, 3, size, size)
-
-    def step() -> None:
-        training(images).backward()
-        torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update()
-
-    return counted(step)
