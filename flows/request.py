@@ -1,4 +1,4 @@
-"""What a user asks for: the flow's parameters, and what they mean on this machine."""
+"""What a user asks for: the flow's parameters, and what they mean."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def train_diffusion(
         for milestone in recipe.milestones:
             state = train(run, milestone, workers)
             scores = evaluate(run, state, workers)
-        model, version = register(run, state, scores)
+        model, version = register(run, state, scores, workers)
         decision = promote(run, model, version, workers)
         return report(run, state, scores, decision)
 

@@ -7,6 +7,7 @@ import os
 # Before anything imports numpy or torch: two threads on two busy cores make small sums ten times slower than one.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import json
 import secrets
 import shutil
 import socket
@@ -17,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from diffusion.data.sources.source import Source
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.store.objects import FolderStore
+from tests.faults.report import SEED, Kill, table
 from tests.postgres import programs, running_postgres
 
 BIN = Path(sys.executable).parent
@@ -114,6 +116,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return rank, last.args[0] if last else 0, order
 
     items.sort(key=place)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the kills of all tests, on whichever worker they ran, in one table, and write each to the file that SOAK_REPORT names."""
+    told = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "kills" and report.when == "call"
+    ]
+    kills = [Kill(**kill) for text in told for kill in json.loads(str(text))]
+    if kills:
+        terminalreporter.write_line(f"\nseed {SEED}, {len(kills)} kills\n{table(kills)}")
+        if path := os.environ.get("SOAK_REPORT"):
+            Path(path).write_text(
+                json.dumps({"seed": SEED, "kills": [asdict(kill) for kill in kills]}, indent=1) + "\n"
+            )
 
 
 @pytest.fixture(autouse=True)
@@ -271,8 +290,6 @@ class S3Server:
 
 def start_s3(folder: Path, address: str = "127.0.0.1") -> S3Server:
     """Start it with an empty bucket `tests`."""
-    import json
-
     import boto3
 
     port, filer, volume, master = (free_port() for _ in range(4))

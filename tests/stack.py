@@ -94,6 +94,7 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",  # as in conftest.py
         "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
         "PREFECT_PORT": str(free_port()),
         "MLFLOW_PORT": str(free_port()),
         **environment,

@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Read when torch is loaded. Its threads wait for each other after every small operation, by default without giving their cores up:
-# where others keep those busy, a dataset's own extractor took five times as long, and no less time where they did not.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":
+    # Read when torch is loaded. Its threads wait for each other after every small operation, by default without giving their
+    # cores up: where others kept those busy, a dataset's own extractor took five times as long. Where nobody did, it made no
+    # difference.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch

@@ -13,7 +13,7 @@ from diffusion.model.unet import Attention
 BACKWARD = 2.0
 """A backward pass computes about twice as much as the forward pass: a gradient of the weights and one of the input."""
 PEAK_SECONDS = 0.05
-PEAK_SIDE = {"cpu": 512, "cuda": 8192}
+PEAK_SIDE = {"cpu": 512, "cuda": 4096}
 
 
 @torch.no_grad()
@@ -46,10 +46,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two matrices on this process's threads, or its GPU: what it can do at most, about."""
     side = PEAK_SIDE.get(device.type, 512)
     matrix, products, began = torch.ones(side, side, device=device, dtype=dtype), -1, 0.0
-    while products < 1 or time.perf_counter() - began < PEAK_SECONDS:
-        torch.mm(matrix, matrix)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions compute
+    try:
+        while products < 1 or time.perf_counter() - began < PEAK_SECONDS:
+            torch.mm(matrix, matrix)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            products += 1
+            began = began if products else time.perf_counter()  # the first one warms up
+        return products * 2.0 * side**3 / (time.perf_counter() - began)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        products += 1
-        began = began if products else time.perf_counter()  # the first one warms up
-    return products * 2.0 * side**3 / (time.perf_counter() - began)
+            torch.cuda.reset_peak_memory_stats(device)

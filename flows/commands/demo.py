@@ -76,12 +76,12 @@ def main() -> int:
             preset=arguments.preset, overrides=overrides, seed=arguments.seed, processes=arguments.processes
         )
         check_request(request)
-        with ThreadPoolExecutor(1) as beside:  # each of the two databases takes ten seconds to make
-            made = beside.submit(make_prefect_current, environment.home / "prefect" / "prefect.db")
-            open_tracking(environment)
-            with stopwatch.part("ingest"):
-                source = _source_or_generated(arguments.source)
-            made.result()
+        # Each of the two databases takes ten seconds to make. An error of what is done meanwhile is told at once.
+        made = ThreadPoolExecutor(1).submit(make_prefect_current, environment.home / "prefect" / "prefect.db")
+        open_tracking(environment)
+        with stopwatch.part("ingest"):
+            source = _source_or_generated(arguments.source)
+        made.result()
         print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
         report = train_diffusion(
             preset=arguments.preset,

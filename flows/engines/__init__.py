@@ -1,1 +1,1 @@
-"""Where jobs run: on this machine, or on a Ray cluster. Only what runs there, `cluster` and `worker`, imports ray."""
+"""Where jobs run: on this machine, or on a Ray cluster. Only what runs there, `driver`, `attempt` and `worker`, imports ray."""

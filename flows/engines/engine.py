@@ -1,4 +1,4 @@
-"""What a flow asks of the place where its jobs run. `known` has all that there are."""
+"""A job as a flow has it, and what a flow asks of the place where its jobs run. `known` has all that there are."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ class Engine(Protocol):
         """The machines that the jobs of the run in this folder run on, for the metrics of what they do meanwhile."""
         ...
 
-    def described(self, recipe: Recipe, asked: int | str | None) -> str:
+    def described(self, workers: Workers) -> str:
         """What a training ran on, for its model's card."""
         ...

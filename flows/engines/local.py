@@ -35,9 +35,8 @@ class Local:
     def watched(self, folder: Path) -> Machine:
         return Machine()
 
-    def described(self, recipe: Recipe, asked: int | str | None) -> str:
-        kind = "GPU processes" if gpus() else f"CPU processes ({platform.machine()})"
-        return f"{usable_processes(recipe, asked)} {kind}"
+    def described(self, workers: Workers) -> str:
+        return f"{workers.counts[-1]} {'GPU processes' if gpus() else f'CPU processes ({platform.machine()})'}"
 
 
 def usable_processes(recipe: Recipe, asked: int | str | None) -> int:

@@ -17,9 +17,9 @@ from diffusion.recipe import Recipe
 from diffusion.tracking.system import Hosts
 from flows.engines.engine import Job
 from flows.engines.placement import PLACEMENT, Capacity, Placement, Workers, parse_range, sharing
-from flows.launcher import Listener, rank_environment, run_ranks
+from flows.launcher import Listener, rank_environment, run_ranks, usable_cores
 
-DRIVER = "flows.engines.cluster"
+DRIVER = "flows.engines.driver"
 CAPACITY_SECONDS = 90.0
 
 
@@ -27,12 +27,12 @@ class RayCluster:
     """An `Engine`."""
 
     def gpus(self) -> int:
-        return capacity().gpus
+        return cluster_capacity().gpus
 
     def workers(self, recipe: Recipe, asked: int | str | None) -> Workers:
         least, most = (1, recipe.data.lanes) if asked is None else parse_range(asked)
         counts = sharing(recipe, least, most)
-        there = capacity()
+        there = cluster_capacity()
         placement = Placement(module="", counts=counts, gpu=there.gpus > 0)
         if not placement.fitting(there):
             raise ClusterError(f"{placement.too_small(there)} Ask for fewer, or add hosts (ray start --address …).")
@@ -48,8 +48,9 @@ class RayCluster:
     def watched(self, folder: Path) -> Hosts:
         return Hosts(folder)
 
-    def described(self, recipe: Recipe, asked: int | str | None) -> str:
-        return f"a Ray cluster ({asked or 'as many as it had room for'} processes)"
+    def described(self, workers: Workers) -> str:
+        counts = workers.counts
+        return f"a Ray cluster ({counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} processes)"
 
 
 def run_on_cluster(placement: Placement, spec: JobSpec, folder: Path, listener: Listener) -> None:
@@ -59,7 +60,7 @@ def run_on_cluster(placement: Placement, spec: JobSpec, folder: Path, listener: 
     run_ranks(DRIVER, spec, folder, [driver_environment()], listener)
 
 
-def capacity() -> Capacity:
+def cluster_capacity() -> Capacity:
     """What the cluster has. Raises ClusterError if it can't be used."""
     if importlib.util.find_spec("ray") is None:
         raise ClusterError(
@@ -86,4 +87,4 @@ def driver_environment() -> dict[str, str]:
     """That of a rank, and what the driver is told of Ray."""
     given = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     quiet = {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    return rank_environment(0, 1, 1) | given | quiet
+    return rank_environment(0, 1, usable_cores()) | given | quiet

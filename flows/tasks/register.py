@@ -11,6 +11,7 @@ from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import Candidate, publish
 from diffusion.training.state import CheckpointState
 from flows.engines.known import engine
+from flows.engines.placement import Workers
 from flows.run import Run
 from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import RETRIED
@@ -22,20 +23,20 @@ from flows.tasks.retrying import RETRIED
     cache_policy=NO_CACHE,
     **RETRIED,
 )
-def register(run: Run, state: CheckpointState, scores: Scores) -> tuple[str, str]:
+def register(run: Run, state: CheckpointState, scores: Scores, workers: Workers) -> tuple[str, str]:
     """Make a model version of the checkpoint, with its lineage, and return the model's name and the version's number."""
     tags = {
         "git.commit": run.lineage.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
     pictures = {name: evaluation_picture(run, state.step, name) for name in ("grid", "closest")}
-    made = Candidate(state, scores, run.dataset, pictures, tags, compute(run, state))
+    made = Candidate(state, scores, run.dataset, pictures, tags, compute(run, state, workers))
     return publish(run.tracked, run.store, made)
 
 
-def compute(run: Run, state: CheckpointState) -> str:
+def compute(run: Run, state: CheckpointState, workers: Workers) -> str:
     """What the training took, for the card."""
-    where = engine().described(run.recipe, run.request.processes)
+    where = engine().described(workers)
     points = run.tracked.client.get_metric_history(run.tracked.run_id, "speed/images_per_second")
     images = state.images_seen - run.recipe.first_step * run.recipe.data.batch_size
     took = ""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass
+
+SEED = int(os.environ.get("SOAK_SEED", "20261124"))
+"""Of the moments at which is struck."""
 
 
 @dataclass(frozen=True)

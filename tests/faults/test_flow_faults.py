@@ -18,7 +18,6 @@ from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
 from tests.conftest import TINY
-from tests.faults.conftest import SEED
 from tests.faults.flow_runs import (
     FlowRun,
     flow_process,
@@ -33,7 +32,7 @@ from tests.faults.flow_runs import (
     wait_until_back,
     weights,
 )
-from tests.faults.report import Kill
+from tests.faults.report import SEED, Kill
 from tests.processes import wait_until_ended
 from tests.stack import Project, running_project
 

@@ -127,7 +127,7 @@ class Trial:
         began = time.monotonic()
         alive = [host for host in self.machines.cluster.hosts if host.alive and not host.cut_off]
         wait_until(
-            lambda: not any(host.processes(line) for host in alive for line in (RANK, "flows.engines.cluster")),
+            lambda: not any(host.processes(line) for host in alive for line in (RANK, "flows.engines.driver")),
             lambda: "ranks or their driver are left",
         )
         return time.monotonic() - began
@@ -174,7 +174,7 @@ def nothing_goes_on(machines: Machines) -> Iterator[None]:
     yield
     machines.pace = 0.0
     if machines.head.alive:
-        for line in ("tests.faults.caller", "flow.py", "flows.engines.cluster"):
+        for line in ("tests.faults.caller", "flow.py", "flows.engines.driver"):
             for process in machines.head.processes(line):
                 process.kill()
 

@@ -24,8 +24,7 @@ from diffusion.jobs.specs import TrainingJob
 from diffusion.store import layout
 from diffusion.training.journal import JOURNAL, records
 from tests.conftest import PATIENCE, Ingested, Server, tiny_recipe
-from tests.faults.conftest import SEED
-from tests.faults.report import Kill
+from tests.faults.report import SEED, Kill
 from tests.processes import wait_until_ended
 from tests.ranks import ForkedRank, fork
 

@@ -23,7 +23,6 @@ from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
 from flows.launcher import run_job
 from tests.conftest import TINY
-from tests.faults.conftest import SEED
 from tests.faults.flow_runs import (
     FlowRun,
     flow_process,
@@ -34,7 +33,7 @@ from tests.faults.flow_runs import (
     process,
     weights,
 )
-from tests.faults.report import Kill
+from tests.faults.report import SEED, Kill
 from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow

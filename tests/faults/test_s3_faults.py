@@ -24,8 +24,7 @@ from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
 from tests.conftest import PATIENCE, Ingested, S3Server, start_s3, tiny_recipe
-from tests.faults.conftest import SEED
-from tests.faults.report import Kill
+from tests.faults.report import SEED, Kill
 from tests.faults.s3_proxy import Faults, proxy
 
 pytestmark = pytest.mark.slow

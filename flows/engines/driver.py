@@ -1,7 +1,7 @@
 """The driver of a job on a Ray cluster: starts its ranks in workers there, and them again when a host or a rank is lost.
 
-    python -m flows.engines.cluster FOLDER      run the job of FOLDER (job.json, placement.json)
-    python -m flows.engines.cluster capacity    say what the cluster has
+    python -m flows.engines.driver FOLDER      run the job of FOLDER (job.json, placement.json)
+    python -m flows.engines.driver capacity    say what the cluster has
 
 The flow runs it as a process of its own, like a rank of this machine: what it says, its progress and its error lie in the folder,
 and SIGTERM ends it, on which the training leaves a checkpoint. RAY_ADDRESS names the cluster; this machine is one of its nodes.
