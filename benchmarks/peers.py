@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.settings import settings
@@ -31,17 +32,28 @@ class Work:
 def install() -> None:
     """Have the other library importable."""
     folder = settings().home / "peers"
-    if not (folder / "diffusers").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), DIFFUSERS]
+    if not (folder / f"{DIFFUSERS.replace('==', '-')}.dist-info").exists():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            str(folder),
+            DIFFUSERS,
+        ]
         subprocess.run(command, check=True)
     sys.path.append(str(folder))
 
 
-def counted(once: Callable[[], Any]) -> Work:
-    """With its FLOPs, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        once()
-    return Work(once, float(counter.get_total_flops()))
+def flops_of(passes: Callable[[], Any]) -> float:
+    """FLOPs as PyTorch counts them: of the networks alone, attention as the products of matrices that it is."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        passes()
+    return float(counter.get_total_flops())
 
 
 def diffusers_network(size: int) -> Any:
@@ -79,7 +91,8 @@ def diffusers_step(size: int, batch: int) -> Work:
         optimizer.zero_grad()
         average.step(network.parameters())
 
-    return counted(step)
+    times = torch.zeros(batch, dtype=torch.long)
+    return Work(step, flops_of(lambda: network(images, times, class_labels=labels).sample.sum().backward()))
 
 
 def diffusers_samples(size: int, count: int, steps: int) -> Work:
@@ -98,4 +111,4 @@ def diffusers_samples(size: int, count: int, steps: int) -> Work:
             x = scheduler.step(network(x, time, class_labels=labels).sample, time, x).prev_sample
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().byte().numpy()
 
-    return counted(draw)
+    return Work(draw, count)
