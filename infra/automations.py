@@ -1,5 +1,5 @@
 """What the Prefect server must know before `prefect deploy --all`: python infra/automations.py, with its address and credentials in
-the environment. The work pool of prefect.yaml, the automations, this package's types of blocks.
+the environment. The work pool of prefect.yaml, the automations, this package's types of blocks, the page of the recipe.
 
 Zombie runs: a flow run that beat and then fell silent, or that a worker took and never started, is marked as crashed. So a run
 whose machine is gone does not block the next night's, and whoever is notified of crashes hears of it.
@@ -20,7 +20,8 @@ from uuid import UUID
 
 from prefect import get_client
 from prefect.automations import Automation, AutomationCore
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import ArtifactCreate, WorkPoolCreate
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
@@ -28,6 +29,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
+from diffusion.presentation.recipe_page import recipe_page
 from diffusion.settings import settings
 from flows.nights import BY_SCHEDULE
 from flows.plugins.credentials import S3Credentials
@@ -47,6 +49,7 @@ OF_THE_FLOWS: dict[str, str | list[str]] = {
 }
 """Whose events these automations listen to: the server may run flows of others."""
 FLOW_RUNS: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
+RECIPE = "recipe"  # of prefect.yaml's links
 RETIRED = ("train-diffusion/nightly",)  # now a schedule of train-diffusion/train-diffusion
 SILENCE = timedelta(seconds=90)  # three heartbeats, of 30 s each (pyproject.toml)
 START = timedelta(minutes=10)
@@ -189,6 +192,17 @@ async def make_work_pool() -> None:
         await client.create_work_pool(pool, overwrite=True)
 
 
+async def show_recipe() -> None:
+    """Every value of a recipe with its meaning, as an artifact, to which the deployment's description leads."""
+    of_it = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[RECIPE]))
+    async with get_client() as client:
+        newest = await client.read_latest_artifacts(artifact_filter=of_it)
+        if not newest or newest[0].description != recipe_page():
+            # The page of a key shows the descriptions of its artifacts; their data is one click further away.
+            made = ArtifactCreate(key=RECIPE, type="markdown", description=recipe_page(), data="As described.")
+            await client.create_artifact(made)
+
+
 async def main() -> None:
     """Make the automations that are not there, renew those that differ, delete those that are wanted no more.
 
@@ -197,6 +211,7 @@ async def main() -> None:
     await make_work_pool()
     for block_type in (S3Credentials, SmtpMail):
         await block_type.register_type_and_schema()
+    await show_recipe()
     await remove_retired()
     await tell_edited_schedules()
     wanted, blocks = zombies(), settings().notify

@@ -255,6 +255,7 @@ def _tell(client: MlflowClient, decision: Decision) -> None:
     card = client.get_model_version(decision.model, decision.version).description or ""
     table = f"\n{gates_table(decision.gates)}\n" if decision.gates else ""
     section = f"## Decision\n\n{plain(decision.reason)}\n{table}\n"
+    # Not made anew from its template: what people have written into it stays.
     card, found = DECISION_SECTION.subn(lambda _: section, card)
     card = fit_description(card if found else f"{card}\n{section}")
     client.update_model_version(decision.model, decision.version, card)

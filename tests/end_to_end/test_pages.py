@@ -160,6 +160,14 @@ def test_the_flow_run_page_of_prefect(prefect_page: Page, stack: Project, run: d
     prefect_page.wait_for_function("[...document.images].some(one => one.naturalWidth > 300)")
 
 
+def test_the_recipe_is_one_click_from_the_deployment(prefect_page: Page, stack: Project) -> None:
+    prefect_page.goto(f"{prefect_address(stack)}/deployments/deployment/{deployment(stack)['id']}?tab=Description")
+    with prefect_page.context.expect_page() as opened:
+        prefect_page.get_by_role("link", name="the recipe").click()
+    for text in ("the U-Net's size", "Share of activations dropped in each block while training."):
+        opened.value.get_by_text(text).first.wait_for()
+
+
 EVIL = f"<p>It is shown. {SCRIPT}<script>alert(3); try {{ parent.document.title = 'taken' }} catch {{}}</script></p>"
 
 
