@@ -80,8 +80,8 @@ def train_diffusion(
         preset: The recipe to start from. "demo": 32 x 32, 24,576 images, five minutes on two CPU cores. "eurosat": 64 x 64, 6 million
             images, for GPUs, weeks on a CPU. "seed": what this project grew from, 64 x 64, hours on a CPU. Or the path of a file like
             theirs on the worker's machine: path/to/mine.yaml. Empty: eurosat where there is a GPU, else demo.
-        overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000, "evaluation.every_images": 250000}.
-            The deployment's description leads to a page of all of them.
+        overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000,
+            "evaluation.every_images": 250000}. The deployment's description leads to a page of all of them.
         seed: Key of all randomness; empty: a scheduled night's is its date, as 20261124 (see nights), and 0 by hand.
         source: "eurosat" (EUROSAT_ARCHIVE, or the public archive), the path of a folder, zip, tar or Parquet table with images,
             "webdataset:" and tars, "eurosat-ms", or "generated".
