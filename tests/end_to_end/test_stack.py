@@ -72,7 +72,7 @@ def test_a_model_is_used_from_any_folder_by_the_words_of_the_pages(
     (load,) = blocks("README.md", "Use a model", "python")
     (by_mlflow,) = blocks("docs/promotion.md", "Using a version", "python")
     (served,) = blocks("docs/promotion.md", "Using a version", "")
-    (rolled_back,) = blocks("docs/promotion.md", "An older version", "python")
+    (rolled_back,) = blocks("docs/promotion.md", "Roll back to an older version", "python")
     serve, ask = served.splitlines()
     port = str(free_port())
     script = f"""
@@ -92,7 +92,7 @@ print(mlflow.MlflowClient().get_model_version_by_alias("eurosat-ddpm", "champion
 CODE
 {serve} >serve.log 2>&1 &
 trap "kill $!; pkill -P $!" EXIT
-for try in $(seq 120); do {ask} >answer.json 2>/dev/null && grep -q predictions answer.json && break; sleep 1; done
+for try in $(seq 900); do {ask} >answer.json 2>/dev/null && grep -q predictions answer.json && break; sleep 1; done
 cat answer.json
 """
     script = script.replace("eurosat-ddpm", "generated-fields-and-water-ddpm").replace("5001", port)
