@@ -164,7 +164,7 @@ def test_the_recipe_is_one_click_from_the_deployment(prefect_page: Page, stack: 
     prefect_page.goto(f"{prefect_address(stack)}/deployments/deployment/{deployment(stack)['id']}?tab=Description")
     with prefect_page.context.expect_page() as opened:
         prefect_page.get_by_role("link", name="the recipe").click()
-    for text in ("the U-Net's size", "Share of activations dropped in each block while training."):
+    for text in ("the U-Net's size", "Images a step, over all processes together."):
         opened.value.get_by_text(text).first.wait_for()
 
 
