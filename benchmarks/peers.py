@@ -33,19 +33,8 @@ def install() -> None:
     """Have the other library importable."""
     folder = settings().home / "peers"
     if not (folder / f"{DIFFUSERS.replace('==', '-')}.dist-info").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--upgrade",
-            "--target",
-            str(folder),
-            DIFFUSERS,
-        ]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        subprocess.run([*command, "--target", str(folder), DIFFUSERS], check=True)
     sys.path.append(str(folder))
 
 

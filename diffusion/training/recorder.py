@@ -40,9 +40,10 @@ class Recorder:
         self._lanes: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._since, self._waited, self._steps = time.monotonic(), 0.0, 0
-        # Each process measures, so that all cores are as busy as in training.
-        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        self._most = accelerator.num_processes * peak_flops(accelerator.device, dtype) / flops  # images a second
+        # Each process measures, so that all cores are as busy as in training. Many CPUs are slower in bf16 than in float32.
+        kinds = {torch.float32, torch.bfloat16 if recipe.precision == "bf16" else torch.float32}
+        peak = max(peak_flops(accelerator.device, kind) for kind in kinds)
+        self._most = accelerator.num_processes * peak / flops  # images a second
         self._progress, self._printed = ProgressFile(folder, self.main), 0.0
 
     def record(self, step: int, report: StepReport, waited: float) -> None:
