@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
+from contextlib import closing, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from diffusion.tracking.database import make_current
+
+KEPT = Path(sys.prefix) / "share" / "train-diffusion"
+"""Empty databases, beside the packages that made them, and as trusted as these."""
 
 
 def make_prefect_current(path: Path) -> None:
@@ -16,6 +24,31 @@ def make_prefect_current(path: Path) -> None:
 
 
 def _upgrade(path: Path) -> None:
+    """From nothing a hundred migrations take fifteen seconds: what they make is kept for the next one."""
+    empty = KEPT / f"prefect-{version('prefect')}.db"
+    with closing(sqlite3.connect(path)) as database:
+        new = not database.execute("SELECT name FROM sqlite_master").fetchall()
+    if new and empty.exists():
+        shutil.copyfile(empty, path)
+        return
+    _migrate(path)
+    if new:
+        with suppress(OSError):  # packages that this user can't write beside
+            _keep(path, empty)
+
+
+def _keep(path: Path, empty: Path) -> None:
+    """In one file, without the journal that Prefect has its databases keep, and whole at every moment."""
+    empty.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=empty.parent) as folder:
+        copy = Path(folder) / empty.name
+        with closing(sqlite3.connect(path)) as made, closing(sqlite3.connect(copy)) as database:
+            made.backup(database)
+            database.execute("PRAGMA journal_mode = DELETE")
+        os.replace(copy, empty)
+
+
+def _migrate(path: Path) -> None:
     """In a process of its own: Prefect reads its settings once, and this one may need others. Nothing of the caller's folder is
     imported there."""
     env = {

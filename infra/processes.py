@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -30,7 +31,7 @@ except SettingsError as error:
     raise SystemExit(f"error: {error}") from None
 STACK = HOME / "stack"
 BIN = Path(sys.executable).parent
-READY_SECONDS = 120
+READY_SECONDS = 300
 STOP_SECONDS = 30
 
 
@@ -88,17 +89,35 @@ def find(name: str) -> psutil.Process | None:
         return None
 
 
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """It and all that it has started; nothing if it has ended."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """What it was started with; nothing if it has ended."""
+    try:
+        return process.environ()
+    except psutil.NoSuchProcess:
+        return {}
+
+
 def stop(name: str) -> None:
     """Stop one process of the stack and all that it started."""
     process = find(name)
     if process is not None:
-        tree = [process, *process.children(recursive=True)]
-        process.terminate()
+        left = family(process)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
-        while (left := [one for one in tree if runs(one)]) and time.monotonic() < deadline:
+        while (left := [one for one in left if runs(one)]) and time.monotonic() < deadline:
             time.sleep(0.05)
         for one in left:
-            one.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         print(f"stopped {name}")
     (STACK / f"{name}.pid").unlink(missing_ok=True)
 

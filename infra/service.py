@@ -7,6 +7,7 @@ Without systemd, whatever starts programs with the machine can run keep.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import processes
+import psutil
 import stack
 
 from diffusion.trust.private import read_private, use_private_home, write_private
@@ -143,7 +145,8 @@ class Kept:
         process, now = processes.find(name), time.monotonic()
         if process is not None:
             if self.seen.get(name, (0,))[0] != process.pid:
-                self.seen[name] = process.pid, process.cmdline(), process.environ()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended: the next look finds that out
+                    self.seen[name] = process.pid, process.cmdline(), process.environ()
             if now - self.started.get(name, now) > WELL_SECONDS:
                 self.wait.pop(name, None)
             return

@@ -31,6 +31,8 @@ from processes import (
     NotReady,
     base_environment,
     check_port,
+    environment_of,
+    family,
     find,
     start,
     stop,
@@ -190,7 +192,7 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
         return False
     asked = OWN_DATABASES | base_environment()
     for name, process in processes.items():
-        begun = process.environ() if process is not None else asked
+        begun = environment_of(process) if process is not None else asked
         for variable in {*begun, *asked}:
             # Of a cluster started here the worker has the address and the token; blocks to notify are the automations' alone.
             decides = variable.startswith(KEPT) and not (own_cluster and variable.startswith(CLUSTER))
@@ -208,7 +210,7 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
 def refuse_under_a_run(command: str, why: str) -> None:
     """End with a sentence if a flow run is under way, which the command would end."""
     worker = find("worker")
-    if worker is not None and worker.children() and os.environ.get("FORCE") != "1":
+    if worker is not None and len(family(worker)) > 1 and os.environ.get("FORCE") != "1":
         raise SystemExit(f"A flow run is under way, and would end: {why}. Wait for it, or {command} FORCE=1.")
 
 
@@ -252,7 +254,7 @@ def password() -> None:
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
     for process in filter(None, map(find, NAMES)):  # and with the same settings
-        for variable, value in process.environ().items():
+        for variable, value in environment_of(process).items():
             if variable.startswith(KEPT):
                 os.environ.setdefault(variable, value)
     made = new_password(STACK)

@@ -201,17 +201,26 @@ def home_with_mlflow(home: Path, empty_mlflow: Path) -> Path:
     return home
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that nobody listens on now, low enough that port + 10000 is one as well: the S3 server uses both."""
+    """A port that nobody listens on now, low enough that port + 10000 is one as well: the S3 server uses both.
+
+    Workers have ports of their own, and none is given twice: it may be bound seconds later, and again after a while.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     while True:
-        port = 10_000 + secrets.randbelow(12_000)  # both below those that outgoing connections take
+        port = 10_000 + 3_000 * worker + secrets.randbelow(3_000)  # both below those that outgoing connections take
         try:
             with socket.socket() as probe, socket.socket() as second:
                 probe.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 10_000))
-                return port
         except OSError:
             continue
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 @dataclass
@@ -308,14 +317,17 @@ def start_s3(folder: Path, address: str = "127.0.0.1") -> S3Server:
     client = boto3.client(
         "s3", endpoint_url=server.url, aws_access_key_id="admin", aws_secret_access_key=secret, region_name="us-east-1"
     )
-    for _ in range(100):
+    deadline = time.monotonic() + PATIENCE
+    while True:
         try:
             client.create_bucket(Bucket="tests")
             break
-        except Exception:  # the gateway answers before the volumes behind it do
+        except client.exceptions.BucketAlreadyOwnedByYou:  # by a try whose answer was lost
+            break
+        except Exception as error:  # the gateway answers before the volumes behind it do
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no bucket can be made:\n{server.log.read_text()[-2000:]}") from error
             time.sleep(0.2)
-    else:
-        raise RuntimeError(f"no bucket can be made:\n{server.log.read_text()[-2000:]}")
     env = {
         "AWS_ENDPOINT_URL_S3": server.url,
         "AWS_ACCESS_KEY_ID": key,

@@ -183,7 +183,7 @@ class Cluster:
         """Not started yet."""
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
         # A host that is dead is noticed within seconds, where Ray would wait for most of a minute.
-        own |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
+        own |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "10000"}
         own |= {"RAY_health_check_failure_threshold": "3", "RAY_ADDRESS": f"{hosts[0].address}:6379"}
         return cls(hosts, os.environ | own | {"NO_PROXY": "*", "no_proxy": "*"})
 
@@ -205,8 +205,10 @@ class Cluster:
         # None of its files is inherited by what it starts, or its end would not be seen.
         log = (host.folder / host.name / "ray.log").open("wb")
         env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
-        started = host.start(
-            *(str(BIN / "ray"), *command.split()[1:], *options, "--object-store-memory=100000000"),
-            **{"env": env, "stdout": log, "stderr": log, "stdin": subprocess.DEVNULL},
-        )
-        assert started.wait(PATIENCE) == 0, (host.folder / host.name / "ray.log").read_text()[-2000:]
+        files = {"env": env, "stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
+        start = (str(BIN / "ray"), *command.split()[1:], *options, "--object-store-memory=100000000")
+        for _ in range(3):  # Ray gives up after 30 s by itself: too few on a busy machine
+            if host.start(*start, **files).wait(PATIENCE) == 0:
+                return
+            host.start(str(BIN / "ray"), "stop", "--force", **files).wait(PATIENCE)
+        raise AssertionError((host.folder / host.name / "ray.log").read_text()[-2000:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ def running_postgres(port: int) -> Iterator[str]:
             wait_until_it_listens(process, port)
             yield f"postgresql+psycopg2://tests:{password}@127.0.0.1:{port}/postgres"
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # whoever is still connected is not waited for
             process.wait()
     finally:
         shutil.rmtree(folder)

@@ -1,8 +1,9 @@
-"""Waiting for processes that are no children of the tests."""
+"""Looking at processes that may end at any moment, and waiting until they have."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -22,3 +23,26 @@ def wait_until_ended(processes: list[psutil.Process], deadline: float) -> list[p
     while (running := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return running
+
+
+def listens_at(process: psutil.Process) -> set[tuple[str, int]]:
+    """Addresses that a process listens at; none if it has ended."""
+    try:
+        return {(c.laddr.ip, c.laddr.port) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def family(root: psutil.Process) -> list[psutil.Process]:
+    """A process and all that it has started; nothing if it has ended."""
+    try:
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def signal_all(processes: list[psutil.Process], number: int) -> None:
+    """Send a signal to those that still run."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -28,8 +29,9 @@ class ForkedRank:
         self._process = process
         assert process.pid is not None
         self.pid: int = process.pid
-        while process.is_alive() and os.getpgid(self.pid) != self.pid:
-            time.sleep(0.001)  # until it has a session of its own, which the launcher signals
+        with suppress(ProcessLookupError):  # it has ended already
+            while process.is_alive() and os.getpgid(self.pid) != self.pid:
+                time.sleep(0.001)  # until it has a session of its own, which the launcher signals
 
     @property
     def returncode(self) -> int | None:

@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import TINY
+from tests.processes import family, listens_at
 from tests.stack import Project, running_project
 
 STORE_KEY = "store-key-of-the-tests"
@@ -169,7 +170,7 @@ def training(stack: Project, received: list[dict[str, str]]) -> Training:
     found: dict[int, Seen] = {}
     while typed.poll() is None:
         for root in (*stack_processes(stack), psutil.Process(typed.pid)):
-            for process in (root, *root.children(recursive=True)):
+            for process in family(root):
                 look_at(process, found)
         time.sleep(0.4)
     assert typed.stdout is not None
@@ -208,7 +209,7 @@ def stack_processes(stack: Project) -> list[psutil.Process]:
 def look_at(process: psutil.Process, found: dict[int, Seen]) -> None:
     try:
         arguments, environment = " ".join(process.cmdline()), process.environ()
-        listens = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        listens = {address for address, _ in listens_at(process)}
         name = process.name()
     except psutil.Error:
         return

@@ -9,7 +9,16 @@ import requests
 from requests.adapters import HTTPAdapter, Retry
 
 PATIENT = HTTPAdapter(
-    max_retries=Retry(total=None, connect=240, read=240, backoff_factor=0.2, backoff_max=1, allowed_methods=None)
+    max_retries=Retry(
+        total=None,
+        connect=240,
+        read=240,
+        status=240,
+        status_forcelist=(500, 502, 503, 504),
+        backoff_factor=0.2,
+        backoff_max=1,
+        allowed_methods=None,
+    )
 )
 """A server that is being started again is waited for."""
 EXPERIMENT = "train-diffusion"

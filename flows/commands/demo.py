@@ -14,7 +14,7 @@ from pathlib import Path
 # Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
 EMBEDDED = {
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_PLUGINS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "WARNING",

@@ -20,6 +20,7 @@ import diffusion
 import mlflow
 from diffusion.errors import TrackingError
 from tests.conftest import PATIENCE, free_port
+from tests.processes import family
 from tests.running import Training
 from tests.stack import Project
 
@@ -94,7 +95,7 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
     env = stack.env | stack.servers | {"NO_PROXY": "127.0.0.1"}
     with (tmp_path / "serve.log").open("wb") as log:
         serving = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
-    tree: list[psutil.Process] = []
+    processes: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -102,21 +103,22 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
                 break
             time.sleep(0.3)
-        tree = [psutil.Process(serving.pid), *psutil.Process(serving.pid).children(recursive=True)]
+        processes = family(psutil.Process(serving.pid))
         asked = json.dumps({"inputs": [], "params": {"n": 96, "steps": 48, "guidance": 1.0}}).encode()
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"
             client.sendall(head.encode() + asked)
-            working = tree[-1].cpu_times().user + 1
-            while tree[-1].cpu_times().user < working:
+            working = processes[-1].cpu_times().user + 1
+            while processes[-1].cpu_times().user < working:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-        for process in tree:
-            process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=PATIENCE)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
         assert alive == []
     finally:
-        for process in tree:
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         serving.kill()

@@ -20,6 +20,7 @@ import pytest
 
 from tests.conftest import PATIENCE, free_port
 from tests.end_to_end.test_running import ask
+from tests.processes import family, listens_at
 from tests.stack import Project
 
 pytestmark = pytest.mark.slow
@@ -101,7 +102,6 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
     log = stack.folder / "demo.log"
     with log.open("wb") as output:
         demo = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=output)
-    tree: list[psutil.Process] = []
     try:
         ports: set[int] = set()
         deadline = time.monotonic() + PATIENCE
@@ -109,24 +109,23 @@ def test_the_demo_s_server_wants_a_password_while_a_stack_runs_on_the_same_data(
             assert demo.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-            tree = psutil.Process(demo.pid).children(recursive=True)
-            for process in tree:
-                ports |= {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+            for process in family(psutil.Process(demo.pid)):
+                ports |= {port for _, port in listens_at(process)}
         password = stack.servers["MLFLOW_TRACKING_PASSWORD"]
         for port in ports:
             api = f"http://127.0.0.1:{port}/api"
             while (status := ask(f"{api}/admin/version", "GET", {})[0]) not in (401, 403):
                 assert status != 200, "an answer without a password"
+                assert time.monotonic() < deadline
             assert ask(f"{api}/admin/version", "GET", basic("", ""))[0] == 401
             assert ask(f"{api}/admin/version", "GET", basic(password))[0] == 401
             assert ask(f"{api}/block_documents/", "GET", basic("", "demo"))[0] == 401
     finally:
-        tree = psutil.Process(demo.pid).children(recursive=True)
-        demo.kill()
-        demo.wait()
-        for process in tree:
+        started = family(psutil.Process(demo.pid))
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        demo.wait()
     assert ask(f"{stack.servers['PREFECT_API_URL']}/admin/version", "GET", basic(password))[0] == 200
 
 

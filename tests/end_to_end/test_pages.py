@@ -30,10 +30,11 @@ PAGE_PATIENCE = 1000 * PATIENCE  # ms
 def browser() -> Iterator[Browser]:
     """Chromium: the system's, or the one that `playwright install chromium` has fetched."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    expect.set_options(timeout=PAGE_PATIENCE)
     with sync_playwright() as playwright:
         if found is None and not shutil.which(playwright.chromium.executable_path):
             pytest.skip("no Chromium: install your system's, or run playwright install chromium")
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=PAGE_PATIENCE)
         yield browser
         browser.close()
 
@@ -189,13 +190,17 @@ def test_a_night_is_moved_and_paused_by_the_page(prefect_page: Page, stack: Proj
     prefect_page.locator(".deployment-schedule__menu").click()
     prefect_page.locator(".p-overflow-menu-item", has_text="Edit").first.click()
     dialog = prefect_page.locator(".p-modal").filter(has_text="Edit schedule")
+    deadline = time.monotonic() + PATIENCE
     # The field of the cron string has no name of its own.
-    fields = dialog.locator("input").all()
-    (cron,) = [field for field in fields if field.input_value() == night["schedule"]["cron"]]
+    while not (
+        fields := [one for one in dialog.locator("input").all() if one.input_value() == night["schedule"]["cron"]]
+    ):
+        assert time.monotonic() < deadline, "the dialog does not show the schedule"
+        prefect_page.wait_for_timeout(200)
+    (cron,) = fields
     cron.fill("30 4 * * *")
     dialog.get_by_role("button", name="Save").click()
     expect(dialog).to_have_count(0)
-    deadline = time.monotonic() + PATIENCE
     while (moved := deployment(stack)["schedules"][0])["schedule"] == night["schedule"]:  # the dialog closes first
         assert time.monotonic() < deadline, "it is not moved"
         prefect_page.wait_for_timeout(200)
@@ -232,6 +237,7 @@ def test_no_script_from_names_or_artifacts_runs_in_a_browser(
     assert "onerror" in (folder / "gallery.html").read_text(), "the class has its name"
     write_private(folder / "evil.html", EVIL)
     alone = browser.new_page()
+    alone.set_default_timeout(PAGE_PATIENCE)
     for page in (mlflow_page, prefect_page, alone):
         page.on("dialog", refuse)
     alone.goto((folder / "gallery.html").as_uri())
@@ -265,6 +271,7 @@ def test_the_gallery_on_any_width_light_and_dark(
     (file,) = (stack.folder / "var/mlflow/artifacts").glob(f"*/{run['run_id']}/artifacts/gallery.html")
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
+    page.set_default_timeout(PAGE_PATIENCE)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())

@@ -23,6 +23,7 @@ import requests
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from tests.conftest import PATIENCE
+from tests.processes import family
 from tests.servers import Servers
 from tests.stack import Project
 
@@ -127,7 +128,7 @@ def last_step(journal: Path) -> int:
 
 
 def log_of(project: Project, name: str) -> str:
-    return (project.folder / f"var/stack/{name}.log").read_text()[-3000:]
+    return (project.folder / f"var/stack/{name}.log").read_text(errors="replace")[-3000:]
 
 
 def process(project: Project, name: str) -> psutil.Process:
@@ -144,7 +145,7 @@ def kill_rank(project: Project) -> None:
     """Kill rank 0 of the job that runs now; between two jobs there is none for a while."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        for child in flow_process(project).children(recursive=True):
+        for child in family(flow_process(project)):
             with contextlib.suppress(psutil.Error):  # ended meanwhile
                 if child.environ().get("RANK") == "0":
                     return child.kill()
@@ -209,8 +210,9 @@ def kill_and_restart(project: Project, name: str, away: float) -> None:
 def kill_all(project: Project, name: str) -> int:
     """Kill a process of the stack with all its children; returns its pid."""
     root = process(project, name)
-    for one in [*root.children(recursive=True), root]:
-        one.kill()
+    for one in family(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     return root.pid
 
 

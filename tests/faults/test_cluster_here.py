@@ -7,24 +7,28 @@ import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import TINY, free_port
+from diffusion.training.journal import COMMITTED, committed_step
+from tests.conftest import PATIENCE, TINY, free_port
+from tests.processes import family
 from tests.running import Seen, look_at, stack_processes
 from tests.stack import running_project
 
 pytestmark = pytest.mark.slow
 
+STEPS = 128
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 
 
 def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_nothing(archive: Path) -> None:
-    overrides = TINY | {"data.images": 1024, "evaluation.every_images": 1024}
+    overrides = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
     command = ["prefect", "deployment", "run", "train-diffusion", "-p", "preset=demo", "-p", "source=generated"]
     command += ["-p", f"overrides={json.dumps(overrides)}", "--watch"]
     with tempfile.TemporaryDirectory(prefix="train-diffusion-ray-") as parent:
@@ -38,13 +42,18 @@ def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_no
             killed = False
             while typed.poll() is None:
                 for root in stack_processes(project):
-                    for process in (root, *root.children(recursive=True)):
+                    for process in family(root):
                         look_at(process, seen)
-                        # Between two checkpoints, which are written every second step.
+                        # Between two checkpoints, which are written every second step, and before the training ends.
                         if not killed and "ray::Worker.run" in seen.get(process.pid, Seen("", "", {})).arguments:
-                            killed = any((project.folder / "var/runs").glob("demo-*/committed.json"))
-                            if killed:
-                                process.kill()
+                            steps = [
+                                committed_step(path.parent)
+                                for path in (project.folder / "var/runs").glob(f"demo-*/{COMMITTED}")
+                            ]
+                            if steps and max(steps) < STEPS // 2:
+                                with suppress(psutil.NoSuchProcess):
+                                    process.kill()
+                                    killed = True
                 time.sleep(0.2)
             assert typed.stdout is not None
             printed = typed.stdout.read().decode()
@@ -58,8 +67,11 @@ def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_no
             assert not [one.name for one in seen.values() if token in one.arguments]
             assert any("raylet" in one.arguments for one in seen.values())
             ours = list(seen)
+        deadline = time.monotonic() + PATIENCE  # workers of Ray end a little after it
+        while left := [pid for pid in ours if psutil.pid_exists(pid) and token in _environment(pid)]:
+            assert time.monotonic() < deadline, f"make down leaves {left}"
+            time.sleep(0.2)
         assert not folder.exists()
-        assert not [pid for pid in ours if psutil.pid_exists(pid) and token in _environment(pid)], "make down leaves"
 
 
 def _environment(pid: int) -> str:

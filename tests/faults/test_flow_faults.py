@@ -17,7 +17,8 @@ from diffusion.recipe_files import load_recipe
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
-from tests.conftest import TINY
+from flows.owner import ENDING
+from tests.conftest import PATIENCE, TINY
 from tests.faults.flow_runs import (
     FlowRun,
     flow_process,
@@ -33,15 +34,13 @@ from tests.faults.flow_runs import (
     weights,
 )
 from tests.faults.report import SEED, Kill
-from tests.processes import wait_until_ended
+from tests.processes import family, wait_until_ended
 from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow
 
 STEPS = 250
 OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS // 2}
-GONE_SECONDS = 90.0
-"""Patience, not a promise: how long it took is in the table."""
 COMMIT = "c" * 40
 
 
@@ -100,15 +99,16 @@ def assert_the_same(project: Project, key: str, run: FlowRun, expected: tuple[st
 
 def cancel(project: Project, run: FlowRun, key: str) -> tuple[int, float]:
     """As `prefect flow-run cancel` does it: the run leaves a checkpoint. The step it was at, and the seconds until it was gone."""
-    tree = [flow_process(project), *flow_process(project).children(recursive=True)]
+    processes = family(flow_process(project))
     asked = time.monotonic()
     done = project.shell("prefect", "flow-run", "cancel", run.id)
     assert done.returncode == 0, done.stderr
-    run.wait_for(lambda: wait_until_ended(tree, time.monotonic()) == [])
+    run.wait_for(lambda: wait_until_ended(processes, time.monotonic()) == [])
     gone = time.monotonic() - asked
     run.wait_for(lambda: run.state()[0] == "CANCELLED")
     (tracked,) = [one for one in run.servers.runs() if one["key"] == key]
-    assert tracked["status"] == "KILLED"
+    # Prefect gives it 30 s: where these are too few, the next start tells MLflow.
+    assert tracked["status"] == "KILLED" or (project.folder / "var/runs" / key / ENDING).exists(), tracked
     run.wait_for(lambda: {"CANCELLED"} <= {*run.servers.tasks(run.id)} <= {"CANCELLED", "COMPLETED"})
     step = last_step(project.folder / "var/runs" / key / JOURNAL)
     assert f"{step:09d}" in {path.name for path in (project.folder / "var/store/checkpoints" / key).iterdir()}
@@ -117,14 +117,14 @@ def cancel(project: Project, run: FlowRun, key: str) -> tuple[int, float]:
 
 def kill(project: Project, run: FlowRun, key: str, victim: str) -> tuple[int, float]:
     """Kill the flow, its worker or both: all that they started ends, and the run is called crashed."""
-    tree = [flow_process(project), *flow_process(project).children(recursive=True)]
+    processes = family(flow_process(project))
     killed = time.monotonic()
     worker = process(project, "worker")
     if "worker" in victim:
         worker.kill()
     if "flow" in victim:
-        tree[0].kill()
-    left = wait_until_ended(tree, killed + GONE_SECONDS)
+        processes[0].kill()
+    left = wait_until_ended(processes, killed + PATIENCE)
     gone = time.monotonic() - killed
     assert left == [], left
     step = last_step(project.folder / "var/runs" / key / JOURNAL)

@@ -28,6 +28,7 @@ from tests.conftest import TINY, lay_out, start_s3, tiny_recipe
 from tests.faults.report import Kill
 from tests.faults.s3_proxy import Faults, proxy
 from tests.hosts import HERE, PATIENCE, Cluster, hosts, sh, wait_until
+from tests.processes import signal_all
 
 pytestmark = pytest.mark.slow
 
@@ -175,13 +176,13 @@ def nothing_goes_on(machines: Machines) -> Iterator[None]:
     machines.pace = 0.0
     if machines.head.alive:
         for line in ("tests.faults.caller", "flow.py", "flows.engines.driver"):
-            for process in machines.head.processes(line):
-                process.kill()
+            signal_all(machines.head.processes(line), signal.SIGKILL)
 
 
 def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp_path: Path, tell: Tell) -> None:
     """Struck again and again, it goes on by itself each time, to the bits of one machine; with two hosts where there are two."""
-    trial, second = Trial(machines, tmp_path, "struck", (1, 2)), machines.second
+    # More steps than four strikes take, however slowly a host joins.
+    trial, second = Trial(machines, tmp_path, "struck", (1, 2), steps=250), machines.second
     kills: list[Kill] = []
     machines.pace = PACE
     caller = trial.begin()
@@ -308,8 +309,7 @@ def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path,
     for what in (signal.SIGKILL, signal.SIGTERM, "the head"):
         step, gone = trial.step(), 0.0
         if isinstance(what, signal.Signals):
-            for process in machines.head.processes("tests.faults.caller"):
-                process.send_signal(what)
+            signal_all(machines.head.processes("tests.faults.caller"), what)
             caller.wait(PATIENCE)
             gone = round(trial.nothing_is_left(), 1)
         else:
@@ -337,15 +337,15 @@ def test_a_training_whose_flow_ends_leaves_a_checkpoint_where_it_is(
     machines: Machines, tmp_path: Path, what: signal.Signals
 ) -> None:
     """It has written none before."""
-    trial = Trial(machines, tmp_path, f"ended-{what.name}", every=STEPS)
+    steps = 1900  # more than it does until it is asked
+    trial = Trial(machines, tmp_path, f"ended-{what.name}", steps=steps, every=steps)
     caller = trial.begin()
     wait_until(lambda: "[rank 0] step " in trial.log or caller.poll() is not None, lambda: trial.log[-3000:])
     assert trial.step() == 0
-    for process in machines.head.processes("tests.faults.caller"):
-        process.send_signal(what)
+    signal_all(machines.head.processes("tests.faults.caller"), what)
     assert caller.wait(PATIENCE) != 0, trial.log[-3000:]
     trial.nothing_is_left()
-    assert 0 < trial.step() < STEPS
+    assert 0 < trial.step() < steps
 
 
 def test_what_is_wrong_is_said_once(machines: Machines, tmp_path: Path) -> None:

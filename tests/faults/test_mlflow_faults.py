@@ -80,7 +80,7 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     faults = Faults(unavailable=1.0)
     with proxy(mlflow_server.url, faults) as url:
         waited, folder = begin("restarted")
-        threading.Timer(1.0, lambda: setattr(faults, "unavailable", 0.0)).start()
+        threading.Thread(target=heal_once_asked, args=[faults], daemon=True).start()
         through = TrackedRun(connect_without_asking(url), waited.run_id, experiment, waited.started, waited.name)
         close(through, folder, Ending(status="FINISHED"))
         assert faults.seen["unavailable"] > 0
@@ -111,6 +111,12 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     told = direct.get_run(silent.run_id)
     assert told.info.status == "FAILED"
     assert "ended without a word" in told.data.tags["failure"]
+
+
+def heal_once_asked(faults: Faults) -> None:
+    while not faults.seen.get("unavailable"):
+        time.sleep(0.05)
+    faults.unavailable = 0.0
 
 
 def connect_without_asking(url: str):  # type: ignore[no-untyped-def]

@@ -34,6 +34,7 @@ from tests.faults.flow_runs import (
     weights,
 )
 from tests.faults.report import SEED, Kill
+from tests.processes import family
 from tests.stack import Project, running_project
 
 pytestmark = pytest.mark.slow
@@ -79,12 +80,12 @@ def strike(project: Project, victim: str, away: float) -> None:
         return kill_and_restart(project, victim, away)
     restart = prepare_restart(project, "worker")
     flow = flow_process(project)
-    tree = [flow, *flow.children(recursive=True)]
+    processes = family(flow)
     if "worker" in victim:
         process(project, "worker").kill()
     if "flow" in victim:
         flow.kill()
-    psutil.wait_procs(tree, timeout=120)
+    psutil.wait_procs(processes, timeout=120)
     if "worker" in victim:
         restart()
 

@@ -18,7 +18,7 @@ from tests.jobs import ONE_THREAD, Trainer, digest
 
 pytestmark = pytest.mark.slow
 
-STEPS = 160
+STEPS, EVERY = 400, 50
 
 
 def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
@@ -45,7 +45,7 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     run = f"full-{unique}"
     where = trainer.folder(run)
     where.mkdir()
-    (where / SPEC).write_text(trainer.spec(run, STEPS, every=20).model_dump_json())
+    (where / SPEC).write_text(trainer.spec(run, STEPS, every=EVERY).model_dump_json())
     job = subprocess.Popen(
         [sys.executable, "-u", "-m", "diffusion.training.job", str(where)],
         env={**os.environ, **ONE_THREAD},

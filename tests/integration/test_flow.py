@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from diffusion.training.state import load_state
 from flows import launcher
 from flows.checks import check_free
 from flows.owner import be_the_only_run
-from tests.conftest import TINY, lay_out
+from tests.conftest import PATIENCE, TINY, lay_out
 from tests.ranks import fork_rank
 
 pytestmark = pytest.mark.slow
@@ -70,15 +71,20 @@ def run_flow(prefect_server: None, home_with_mlflow: Path, archive: Path, monkey
 
 
 def states_by_task() -> dict[str, list[str]]:
-    """State names of the task runs of the newest flow run, by their names."""
+    """State names of the task runs of the newest flow run, by their names, once the server has been told how each ended."""
     from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
     from prefect.client.schemas.sorting import FlowRunSort
 
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
-        tasks = client.read_task_runs(
-            task_run_filter=TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[newest.id]))
-        )
+        of_it = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[newest.id]))
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            tasks = client.read_task_runs(task_run_filter=of_it)
+            if all(run.state and run.state.is_final() for run in tasks):
+                break
+            assert time.monotonic() < deadline, tasks
+            time.sleep(0.2)
     found: dict[str, list[str]] = {}
     for run in tasks:
         found.setdefault(run.name, []).append(run.state_name or "")

@@ -131,7 +131,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_where_it_is(ingested: Ingested, tmp
     run = f"asked-{unique}"
     where = trainer.folder(run)
     where.mkdir()
-    (where / SPEC).write_text(trainer.spec(run, 10_000).model_dump_json())
+    (where / SPEC).write_text(trainer.spec(run, 10_000, every=10_000).model_dump_json())
     job = subprocess.Popen([sys.executable, "-m", "diffusion.training.job", str(where)], stdout=subprocess.PIPE)
     assert job.stdout is not None
     for line in job.stdout:  # the first line of progress: it trains

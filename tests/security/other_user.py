@@ -52,7 +52,7 @@ def listening(port: str) -> Iterator[list[str]]:
                 connection, _ = server.accept()
             except OSError:
                 return
-            connection.settimeout(2)
+            connection.settimeout(600)
             told.append(connection.recv(65536).decode(errors="replace"))
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
             connection.close()

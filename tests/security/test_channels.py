@@ -19,6 +19,7 @@ import pytest
 from diffusion.store.objects import FolderStore
 from tests.conftest import Ingested, tiny_recipe
 from tests.jobs import Trainer
+from tests.processes import family, listens_at
 from tests.security.other_user import as_another_user, as_root
 
 LOOPBACK = {"127.0.0.1", "::1"}
@@ -34,15 +35,9 @@ class Payload:
         return Path.touch, (self.marker,)  # type: ignore[return-value]
 
 
-def listening(process: psutil.Process) -> list[tuple[str, int]]:
-    """Addresses that a process and its descendants listen at."""
-    found = []
-    for one in (process, *process.children(recursive=True)):
-        try:
-            found += [(c.laddr.ip, c.laddr.port) for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        except psutil.NoSuchProcess:
-            continue
-    return found
+def listening() -> set[tuple[str, int]]:
+    """Addresses that this process and its descendants listen at."""
+    return {address for process in family(psutil.Process()) for address in listens_at(process)}
 
 
 @pytest.mark.slow
@@ -60,12 +55,12 @@ def test_a_job_on_two_ranks_opens_nothing_to_others_and_takes_nothing_from_them(
     seen: set[tuple[str, int]] = set()
     rendezvous: set[int] = set()
     sent, done = [0], threading.Event()
-    own = {address for address in listening(psutil.Process())}
+    own = listening()
 
     def attack() -> None:
         hostile = [pickle.dumps(Payload(marker)), b"\x00" * 4096, b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 64]
         while not done.is_set():
-            new = set(listening(psutil.Process())) - own
+            new = listening() - own
             seen.update(new)
             for path in (tmp_path / "together").glob("rendezvous*"):
                 with contextlib.suppress(FileNotFoundError):
