@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -52,7 +53,7 @@ TINY: dict[str, Any] = {
     "data.image_size": 16,
     "data.images": 256,
     "data.batch_size": 16,
-    "data.lanes": 4,
+    "data.lanes": 2,
     "data.window_shards": 2,
     "network.width": 16,
     "network.patch": 1,
@@ -75,7 +76,7 @@ def tiny_recipe(**overrides: Any) -> Recipe:
 
 SHARED = {
     "hosts": ("test_hosts.py", "test_slurm.py"),
-    "stack of its own": ("test_flow_faults.py",),
+    "stack of its own": ("test_nights.py", "test_flow_faults.py"),
     "stack": (
         "test_pages.py",
         "test_stack.py",
@@ -353,7 +354,14 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=int(PATIENCE)):
+    from flows.prefect_database import make_prefect_current
+
+    made = home / "database"
+    make_prefect_current(made / "prefect-test.db")  # where the harness looks for it
+    with (
+        mock.patch("prefect.testing.utilities.mkdtemp", return_value=str(made)),
+        prefect_test_harness(server_startup_timeout=int(PATIENCE)),
+    ):
         yield
 
 

@@ -47,6 +47,7 @@ def password(stack: Project) -> str:
 def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(
         viewport={"width": 1440, "height": 1100},
+        reduced_motion="reduce",
         http_credentials={"username": "admin", "password": password(stack)},
     )
     context.set_default_timeout(PAGE_PATIENCE)
@@ -56,7 +57,7 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
 
 @pytest.fixture
 def prefect_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1440, "height": 1400})
+    context = browser.new_context(viewport={"width": 1440, "height": 1400}, reduced_motion="reduce")
     context.set_default_timeout(PAGE_PATIENCE)
     # What the login form keeps, before the page's own code runs: whenever an answer without it comes late, it throws it away.
     secret = json.dumps(f"admin:{password(stack)}")

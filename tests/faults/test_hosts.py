@@ -23,7 +23,9 @@ from diffusion.store import layout
 from diffusion.store.objects import FolderStore, open_store
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import load_state, steps_with_checkpoint
+from flows.commands.demo import EMBEDDED
 from flows.launcher import run_job
+from flows.prefect_database import make_prefect_current
 from tests.conftest import TINY, lay_out, start_s3, tiny_recipe
 from tests.faults.report import Kill
 from tests.faults.s3_proxy import Faults, proxy
@@ -239,13 +241,11 @@ def test_one_training_outlives_its_ranks_hosts_and_links(machines: Machines, tmp
 
 FLOW = """
 import json, sys
-from prefect.testing.utilities import prefect_test_harness
 from flows.train_diffusion import train_diffusion
 if __name__ == "__main__":
-    with prefect_test_harness(server_startup_timeout=900):
-        report = train_diffusion(source="generated", preset="demo", overrides=json.loads(sys.argv[1]), processes=sys.argv[2],
-                                 fid_bar=1000.0)
-        print(report.rows["model version"])
+    report = train_diffusion(source="generated", preset="demo", overrides=json.loads(sys.argv[1]), processes=sys.argv[2],
+                             fid_bar=1000.0)
+    print(report.rows["model version"])
 """
 
 
@@ -260,13 +260,14 @@ def test_the_flow_trains_on_the_hosts_what_it_trains_here(
         home = tmp_path / where
         lay_out(home, archive)
         shutil.copy(empty_mlflow, home / "mlflow.db")
+        make_prefect_current(home / "prefect" / "prefect.db")
         env = machines.cluster.env | {
             "TRAIN_DIFFUSION_HOME": str(home),
             "TRAIN_DIFFUSION_STORE": f"s3://tests/{where}",
             "TRAIN_DIFFUSION_ENGINE": "ray" if where == "hosts" else "local",
             "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
             "PREFECT_HOME": str(home / "prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            **EMBEDDED,
             "PYTHONPATH": str(Path.cwd()),
         }
         command = (sys.executable, str(tmp_path / "flow.py"), overrides, "2" if where == "hosts" else "1")
@@ -406,7 +407,8 @@ def test_a_store_that_one_host_does_not_reach_is_said_with_its_name(machines: Ma
     ],
 )
 def test_a_cluster_that_can_t_be_used(machines: Machines, change: dict[str, str], said: str) -> None:
-    code = "from flows.engines.known import engine; from tests.conftest import tiny_recipe; print(engine().workers(tiny_recipe(), 4))"
+    code = "from flows.engines.known import engine; from tests.conftest import tiny_recipe;"
+    code += "print(engine().workers(tiny_recipe(data__lanes=4), 4))"
     env = machines.cluster.env | {"TRAIN_DIFFUSION_ENGINE": "ray"} | change
     asked = machines.head.start(sys.executable, "-c", code, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output, _ = asked.communicate(timeout=PATIENCE)

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from tests.faults.flow_runs import (
 )
 from tests.faults.report import SEED, Kill
 from tests.processes import family
-from tests.stack import Project, running_project
+from tests.stack import Project
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +45,6 @@ OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * S
 VICTIMS = (None, "rank", "flow", "worker", "mlflow-server", "prefect-server", "flow and worker")
 KEPT = 3
 """Runs, versions and past champions that the clean-up keeps."""
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
-    with running_project(
-        tmp_path_factory.mktemp("nights"), archive, TRAIN_DIFFUSION_COMMIT="c" * 40, MLFLOW_DISABLE_TELEMETRY="true"
-    ) as running:
-        yield running
 
 
 def undisturbed(source: Source, folder: Path, seed: int) -> tuple[str, bytes]:

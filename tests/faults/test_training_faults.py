@@ -25,7 +25,7 @@ def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
     ingested: Ingested, tmp_path: Path, unique: str
 ) -> None:
     """DistributedDataParallel would sort its buckets anew after a first step, and a ring of 4 add in another order."""
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast"))
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(reduction="fast", data__lanes=4))
     expected = trainer.train(f"fast-whole-{unique}", 6, processes=4)
     trainer.train(f"fast-resumed-{unique}", 3, processes=4)
     assert trainer.train(f"fast-resumed-{unique}", 6, processes=4) == expected

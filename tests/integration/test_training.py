@@ -49,7 +49,7 @@ ALIGNED: dict[str, Any] = {"objective__alignment": 0.5, "evaluation__extractors"
 def test_exact_reduction_gives_the_same_bits_on_1_2_and_4_processes_and_across_a_resume(
     ingested: Ingested, tmp_path: Path, unique: str, options: dict[str, Any]
 ) -> None:
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(**options))
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(**options, data__lanes=4))
     expected = trainer.train(f"one-{unique}", 8, processes=1)
     assert trainer.train(f"two-{unique}", 8, processes=2) == expected
     trainer.train(f"mixed-{unique}", 3, processes=4)
@@ -84,7 +84,8 @@ def test_other_bands_and_levels_are_trained_to_the_same_bits_on_1_and_2_processe
 
 
 def test_fast_reduction_gives_the_same_training_to_rounding(ingested: Ingested, tmp_path: Path, unique: str) -> None:
-    recipe = tiny_recipe(reduction="fast", data__images=960, evaluation__every_images=960, **ALIGNED)
+    sizes = {"data__images": 960, "data__lanes": 4, "evaluation__every_images": 960}
+    recipe = tiny_recipe(reduction="fast", **sizes, **ALIGNED)
     trainer = Trainer(ingested, tmp_path, recipe)
     losses, weights = {}, {}
     for processes in (1, 4):

@@ -180,7 +180,7 @@ def test_a_state_of_another_form_is_refused(other: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_the_lanes(processes: int) -> None:
-    recipe = tiny_recipe()
+    recipe = tiny_recipe(data__lanes=4)
     shares = [lanes_of_process(recipe, rank, processes) for rank in range(processes)]
     assert [lane for share in shares for lane in share] == [0, 1, 2, 3]
 
@@ -195,18 +195,19 @@ def test_a_seed_that_a_file_or_an_override_names_is_not_passed_over(tmp_path: Pa
 
 
 def test_lanes_that_processes_can_t_share_are_refused_with_what_would_fit() -> None:
+    recipe = tiny_recipe(data__lanes=4)
     with pytest.raises(RecipeError, match="1, 2, 4"):
-        lanes_of_process(tiny_recipe(), 0, 3)
+        lanes_of_process(recipe, 0, 3)
     with pytest.raises(RecipeError, match="1, 2, 4"):
-        usable_processes(tiny_recipe(), 3)
-    assert usable_processes(tiny_recipe(), 4) == 4
-    assert usable_processes(tiny_recipe(), None) in (1, 2, 4)
-    assert usable_processes(tiny_recipe(), "2-3") == 2, "what shares the lanes, and there is room for"
+        usable_processes(recipe, 3)
+    assert usable_processes(recipe, 4) == 4
+    assert usable_processes(recipe, None) in (1, 2, 4)
+    assert usable_processes(recipe, "2-3") == 2, "what shares the lanes, and there is room for"
     with pytest.raises(RecipeError, match=r"No number of processes from 5 to 7 shares data\.lanes = 4 evenly"):
-        usable_processes(tiny_recipe(), "5-7")
+        usable_processes(recipe, "5-7")
     for slip in ("4-2", "0", "two", "2-", "1e9-2"):
         with pytest.raises(RecipeError, match=r"processes is .*range"):
-            usable_processes(tiny_recipe(), slip)
+            usable_processes(recipe, slip)
 
 
 def test_a_range_of_processes_is_filled_as_far_as_there_is_room() -> None:
