@@ -28,23 +28,26 @@ def _upgrade(path: Path) -> None:
     empty = KEPT / f"prefect-{version('prefect')}.db"
     with closing(sqlite3.connect(path)) as database:
         new = not database.execute("SELECT name FROM sqlite_master").fetchall()
-    if new and empty.exists():
+    if new and os.access(empty, os.R_OK):
         shutil.copyfile(empty, path)
         return
     _migrate(path)
     if new:
-        with suppress(OSError):  # packages that this user can't write beside
+        with suppress(OSError, sqlite3.Error):  # packages that this user can't write beside, or a disk that is full
             _keep(path, empty)
 
 
 def _keep(path: Path, empty: Path) -> None:
-    """In one file, without the journal that Prefect has its databases keep, and whole at every moment."""
+    """In one file, without the journal that Prefect has its databases keep, and whole at every moment. All who may use the packages
+    may read it: it holds tables alone."""
     empty.parent.mkdir(parents=True, exist_ok=True)
+    empty.parent.chmod(0o755)
     with tempfile.TemporaryDirectory(dir=empty.parent) as folder:
         copy = Path(folder) / empty.name
         with closing(sqlite3.connect(path)) as made, closing(sqlite3.connect(copy)) as database:
             made.backup(database)
             database.execute("PRAGMA journal_mode = DELETE")
+        copy.chmod(0o644)
         os.replace(copy, empty)
 
 

@@ -7,7 +7,6 @@ Without systemd, whatever starts programs with the machine can run keep.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -145,8 +144,13 @@ class Kept:
         process, now = processes.find(name), time.monotonic()
         if process is not None:
             if self.seen.get(name, (0,))[0] != process.pid:
-                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended: the next look finds that out
+                try:
                     self.seen[name] = process.pid, process.cmdline(), process.environ()
+                except (
+                    psutil.NoSuchProcess
+                ):  # it has just ended: the next look finds that out, if it knows how it is started
+                    if name not in self.seen:
+                        raise
             if now - self.started.get(name, now) > WELL_SECONDS:
                 self.wait.pop(name, None)
             return

@@ -208,11 +208,11 @@ _given: set[int] = set()
 def free_port() -> int:
     """A port that nobody listens on now, low enough that port + 10000 is one as well: the S3 server uses both.
 
-    Workers have ports of their own, and none is given twice: it may be bound seconds later, and again after a while.
+    Up to four workers have ports of their own, and none is given twice: it may be bound seconds later, and again after a while.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     while True:
-        port = 10_000 + 3_000 * worker + secrets.randbelow(3_000)  # both below those that outgoing connections take
+        port = 10_000 + 2_500 * worker + secrets.randbelow(2_500)  # both below those that outgoing connections take
         try:
             with socket.socket() as probe, socket.socket() as second:
                 probe.bind(("127.0.0.1", port))
@@ -323,10 +323,10 @@ def start_s3(folder: Path, address: str = "127.0.0.1") -> S3Server:
         try:
             client.create_bucket(Bucket="tests")
             break
-        except client.exceptions.BucketAlreadyOwnedByYou:  # by a try whose answer was lost
-            break
+        except (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+            break  # by a try whose answer was lost
         except Exception as error:  # the gateway answers before the volumes behind it do
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or server.process.poll() is not None:
                 raise RuntimeError(f"no bucket can be made:\n{server.log.read_text()[-2000:]}") from error
             time.sleep(0.2)
     env = {

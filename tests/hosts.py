@@ -183,7 +183,7 @@ class Cluster:
         """Not started yet."""
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
         # A host that is dead is noticed within seconds, where Ray would wait for most of a minute.
-        own |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "10000"}
+        own |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
         own |= {"RAY_health_check_failure_threshold": "3", "RAY_ADDRESS": f"{hosts[0].address}:6379"}
         return cls(hosts, os.environ | own | {"NO_PROXY": "*", "no_proxy": "*"})
 

@@ -76,7 +76,7 @@ def main() -> int:
             preset=arguments.preset, overrides=overrides, seed=arguments.seed, processes=arguments.processes
         )
         check_request(request)
-        # Each of the two databases takes ten seconds to make. An error of what is done meanwhile is told at once.
+        # The first databases take seconds to make. An error of what is done meanwhile is told at once.
         made = ThreadPoolExecutor(1).submit(make_prefect_current, environment.home / "prefect" / "prefect.db")
         open_tracking(environment)
         with stopwatch.part("ingest"):

@@ -53,7 +53,7 @@ def test_without_eurosat_it_goes_on_with_generated_patches_and_says_so(tmp_path:
     [
         (["--preset", "demos"], {}, "did you mean 'demo'"),
         (["--set", "data.imagse=1"], {}, "did you mean 'data.images'"),
-        (["--processes", "3"], {}, "Use 1, 2"),
+        (["--processes", "3"], {}, "Use 1, 2 processes"),
         ([], {"EUROSAT_ARCHIVE": "/no/such/archive.zip"}, "No archive at /no/such/archive.zip"),
         (["--source", "generated"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "does not answer"),
         (["--source", "generated"], {"TRAIN_DIFFUSION_STORE": "/dev/null/store"}, "can't be written"),

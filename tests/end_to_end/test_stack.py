@@ -23,10 +23,10 @@ from tests.processes import family
 from tests.running import Training, stack_processes
 from tests.security.other_user import listening
 from tests.stack import Project
+from tests.typed import ROOT, blocks
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 # The stack stands behind a proxy that is not there: the product goes round it, a test's own client has to be told.
 DIRECTLY = {"NO_PROXY": "127.0.0.1,localhost"}
 
@@ -54,13 +54,6 @@ def test_the_literal_command_trains_a_model(stack: Project, training: Training, 
     found = stack.shell(sys.executable, "-c", code, env=DIRECTLY | {"MLFLOW_DISABLE_TELEMETRY": "true", **servers})
     assert found.stdout.startswith("FINISHED http://127.0.0.1:"), found.stdout + found.stderr
     assert "It is the first version" in wait_for_message(received, "A new model is live")["body"]
-
-
-def blocks(page: str, heading: str, language: str) -> list[str]:
-    """The code blocks of that language below a heading."""
-    section = (ROOT / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    return [code for of, code in found if of == language]
 
 
 @pytest.mark.last(1)  # what MLflow leaves beside a model that it loads is as open as the user's other files
@@ -221,6 +214,7 @@ def test_a_night_left_out_is_told_and_a_failure_once(stack: Project, received: l
     assert done.returncode == 0, done.stderr
     for text in ("the last", "once", "A scheduled run was left out"):  # told side by side, in any order
         wait_for_message(received, text, since=before)
+    # A set: Prefect may tell the same thing twice.
     told = {(one["subject"], one["body"].splitlines()[0]) for one in received[before:]}
     assert len(told) == 3, told
     assert sorted(told)[0][0] == "A scheduled run was left out"

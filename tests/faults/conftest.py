@@ -21,7 +21,7 @@ def tell(record_property: Callable[[str, object], None]) -> Callable[[list[Kill]
     return lambda kills: record_property("kills", json.dumps([asdict(kill) for kill in kills]))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator[Project]:
     """A stack to be struck. Nights come first: they count all that is in it."""
     with running_project(

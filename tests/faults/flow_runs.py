@@ -20,8 +20,14 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
+from diffusion.data.ingest import ingest
+from diffusion.data.sources.source import Source
+from diffusion.jobs.specs import TrainingJob
+from diffusion.recipe_files import load_recipe
+from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
+from flows.launcher import run_job
 from tests.conftest import PATIENCE
 from tests.processes import family
 from tests.servers import Servers
@@ -58,11 +64,27 @@ ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def weights(store: FolderStore, run: str, step: int) -> str:
-    """The digest of a checkpoint's weights and optimiser."""
-    where = f"checkpoints/{run}/{step:09d}"
-    return hashlib.sha256(
-        b"".join(store.read(f"{where}/{part}.safetensors") for part in ("model", "optimizer"))
-    ).hexdigest()
+    """The digest of a checkpoint's weights, of their averages and of the optimiser."""
+    parts = [name for name in store.names(f"{layout.checkpoint(run, step)}/") if name.endswith(".safetensors")]
+    assert len(parts) == 3, parts
+    return hashlib.sha256(b"".join(map(store.read, parts))).hexdigest()
+
+
+def undisturbed(source: Source, folder: Path, overrides: dict[str, Any], seed: int = 0) -> tuple[str, bytes]:
+    """Weights and journal of the same training by one process, without servers or kills."""
+    store, recipe = FolderStore(folder / "store"), load_recipe("demo", overrides, seed)
+    steps = recipe.data.images // recipe.data.batch_size
+    job = TrainingJob(
+        run=f"seed-{seed}",
+        store=store.uri,
+        dataset=ingest(source, store).digest,  # cut into shards as the flow does it: the order depends on them
+        shard_copies=folder,
+        recipe=recipe,
+        until=steps,
+        checkpoint_every=steps,
+    )
+    run_job("diffusion.training.job", job, folder / job.run, 1, threads=1)
+    return weights(store, job.run, steps), (folder / job.run / JOURNAL).read_bytes()
 
 
 def on_generated(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from diffusion.data.ingest import ingest
 from diffusion.data.sources.eurosat import Source
-from diffusion.jobs.specs import TrainingJob
-from diffusion.recipe_files import load_recipe
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
-from flows.launcher import run_job
 from flows.owner import ENDING
 from tests.conftest import PATIENCE, TINY
 from tests.faults.flow_runs import (
@@ -29,6 +25,7 @@ from tests.faults.flow_runs import (
     on_generated,
     prepare_restart,
     process,
+    undisturbed,
     wait_until_back,
     weights,
 )
@@ -44,21 +41,7 @@ OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * S
 
 @pytest.fixture(scope="module")
 def expected(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
-    """Weights and journal of an undisturbed training."""
-    tmp_path = tmp_path_factory.mktemp("undisturbed")
-    store = FolderStore(tmp_path / "store")
-    manifest = ingest(source, store)  # cut into shards as the flow does it: the order depends on them
-    job = TrainingJob(
-        run="undisturbed",
-        store=store.uri,
-        dataset=manifest.digest,
-        shard_copies=tmp_path,
-        recipe=load_recipe("demo", OVERRIDES),
-        until=STEPS,
-        checkpoint_every=1000,
-    )
-    run_job("diffusion.training.job", job, tmp_path / "job", 1, threads=1)
-    return weights(store, "undisturbed", STEPS), (tmp_path / "job" / JOURNAL).read_bytes()
+    return undisturbed(source, tmp_path_factory.mktemp("undisturbed"), OVERRIDES)
 
 
 MOMENTS = {

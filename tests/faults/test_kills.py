@@ -160,11 +160,11 @@ def kill_once(trial: Trial, rng: random.Random, victim: str) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             tree[victim].kill()
     caller_fails = caller.wait(PATIENCE)
-    if caller_fails == 0 and trial.step() == STEPS:  # it was done while it was looked for
-        return
     left = wait_until_ended(list(tree.values()), killed + PATIENCE)
     gone = time.monotonic() - killed
     assert left == [], f"{victim} was killed; after {gone:.0f} s {left} still run"
+    if caller_fails == 0 and trial.step() == STEPS and not said.exists():  # it was done while it was looked for
+        return
     assert caller_fails != 0
     trial.kills.append(Kill(trial.name, victim, moment, step, round(gone, 1)))
 

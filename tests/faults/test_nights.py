@@ -14,14 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from diffusion.data.ingest import ingest
 from diffusion.data.sources.eurosat import Source
-from diffusion.jobs.specs import TrainingJob
-from diffusion.recipe_files import load_recipe
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
-from flows.launcher import run_job
 from tests.conftest import TINY
 from tests.faults.flow_runs import (
     FlowRun,
@@ -31,6 +27,7 @@ from tests.faults.flow_runs import (
     on_generated,
     prepare_restart,
     process,
+    undisturbed,
     weights,
 )
 from tests.faults.report import SEED, Kill
@@ -45,23 +42,6 @@ OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * S
 VICTIMS = (None, "rank", "flow", "worker", "mlflow-server", "prefect-server", "flow and worker")
 KEPT = 3
 """Runs, versions and past champions that the clean-up keeps."""
-
-
-def undisturbed(source: Source, folder: Path, seed: int) -> tuple[str, bytes]:
-    """Weights and journal of the same training without servers or kills."""
-    store = FolderStore(folder / "store")
-    manifest = ingest(source, store)
-    job = TrainingJob(
-        run=f"seed-{seed}",
-        store=store.uri,
-        dataset=manifest.digest,
-        shard_copies=folder,
-        recipe=load_recipe("demo", OVERRIDES, seed),
-        until=STEPS,
-        checkpoint_every=1000,
-    )
-    run_job("diffusion.training.job", job, folder / job.run, 1, threads=1)
-    return weights(store, job.run, STEPS), (folder / job.run / JOURNAL).read_bytes()
 
 
 def strike(project: Project, victim: str, away: float) -> None:
@@ -101,7 +81,7 @@ def test_nights_end_with_what_they_must_whatever_was_killed(
             run.retry()
         state = run.state()
         assert state[0] == "COMPLETED", state
-        expected = undisturbed(source, tmp_path, int(f"{due:%Y%m%d}"))
+        expected = undisturbed(source, tmp_path, OVERRIDES, int(f"{due:%Y%m%d}"))
         assert weights(store, key, STEPS) == expected[0], (key, victim)
         assert (project.folder / "var/runs" / key / JOURNAL).read_bytes() == expected[1], (key, victim)
         kills.append(Kill(key, victim or "nothing", "night", step, 0.0, round(time.monotonic() - began, 1), True))

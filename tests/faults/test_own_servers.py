@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -21,17 +20,17 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from diffusion.training.journal import COMMITTED, committed_step
-from tests.conftest import PATIENCE, TINY, S3Server, free_port, start_s3
-from tests.end_to_end.test_stack import blocks
+from tests.conftest import PATIENCE, TINY, free_port, start_s3
 from tests.postgres import programs, running_postgres
 from tests.processes import family
 from tests.running import Seen, look_at, stack_processes
 from tests.servers import Servers
 from tests.stack import Project, copy_project, running_project
+from tests.typed import blocks
 
 pytestmark = pytest.mark.slow
 
-STEPS = 128
+STEPS = 256
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
@@ -39,24 +38,29 @@ pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 
 @contextmanager
 def own_servers(folder: Path) -> Iterator[dict[str, str]]:
-    """PostgreSQL, made ready with the SQL of the page, and S3; gives what the page has a shell export."""
+    """PostgreSQL, where the machine has one, made ready with the SQL of the page, and S3; gives what the page has a shell export."""
     (sql,) = blocks("docs/operations.md", "Servers of your own", "sql")
     typed, _ = blocks("docs/operations.md", "Servers of your own", "bash")
-    s3: S3Server = start_s3(folder)
+    assert typed.endswith("\nmake up\n")
+    s3 = start_s3(folder)
     try:
-        with running_postgres(free_port()) as database:
-            engine = create_engine(database, isolation_level="AUTOCOMMIT")
-            with engine.connect() as administrator:
-                for statement in sql.strip().split("\n"):
-                    administrator.execute(text(statement))
-            engine.dispose()
+        with running_postgres(free_port()) if programs() else nullcontext("") as database:
+            if database:
+                engine = create_engine(database, isolation_level="AUTOCOMMIT")
+                with engine.connect() as administrator:
+                    for statement in sql.strip().split("\n"):
+                        administrator.execute(text(statement))
+                engine.dispose()
+            else:
+                typed = "".join(line for line in typed.splitlines(keepends=True) if "db.example.org" not in line)
             own = {
-                "db.example.org:5432": database.rpartition("@")[2].removesuffix("/postgres"),
                 "my-bucket": "tests",
                 "https://s3.example.org": s3.server.url,
                 "MY-KEY": s3.env["AWS_ACCESS_KEY_ID"],
                 "MY-SECRET": s3.env["AWS_SECRET_ACCESS_KEY"],
             }
+            if database:
+                own["db.example.org:5432"] = database.rpartition("@")[2].removesuffix("/postgres")
             yield exported(typed.removesuffix("make up\n"), own)
     finally:
         s3.kill()
@@ -73,8 +77,7 @@ def exported(typed: str, own: dict[str, str], **env: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in (*base, "PWD", "SHLVL", "_")}
 
 
-@pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed")
-def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_nothing(
+def test_on_one_s_own_servers_a_rank_is_killed_nobody_else_is_heard_and_nothing_is_left(
     archive: Path, tmp_path: Path
 ) -> None:
     overrides = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
@@ -96,7 +99,7 @@ def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_no
                 for root in stack_processes(project):
                     for process in family(root):
                         look_at(process, seen)
-                        # Between two checkpoints, which are written every second step, and before the training ends.
+                        # Between two checkpoints, of which there are twenty, and before the training ends.
                         if not killed and "ray::Worker.run" in seen.get(process.pid, Seen("", "", {})).arguments:
                             steps = [
                                 committed_step(path.parent)
@@ -121,8 +124,8 @@ def test_a_rank_is_killed_on_a_cluster_that_listens_to_nobody_else_and_leaves_no
             assert any("raylet" in one.arguments for one in seen.values())
             ours = list(seen)
             assert [run["status"] for run in Servers.of(project.servers).runs()] == ["FINISHED"]
-            assert not list((project.folder / "var").rglob("prefect.db"))
-            assert not list((project.folder / "var").rglob("mlflow.db"))
+            databases = {path.name for path in (project.folder / "var").rglob("*.db")}
+            assert databases & {"prefect.db", "mlflow.db"} == (set() if programs() else {"prefect.db", "mlflow.db"})
             assert not (project.folder / "var/store").exists()
             somebody_else_s(project, own, archive, tmp_path / "elsewhere")
         deadline = time.monotonic() + PATIENCE  # workers of Ray end a little after it
@@ -156,11 +159,13 @@ def somebody_else_s(project: Project, own: dict[str, str], archive: Path, folder
     with log.open("wb") as output:
         worker = subprocess.Popen(["bash", "-e", "-c", typed], cwd=folder, env=env, stdout=output, stderr=output)
     try:
-        refused = project.shell(
-            "prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip", "--watch"
-        )
-        assert refused.returncode == 1, refused.stdout + refused.stderr
-        assert re.search(r"There are no images at /no/such\.zip", log.read_text()), log.read_text()[-3000:]
+        asked = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip")
+        assert asked.returncode == 0, asked.stdout + asked.stderr
+        deadline = time.monotonic() + PATIENCE
+        while "There are no images at /no/such.zip" not in (said := log.read_text(errors="replace")):
+            assert worker.poll() is None, said[-3000:]
+            assert time.monotonic() < deadline, said[-3000:]
+            time.sleep(0.5)
     finally:
         for process in family(psutil.Process(worker.pid)):
             with suppress(psutil.NoSuchProcess):

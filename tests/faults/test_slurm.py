@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from diffusion.store import layout
+from diffusion.data.sources.source import Source
 from diffusion.store.objects import FolderStore
+from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
 from tests.conftest import TINY
+from tests.faults.flow_runs import undisturbed, weights
 from tests.hosts import HERE, Host, hosts, wait_until
 from tests.stack import copy_project
 
@@ -191,16 +191,8 @@ def documented(program: str) -> str:
     return re.findall(rf"^{program} .+$", page, re.MULTILINE)[0]
 
 
-def weights(store: FolderStore) -> str:
-    """Of the last checkpoint of the only run."""
-    (run,) = {name.split("/")[1] for name in store.names("checkpoints/")}
-    names = [name for name in store.names(f"{layout.checkpoint(run, STEPS)}/") if not name.endswith("state.json")]
-    assert len(names) == 4
-    return hashlib.sha256(b"".join(store.read(name) for name in names)).hexdigest()
-
-
 def test_a_job_that_is_ended_and_submitted_again_ends_with_the_bits_of_one_machine(
-    slurm: Slurm, archive: Path, tmp_path: Path
+    slurm: Slurm, source: Source, tmp_path: Path
 ) -> None:
     """As at the end of its time, which leaves a checkpoint; then without a warning."""
     ends = 0
@@ -228,11 +220,9 @@ def test_a_job_that_is_ended_and_submitted_again_ends_with_the_bits_of_one_machi
     assert "model version" in slurm.log(job), slurm.log(job)[-3000:]
     assert slurm.first_step() > left, "it does not go on"
 
-    copy_project(tmp_path / "alone", archive)
-    command = [sys.executable, "-m", "flows.commands.demo", "--source=generated", "--processes=1", *RECIPE]
-    alone = subprocess.run(command, cwd=tmp_path / "alone", env=slurm.env, capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    assert weights(slurm.store) == weights(FolderStore(tmp_path / "alone" / "var" / "store"))
+    (run,) = {name.split("/")[1] for name in slurm.store.names("checkpoints/")}
+    found = weights(slurm.store, run, STEPS), (slurm.project / "var/runs" / run / JOURNAL).read_bytes()
+    assert found == undisturbed(source, tmp_path, OVERRIDES)
 
 
 def test_a_node_on_which_ray_does_not_start_is_said_at_once(slurm: Slurm) -> None:

@@ -78,7 +78,7 @@ def test_other_bands_and_levels_are_trained_to_the_same_bits_on_1_and_2_processe
     store = FolderStore(tmp_path / "store")
     manifest = ingest(read_source(str(images), images), store, shard_bytes=60_000)
     assert (len(manifest.images.bands), manifest.images.dtype) == (bands, dtype)
-    recipe = fit_to_dataset(tiny_recipe(), {}, manifest.images)
+    recipe = fit_to_dataset(tiny_recipe(data__lanes=4), {}, manifest.images)
     trainer = Trainer(Ingested(store, manifest), tmp_path, recipe)
     assert trainer.train(f"one-{unique}", 4, processes=1) == trainer.train(f"two-{unique}", 4, processes=2)
 
