@@ -66,12 +66,12 @@ def own_servers(folder: Path) -> Iterator[dict[str, str]]:
         s3.kill()
 
 
-def exported(typed: str, own: dict[str, str], **env: str) -> dict[str, str]:
+def exported(typed: str, own: dict[str, str]) -> dict[str, str]:
     """What a shell has exported after these lines, with names and passwords of one's own."""
     for word, value in own.items():
         assert word in typed
         typed = typed.replace(word, value)
-    base = {"PATH": os.environ["PATH"], **env}
+    base = {"PATH": os.environ["PATH"]}
     told = subprocess.run(["bash", "-c", f"{typed}env -0"], env=base, check=True, capture_output=True, text=True).stdout
     found = dict(line.split("=", 1) for line in told.split("\0") if line)
     return {name: value for name, value in found.items() if name not in (*base, "PWD", "SHLVL", "_")}
