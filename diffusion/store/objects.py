@@ -120,8 +120,10 @@ class FolderStore:
     def _put(self, name: str, data: bytes, publish: Callable[[Path, Path], object]) -> None:
         target = self.path(name)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            put(target, data, publish)
+            try:
+                _place(target, data, publish)
+            except FileNotFoundError:  # what else the folder held has just been deleted, and it as well
+                _place(target, data, publish)
             sync_folder(target.parent)
         except FileExistsError as error:
             if Path(str(error.filename2 or "")) == target:
@@ -150,6 +152,14 @@ class FolderStore:
             target.unlink(missing_ok=True)
         except OSError as error:
             raise self._failure(error, target) from error
+        with contextlib.suppress(OSError):  # up to the first that holds something
+            for folder in target.relative_to(self.folder).parents[:-1]:
+                (self.folder / folder).rmdir()
+
+
+def _place(target: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    put(target, data, publish)
 
 
 class S3Store:

@@ -66,3 +66,29 @@ def test_what_can_t_be_made_anew_is_found_before_compute(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "link", link)
     with pytest.raises(StoreError, match="Input/output error"):
         check_writable(FolderStore(tmp_path))
+
+
+def test_what_is_deleted_leaves_no_empty_folder(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    for name in ("checkpoints/run/1/model", "checkpoints/run/2/model", "checkpoints/run/2/journal"):
+        store.write(name, b"x")
+    for name in ("checkpoints/run/1/model", "checkpoints/run/2/model"):
+        store.delete(name)
+    assert [path.name for path in (tmp_path / "store" / "checkpoints" / "run").iterdir()] == ["2"]
+    store.delete("checkpoints/run/2/journal")
+    assert list((tmp_path / "store").iterdir()) == []
+    store.delete("checkpoints/run/2/journal")  # again changes nothing
+    store.write("checkpoints/run/3/model", b"x")
+
+
+def test_a_folder_that_is_deleted_under_a_write_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, kept = FolderStore(tmp_path), private.put
+
+    def put(path: Path, *arguments: object) -> None:
+        monkeypatch.setattr("diffusion.store.objects.put", kept)
+        path.parent.rmdir()
+        kept(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("diffusion.store.objects.put", put)
+    store.write("a/b", b"x")
+    assert store.read("a/b") == b"x"
