@@ -28,7 +28,7 @@ from diffusion.store import layout
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from flows.launcher import run_job
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, TINY
 from tests.processes import family
 from tests.servers import Servers
 from tests.stack import Project
@@ -60,6 +60,8 @@ async def main():
         await client.set_flow_run_state(sys.argv[1], AwaitingRetry(), force=True)
 asyncio.run(main())
 """
+SMALL = TINY | {"network.multipliers": [1, 2]}
+"""A recipe for trainings of many steps: what befalls them is the same at two resolutions as at three."""
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 

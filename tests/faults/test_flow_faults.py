@@ -15,6 +15,7 @@ from diffusion.training.journal import JOURNAL, records
 from flows.owner import ENDING
 from tests.conftest import PATIENCE, TINY
 from tests.faults.flow_runs import (
+    SMALL,
     FlowRun,
     flow_process,
     kept,
@@ -36,7 +37,7 @@ from tests.stack import Project
 pytestmark = pytest.mark.slow
 
 STEPS = 250
-OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS // 2}
+OVERRIDES = SMALL | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS // 2}
 
 
 @pytest.fixture(scope="module")

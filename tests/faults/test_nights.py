@@ -18,8 +18,8 @@ from diffusion.data.sources.eurosat import Source
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
-from tests.conftest import TINY
 from tests.faults.flow_runs import (
+    SMALL,
     FlowRun,
     flow_process,
     kill_and_restart,
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 NIGHTS = int(os.environ.get("SOAK_NIGHTS", "1"))
 STEPS = 80
-OVERRIDES = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
+OVERRIDES = SMALL | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
 VICTIMS = (None, "rank", "flow", "worker", "mlflow-server", "prefect-server", "flow and worker")
 KEPT = 3
 """Runs, versions and past champions that the clean-up keeps."""

@@ -20,7 +20,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from diffusion.training.journal import COMMITTED, committed_step
-from tests.conftest import PATIENCE, TINY, free_port, start_s3
+from tests.conftest import PATIENCE, free_port, start_s3
+from tests.faults.flow_runs import SMALL
 from tests.postgres import programs, running_postgres
 from tests.processes import family
 from tests.running import Seen, look_at, stack_processes
@@ -80,7 +81,7 @@ def exported(typed: str, own: dict[str, str]) -> dict[str, str]:
 def test_on_one_s_own_servers_a_rank_is_killed_nobody_else_is_heard_and_nothing_is_left(
     archive: Path, tmp_path: Path
 ) -> None:
-    overrides = TINY | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
+    overrides = SMALL | {"data.images": 16 * STEPS, "evaluation.every_images": 16 * STEPS}
     command = ["prefect", "deployment", "run", "train-diffusion", "-p", "preset=demo", "-p", "source=generated"]
     command += ["-p", f"overrides={json.dumps(overrides)}", "--watch"]
     with (

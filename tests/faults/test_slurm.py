@@ -20,7 +20,7 @@ from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL
 from diffusion.training.state import steps_with_checkpoint
 from tests.conftest import TINY
-from tests.faults.flow_runs import undisturbed, weights
+from tests.faults.flow_runs import SMALL, undisturbed, weights
 from tests.hosts import HERE, Host, hosts, wait_until
 from tests.stack import copy_project
 
@@ -33,10 +33,10 @@ if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         f"needs a Slurm to start: Debian's slurm-wlm and munge bring {', '.join(missing)}", allow_module_level=True
     )
 
-STEPS = 1200
-EVERY = 60
+STEPS = 600
+EVERY = STEPS // 20
 """Steps between the checkpoints that are made anyway."""
-OVERRIDES = TINY | {
+OVERRIDES = SMALL | {
     "data.images": STEPS * TINY["data.batch_size"],
     "evaluation.every_images": STEPS * TINY["data.batch_size"],
 }
