@@ -291,7 +291,7 @@ with client:
             time.sleep(0.1)
 
     def later():
-        return datetime.now(UTC) + timedelta(hours=1)
+        return datetime.now(UTC) + timedelta(seconds=20)
 
     def held():
         return client.read_global_concurrency_limit_by_name(limit).active_slots
@@ -315,7 +315,7 @@ with client:
         time.sleep(2)
         print("beside another", client.read_flow_run(run).state_name, held())
 
-    # Not yet due, or the worker might take it before.
+    # A worker takes what is due within ten seconds, and would be the first.
     begun = client.create_flow_run_from_deployment(deployment.id, state=Scheduled(scheduled_time=later()))
     client.set_flow_run_state(begun.id, Pending())
     run_flow(tried, flow_run=client.read_flow_run(begun.id), parameters={})
@@ -336,7 +336,7 @@ with client:
         client.set_flow_run_state(runtime.flow_run.id, Crashed(message=flows.slot.TAKEN_FOR_DEAD), force=True)
         assert looked.wait(900)
 
-    # Not yet due, or the worker might take it before.
+    # A worker takes what is due within ten seconds, and would be the first.
     begun = client.create_flow_run_from_deployment(deployment.id, state=Scheduled(scheduled_time=later()))
     client.set_flow_run_state(begun.id, Pending())
     run_flow(short, flow_run=client.read_flow_run(begun.id), parameters={})
