@@ -21,7 +21,7 @@ from sqlalchemy import create_engine, text
 
 from diffusion.training.journal import COMMITTED, committed_step
 from tests.conftest import PATIENCE, free_port, start_s3
-from tests.faults.flow_runs import SMALL
+from tests.faults.flow_runs import SMALL, kill_all
 from tests.postgres import programs, running_postgres
 from tests.processes import family
 from tests.running import Seen, look_at, stack_processes
@@ -73,8 +73,8 @@ def exported(typed: str, own: dict[str, str]) -> dict[str, str]:
         assert word in typed
         typed = typed.replace(word, value)
     base = {"PATH": os.environ["PATH"]}
-    told = subprocess.run(["bash", "-c", f"{typed}env -0"], env=base, check=True, capture_output=True, text=True).stdout
-    found = dict(line.split("=", 1) for line in told.split("\0") if line)
+    shell = subprocess.run(["bash", "-e"], input=f"{typed}env -0", env=base, check=True, capture_output=True, text=True)
+    found = dict(line.split("=", 1) for line in shell.stdout.split("\0") if line)
     return {name: value for name, value in found.items() if name not in (*base, "PWD", "SHLVL", "_")}
 
 
@@ -154,11 +154,11 @@ def somebody_else_s(project: Project, own: dict[str, str], archive: Path, folder
     store = {name: value for name, value in own.items() if name.startswith(("AWS_", "TRAIN_DIFFUSION_STORE"))}
     env = {name: project.env[name] for name in ("HOME", "PATH", "LANG", "OMP_NUM_THREADS")} | store
     log = folder / "worker.log"
-    for process in stack_processes(project):
-        if "worker" in process.cmdline():
-            process.kill()  # theirs is the only one
+    script = folder / "typed.sh"  # passwords are no arguments
+    script.write_text(typed)
+    kill_all(project, "worker")  # theirs is the only one
     with log.open("wb") as output:
-        worker = subprocess.Popen(["bash", "-e", "-c", typed], cwd=folder, env=env, stdout=output, stderr=output)
+        worker = subprocess.Popen(["bash", "-e", str(script)], cwd=folder, env=env, stdout=output, stderr=output)
     try:
         asked = project.shell("prefect", "deployment", "run", "train-diffusion", "-p", "source=/no/such.zip")
         assert asked.returncode == 0, asked.stdout + asked.stderr
