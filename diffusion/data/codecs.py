@@ -20,8 +20,8 @@ MOST_BYTES = 256 << 20
 """Of an image's array: a few bytes of a file can mean gigabytes of pixels."""
 MOST_PAGES = 256
 """Of a TIFF: a page may be a band, a mask or a smaller copy."""
-PLAIN, DEFLATE, PACKBITS = (1,), (8, 32946), (32773,)
-"""A TIFF's compressions that are read. Others need a library that is not here, or take the memory that a file asks for."""
+PLAIN, DEFLATE, PACKBITS, LZW, ZSTD = (1,), (8, 32946), (32773,), (5,), (50000,)
+"""A TIFF's compressions that are read: those of which can be said what they unpack to before that much memory is taken."""
 PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Formats that Pillow decodes, by the extension that they have in a shard."""
 MODES = {"L": 1, "RGB": 3}
@@ -142,17 +142,29 @@ def _check_segments(content: bytes, series: Any) -> None:
         if page is None:
             continue
         kind = int(page.compression)
-        if kind not in PLAIN + DEFLATE + PACKBITS:
-            raise ValueError(f"it is packed by {page.compression!r}: write it uncompressed, or with deflate")
+        if kind not in PLAIN + DEFLATE + PACKBITS + LZW + ZSTD:
+            raise ValueError(
+                f"it is packed by {page.compression!r}: write it uncompressed, or with deflate, LZW or ZSTD"
+            )
         for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
-            part = memoryview(content)[offset : offset + size]
-            most_of_a_byte = 64 if kind in PACKBITS else 1
-            total += _deflated(part, MOST_BYTES - total) if kind in DEFLATE else len(part) * most_of_a_byte
+            total += _unpacked(memoryview(content)[offset : offset + size], kind, MOST_BYTES - total)
             _check_size(total)
 
 
+def _unpacked(part: memoryview, kind: int, most: int) -> int:
+    """Bytes that a part of a TIFF unpacks to, counted up to one more than `most`; of PackBits, which can't be many, the most."""
+    import imagecodecs
+
+    if kind in LZW:
+        return len(imagecodecs.lzw_decode(bytes(part), out=most + 1))
+    if kind in ZSTD:
+        return len(imagecodecs.zstd_decode(bytes(part), out=most + 1))
+    if kind in DEFLATE:
+        return _deflated(part, most)
+    return len(part) * (64 if kind in PACKBITS else 1)
+
+
 def _deflated(part: memoryview, most: int) -> int:
-    """Bytes that it unpacks to, counted up to one more than `most`."""
     decoder, total = zlib.decompressobj(), 0
     while part and not decoder.eof and total <= most:
         total += len(decoder.decompress(part, 1 << 20))

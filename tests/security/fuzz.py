@@ -126,11 +126,12 @@ def targets(folder: Path) -> dict[str, Target]:
     table = pyarrow.table({"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 0]})
     pyarrow.parquet.write_table(table, folder / "seed.parquet")
     array = np.random.default_rng(0).integers(0, 4000, (8, 8, 5), dtype=np.uint16)
-    tiff = io.BytesIO()
-    tifffile.imwrite(tiff, array, photometric="minisblack", planarconfig="contig", compression="zlib")
+    tiffs = [io.BytesIO() for _ in ("zlib", "lzw", "zstd")]
+    for tiff, packed in zip(tiffs, ("zlib", "lzw", "zstd"), strict=True):
+        tifffile.imwrite(tiff, array, photometric="minisblack", planarconfig="contig", compression=packed)
     npy = io.BytesIO()
     np.save(npy, array)
-    pictures = [tiff.getvalue(), npy.getvalue()]
+    pictures = [*(tiff.getvalue() for tiff in tiffs), npy.getvalue()]
     for kind in ("JPEG", "PNG", "WEBP"):
         data = io.BytesIO()
         Image.fromarray((array[..., :3] // 16).astype(np.uint8)).save(data, kind)

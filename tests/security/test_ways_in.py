@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -158,7 +159,7 @@ def test_what_is_not_wanted_of_a_tar_is_not_kept(tmp_path: Path, monkeypatch: py
     assert kept == [len(png())]
 
 
-@pytest.mark.parametrize("kind", ["deflate", "lzma", "packbits", "overlapping"])
+@pytest.mark.parametrize("kind", ["deflate", "lzma", "packbits", "lzw", "zstd", "overlapping"])
 def test_a_tiff_whose_parts_become_gigabytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "MOST_BYTES", 1 << 20)
     zeros = zlib.compressobj(9)
@@ -166,12 +167,17 @@ def test_a_tiff_whose_parts_become_gigabytes(kind: str, monkeypatch: pytest.Monk
         "deflate": zeros.compress(bytes(BIG)) + zeros.flush(),
         "lzma": lzma.compress(bytes(BIG // 10)),
         "packbits": b"\x81\0" * 10_000,
+        "lzw": bytes(imagecodecs.lzw_encode(bytes(BIG))),
+        "zstd": bytes(imagecodecs.zstd_encode(bytes(BIG))),
         "overlapping": bytes(192),
     }[kind]
     count = 10_000 if kind == "overlapping" else 1
-    content = tiff_of(strip, {"deflate": 8, "lzma": 34925, "packbits": 32773, "overlapping": 1}[kind], count)
-    with little_memory(100), pytest.raises(DataError, match=r"would take more than|is packed by"):
+    content = tiff_of(strip, COMPRESSIONS[kind], count)
+    with little_memory(100), pytest.raises(DataError, match=r"would take more than|is packed by|buffer is too small"):
         codecs.decode(content, "x")
+
+
+COMPRESSIONS = {"deflate": 8, "lzma": 34925, "packbits": 32773, "lzw": 5, "zstd": 50000, "overlapping": 1}
 
 
 def tiff_of(strip: bytes, compression: int, count: int) -> bytes:

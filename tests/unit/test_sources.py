@@ -20,7 +20,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from diffusion.data.codecs import to_npy
+from diffusion.data.codecs import decode, to_npy
 from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
@@ -211,6 +211,21 @@ def test_bands_and_dtypes_come_back_as_they_were(tmp_path: Path, bands: int, dty
     assert {image.tobytes() for image in images} < written
     assert manifest.images.display(images).shape == (22, 16, 16, 3)
     assert manifest.images.counted == (dtype != "float32")
+
+
+@pytest.mark.parametrize("packed", ["deflate", "lzw", "zstd", "packbits"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 16)}, {"byteorder": ">"}])
+def test_a_tiff_is_unpacked(packed: Any, dtype: str, layout: Any) -> None:
+    """As GDAL writes them: each value as its difference from the one before, in strips or tiles."""
+    levels = np.random.default_rng(0).integers(0, 200, (40, 40, 5)).astype(dtype)
+    predictor = None if packed == "packbits" else 3 if dtype == "float32" else 2
+    file = io.BytesIO()
+    plain: Any = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(file, levels, compression=packed, predictor=predictor, **plain, **layout)
+    image = decode(file.getvalue(), "x")
+    assert image.dtype == dtype
+    assert np.array_equal(image, levels)
 
 
 def test_a_geotiff_of_thirteen_bands_is_shown_by_its_red_green_and_blue(tmp_path: Path) -> None:
