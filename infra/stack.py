@@ -7,7 +7,7 @@ has everything here follow it. env prints what a shell needs to know to use all 
 made again.
 
 Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000), RAY_PORT (6379). Databases: SQLite under var/, or what
-PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say.
+PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI say: then each later start must be told as well.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 """What there may be of it, in the order in which it is stopped."""
 
 
+ELSEWHERE = STACK / "kept-elsewhere"
+"""Names of the variables by which the last start was told to keep things outside `var/`."""
+PLACES = OWN_DATABASES | {"TRAIN_DIFFUSION_STORE": str(HOME / "store")}
+"""What these variables name by default."""
 KEPT = (
     "AWS_",
     "RAY_",
@@ -128,6 +132,7 @@ def up(register: bool = True) -> None:
             "of Prefect's blocks and read what was trained: change those secrets."
         )
     STACK.mkdir(parents=True, exist_ok=True)
+    refuse_to_begin_empty()
     (HOME / "prefect").mkdir(parents=True, exist_ok=True)
     prefect_port, mlflow_port, ray_port = settings().prefect_port, settings().mlflow_port, settings().ray_port
     own_cluster = settings().engine == "ray" and os.environ.get("RAY_ADDRESS") in (None, f"127.0.0.1:{ray_port}")
@@ -179,6 +184,7 @@ def up(register: bool = True) -> None:
             "worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env
         )
         write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
+        write_private(ELSEWHERE, "\n".join(filter(is_elsewhere, PLACES)))
         profile("follow")
         tell_where(addresses, runs())
 
@@ -205,6 +211,22 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
             ):
                 return False
     return True
+
+
+def is_elsewhere(variable: str) -> bool:
+    """Whether this shell's variable names a place outside `var/`."""
+    return (os.environ.get(variable) or PLACES[variable]) != PLACES[variable]
+
+
+def refuse_to_begin_empty() -> None:
+    """End with a sentence if this shell doesn't say where the runs, models or images of earlier starts are."""
+    told = ELSEWHERE.read_text().split() if ELSEWHERE.exists() else []
+    missing = [variable for variable in PLACES if variable in told and not is_elsewhere(variable)]
+    if missing and os.environ.get("FORCE") != "1":
+        raise SystemExit(
+            f"The servers here were last started with {' and '.join(missing)}, which this shell does not set: without, they would "
+            f"begin anew on files in {HOME}. Set what is missing; or, if that is what you want, make up FORCE=1."
+        )
 
 
 def refuse_under_a_run(command: str, why: str) -> None:
