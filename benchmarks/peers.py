@@ -1,13 +1,15 @@
-"""Another library's training and sampler, as like ours as they come, for `benchmarks.speed`.
+"""Other libraries' training and sampler, as like ours as they come, for `benchmarks.speed`.
 
-It comes into var/peers, over the packages that are here.
+They come into var/peers, over the packages that are here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.settings import settings
 
 DIFFUSERS = "diffusers==0.42.1"
+DENOISING = "denoising-diffusion-pytorch==2.3.4"
+BESIDE_IT = ("einops==0.8.2", "ema-pytorch==0.8.3")
+NOT_NEEDED = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.utils",
+    "pytorch_fid",
+    *(f"pytorch_fid.{name}" for name in ("fid_score", "inception")),
+)
+"""What it imports for its data sets and its FID: no step uses it, and it comes for one release of torch only."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +42,11 @@ class Work:
 
 
 def install() -> None:
-    """Have the other library importable."""
-    folder = settings().home / "peers"
-    if not (folder / f"{DIFFUSERS.replace('==', '-')}.dist-info").exists():
+    """Have the other libraries importable."""
+    folder, wanted = settings().home / "peers", (DIFFUSERS, DENOISING, *BESIDE_IT)
+    if not all((folder / f"{one.replace('-', '_').replace('==', '-')}.dist-info").exists() for one in wanted):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-        subprocess.run([*command, "--target", str(folder), DIFFUSERS], check=True)
+        subprocess.run([*command, "--target", str(folder), *wanted], check=True)
     sys.path.append(str(folder))
 
 
@@ -82,6 +94,42 @@ def diffusers_step(size: int, batch: int) -> Work:
 
     times = torch.zeros(batch, dtype=torch.long)
     return Work(step, flops_of(lambda: network(images, times, class_labels=labels).sample.sum().backward()))
+
+
+@contextlib.contextmanager
+def without_needing() -> Iterator[None]:
+    """Empty modules in place of those that are not needed, while what imports them is imported."""
+    made = {name: types.ModuleType(name) for name in NOT_NEEDED if name not in sys.modules}
+    for name, module in made.items():
+        module.__dict__.update(transforms=None, utils=None, calculate_frechet_distance=None, InceptionV3=None)
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in made:
+            del sys.modules[name]
+
+
+def denoising_step(size: int, batch: int) -> Work:
+    """A step with Adam and the library's own average, of a network of the demo's widths and levels."""
+    with without_needing():
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # type: ignore[import-not-found]
+    from ema_pytorch import EMA  # type: ignore[import-not-found]
+
+    network = Unet(dim=24, dim_mults=(1, 2, 2), attn_dim_head=24)
+    diffusion = GaussianDiffusion(network, image_size=size, objective="pred_v")
+    optimizer, average = torch.optim.Adam(diffusion.parameters(), 1e-3), EMA(diffusion, update_every=10)
+    images = torch.rand(batch, 3, size, size)
+
+    def step() -> None:
+        diffusion(images).backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    times = torch.zeros(batch, dtype=torch.long)
+    return Work(step, flops_of(lambda: network(images, times).sum().backward()))
 
 
 def diffusers_samples(size: int, count: int, steps: int) -> Work:

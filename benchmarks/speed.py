@@ -116,9 +116,10 @@ def steps(bench: Bench) -> Rows:
             trainer, batches = bench.trainer(size, batch)
             flops = batch * (1 + BACKWARD) * forward_flops(trainer.network, 3, size)
             ours = Work(partial(trainer.train_step, batches(0)), flops)
-            row = bench.in_turns(ours, peers.diffusers_step(size, batch), "GFLOP/s", 1e9)
-            row["share of a matrix product's GFLOP/s"] = row["ours, GFLOP/s"] / most
-            yield f"a step of {batch} images of {size} x {size}, against {peers.DIFFUSERS}", row
+            for library, step in ((peers.DIFFUSERS, peers.diffusers_step), (peers.DENOISING, peers.denoising_step)):
+                row = bench.in_turns(ours, step(size, batch), "GFLOP/s", 1e9)
+                row["share of a matrix product's GFLOP/s"] = row["ours, GFLOP/s"] / most
+                yield f"a step of {batch} images of {size} x {size}, against {library}", row
 
 
 def sampling(bench: Bench) -> Rows:
