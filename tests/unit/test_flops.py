@@ -11,7 +11,7 @@ from diffusion.recipe_files import load_recipe
 from tests.specs import RGB_SPEC
 
 
-@pytest.mark.parametrize("preset", ["demo", "eurosat", "seed"])
+@pytest.mark.parametrize("preset", ["demo", "eurosat", "overnight", "seed"])
 def test_the_count_is_that_of_the_operations(preset: str) -> None:
     recipe = load_recipe(preset, {"network.width": 16, "network.blocks": 1})
     size = recipe.data.image_size

@@ -35,7 +35,7 @@ def small_unet(classes: int = 10, patch: int = 1, outputs: int = 3) -> UNet:
     return network.eval()
 
 
-@pytest.mark.parametrize("preset", ["demo", "eurosat", "seed"])
+@pytest.mark.parametrize("preset", ["demo", "eurosat", "overnight", "seed"])
 def test_a_preset_s_network_predicts_like_its_input_and_starts_at_zero(preset: str) -> None:
     recipe = load_recipe(preset)
     size = recipe.data.image_size

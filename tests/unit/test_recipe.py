@@ -16,8 +16,8 @@ from tests.conftest import tiny_recipe
 
 
 def test_presets_load_and_their_digests_differ() -> None:
-    assert preset_names() == ["demo", "eurosat", "seed"]
-    assert len({load_recipe(name).digest for name in preset_names()}) == 3
+    assert preset_names() == ["demo", "eurosat", "overnight", "seed"]
+    assert len({load_recipe(name).digest for name in preset_names()}) == 4
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
