@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import inspect
+import io
 import json
 import socket
 import subprocess
@@ -12,9 +14,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
 import diffusion
 import mlflow
@@ -77,9 +82,12 @@ def test_changed_files_are_refused_before_their_code_runs(
     diffusion.load(f"models:/{MODEL}/1")
 
 
-def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_left(
-    training: Training, stack: Project, tmp_path: Path
+def test_a_server_of_a_model_answers_and_can_be_ended_while_it_draws_for_somebody_who_has_left(
+    training: Training, stack: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in stack.servers.items():
+        if name.startswith("MLFLOW_"):
+            monkeypatch.setenv(name, value)
     port = free_port()
     command = [
         "mlflow",
@@ -104,6 +112,19 @@ def test_a_server_of_a_model_can_be_ended_while_it_draws_for_somebody_who_has_le
                 break
             time.sleep(0.3)
         processes = family(psutil.Process(serving.pid))
+        example = next((stack.folder / "var/mlflow/artifacts").rglob("serving_input_example.json"))
+        request = json.loads(example.read_text())
+        request["params"] |= {"steps": 2, "label": "River"}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=request, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        served = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in answer.json()["predictions"]]
+        loaded = diffusion.load(f"{MODEL}@champion").predict([], params=request["params"] | {"format": "array"})
+        assert np.array_equal(np.stack(served), loaded)
+        request["params"]["label"] = "Desert"
+        refused = requests.post(f"http://127.0.0.1:{port}/invocations", json=request, timeout=PATIENCE)
+        assert refused.status_code == 400
+        assert "it must be empty or one of AnnualCrop" in refused.text
+
         asked = json.dumps({"inputs": [], "params": {"n": 96, "steps": 48, "guidance": 1.0}}).encode()
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"

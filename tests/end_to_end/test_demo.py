@@ -51,17 +51,9 @@ def test_without_eurosat_it_goes_on_with_generated_patches_and_says_so(tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "env", "said"),
     [
-        (["--preset", "demos"], {}, "did you mean 'demo'"),
         (["--set", "data.imagse=1"], {}, "did you mean 'data.images'"),
-        (["--processes", "3"], {}, "Use 1, 2 processes"),
         ([], {"EUROSAT_ARCHIVE": "/no/such/archive.zip"}, "No archive at /no/such/archive.zip"),
         (["--source", "generated"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "does not answer"),
-        (["--source", "generated"], {"TRAIN_DIFFUSION_STORE": "/dev/null/store"}, "can't be written"),
-        (
-            ["--source", "generated", "--set", "evaluation.extractors=[inception]"],
-            {"TRAIN_DIFFUSION_INCEPTION": "/x.pt", "TRAIN_DIFFUSION_INCEPTION_SHA256": "abc"},
-            "not the sha256",
-        ),
     ],
 )
 def test_bad_input_is_said_in_one_line_with_exit_code_1(

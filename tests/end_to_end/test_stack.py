@@ -419,32 +419,13 @@ def test_other_names_are_resolved_left_alone_or_refused_with_help(stack: Project
     assert "does not answer" in elsewhere.stderr
 
 
-def test_the_servers_want_credentials_and_listen_on_loopback_only(stack: Project) -> None:
-    servers = stack.servers
-    password = servers["MLFLOW_TRACKING_PASSWORD"]
-    assert password not in stack.printed, "in a pipe it would stay"
+def test_it_is_said_where_the_password_is_and_the_password_is_not(stack: Project) -> None:
+    password = stack.servers["MLFLOW_TRACKING_PASSWORD"]
     assert str(stack.folder / "var/stack/password") in stack.printed
+    assert password not in stack.printed, "in a pipe it would stay"
     assert oct((stack.folder / "var/stack/servers.json").stat().st_mode & 0o777) == "0o600"
-    for url in (servers["PREFECT_API_URL"] + "/admin/version", servers["MLFLOW_TRACKING_URI"] + "/version"):
-        denied = stack.shell(
-            sys.executable,
-            "-c",
-            f"import requests; print(requests.get({url!r}).status_code, "
-            f"requests.get({url!r}, auth=('admin', {password!r})).status_code)",
-            env=DIRECTLY,
-        )
-        assert denied.stdout.split() == ["401", "200"], denied.stdout + denied.stderr
     for log in (stack.folder / "var/stack").glob("*.log"):
         assert password not in log.read_text(errors="replace")
-
-
-def test_a_profile_makes_the_command_work_from_any_folder(stack: Project, tmp_path: Path) -> None:
-    made = stack.shell(sys.executable, "infra/profile.py")
-    assert made.returncode == 0, made.stderr
-    after = stack.shell("prefect", "deployment", "run", "nothing-like-it", folder=tmp_path)
-    assert "train-diffusion/train-diffusion" in after.stderr, after.stdout + after.stderr
-    profiles = Path(stack.env["HOME"]) / ".prefect" / "profiles.toml"
-    assert oct(profiles.stat().st_mode & 0o777) == "0o600"
 
 
 EDIT = """

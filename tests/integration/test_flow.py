@@ -451,6 +451,11 @@ def test_bad_requests_end_before_anything_is_written(
         run_flow(source="/no/such/archive.zip")
     with pytest.raises(RecipeError, match="TRAIN_DIFFUSION_INCEPTION"):
         run_flow(overrides={"evaluation.extractors": ["inception"]})
+    with monkeypatch.context() as patch:
+        patch.setenv("TRAIN_DIFFUSION_INCEPTION", "/x.pt")
+        patch.setenv("TRAIN_DIFFUSION_INCEPTION_SHA256", "abc")
+        with pytest.raises(RecipeError, match="not the sha256"):
+            run_flow(overrides={"evaluation.extractors": ["inception"]})
     monkeypatch.setenv("TRAIN_DIFFUSION_STORE", "/dev/null/store")
     with pytest.raises(StoreError, match="can't be written"):
         run_flow()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,11 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import requests
 import torch
-from PIL import Image
 
 import mlflow
 from diffusion.data.sealed import seal
@@ -57,9 +51,8 @@ from diffusion.training.checkpoint import Checkpoint, write_checkpoint
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
 from diffusion.training.state import FORMAT_VERSION, CheckpointState
 from mlflow import MlflowClient
-from tests.conftest import BIN, PATIENCE, Ingested, Server, free_port, start_server, stop_server, tiny_recipe
+from tests.conftest import BIN, PATIENCE, Ingested, Server, tiny_recipe
 from tests.packages import with_only
-from tests.processes import family
 from tests.scores import made
 
 MODEL = "generated-fields-and-water-ddpm"
@@ -591,37 +584,6 @@ def test_a_clean_environment_of_the_versions_own_requirements_draws_the_same_byt
     ]
     assert [one.returncode for one in drawn] == [0, 0], drawn[0].stderr[-3000:]
     assert drawn[0].stdout == drawn[1].stdout
-
-
-@pytest.mark.slow
-def test_a_served_version_answers_with_pngs_and_says_what_is_wrong(
-    run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
-) -> None:
-    version = make_version(run, ingested, FolderStore(tmp_path / "store"), "served", seed=31)
-    uri, port = f"models:/{MODEL}/{version}", free_port()
-    env = {"MLFLOW_TRACKING_URI": mlflow_server.url, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    command = [str(BIN / "mlflow"), "models", "serve", "-m", uri, "--env-manager", "local", "-p", str(port)]
-    server = start_server(command, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/ping", tmp_path, env)
-    try:
-        example = mlflow.artifacts.download_artifacts(
-            f"{uri}/serving_input_example.json", dst_path=str(tmp_path), tracking_uri=mlflow_server.url
-        )
-        request = json.loads(Path(example).read_text())
-        request["params"] |= {"steps": 2, "label": "Forest"}
-        answer = requests.post(f"{server.url}/invocations", json=request, timeout=600)
-        assert answer.status_code == 200, answer.text
-        served = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in answer.json()["predictions"]]
-        loaded = mlflow.pyfunc.load_model(uri).predict([], params=request["params"] | {"format": "array"})
-        assert np.array_equal(np.stack(served), loaded)
-        request["params"]["label"] = "Desert"
-        refused = requests.post(f"{server.url}/invocations", json=request, timeout=600)
-        assert refused.status_code == 400
-        assert "it must be empty or one of AnnualCrop" in refused.text
-    finally:
-        for process in family(psutil.Process(server.process.pid)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        stop_server(server)
 
 
 def test_a_dead_server_is_said_at_once() -> None:

@@ -9,8 +9,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 PROJECT = Path(__file__).resolve().parents[2]
 LOCKS = sorted(PROJECT.glob("requirements*.lock"))
 LINE = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>\S+)(?: ; [^#]+?)?(?P<hashes>(?: --hash=sha256:[0-9a-f]{64})+)")
@@ -94,11 +92,6 @@ def test_another_wheel_of_that_name_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "DO NOT MATCH THE HASHES" in done.stderr, done.stderr
     assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
-def test_a_lock_says_how_it_is_made(path: Path) -> None:
-    assert path.read_text().startswith("# Made by make lock. ")
 
 
 def test_make_has_python_keep_its_bytecode_whatever_the_image_says() -> None:
