@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from diffusion.model.seed_unet import SeedUNet
 from diffusion.model.unet import UNet, UNetShape
 from diffusion.process import schedule as schedules
 from diffusion.process.bound import PixelBins
-from diffusion.process.choices import SamplerName, Spacing
+from diffusion.process.choices import SamplerName
 from diffusion.process.levels import sampling_levels
 from diffusion.process.prediction import to_x0
 from diffusion.process.reverse import Estimate
@@ -49,8 +49,7 @@ class Pixels:
         levels = images if images.dtype == np.uint8 else images.astype(np.float32)
         pixels = torch.from_numpy(levels).permute(0, 3, 1, 2).to(dtype)
         low, high = self._columns(torch.empty(0, dtype=torch.float64), "low", "high")
-        if self.spec.dtype != "uint8":
-            pixels = pixels.clamp(low.to(pixels), high.to(pixels))
+        pixels = pixels.clamp(low.to(pixels), high.to(pixels))
         pixels = (pixels - low.to(pixels)) * (2 / (high - low)).to(pixels) - 1
         mean, std = self._columns(pixels, "mean", "std")
         return ((pixels - mean) / std).contiguous()
@@ -132,7 +131,6 @@ class SamplingPlan:
 
     steps: int | None = None
     sampler: SamplerName | None = None
-    spacing: Spacing | None = None
     guidance: float | None = None
 
 
@@ -199,11 +197,11 @@ class Denoiser:
 
         return self.draw(self.start(indices, seed), labels, noise, plan, watch)
 
-    def start(self, indices: range, seed: int) -> Tensor:
+    def start(self, indices: Sequence[int], seed: int) -> Tensor:
         """What these samples of `seed` begin as: [len(indices), bands, height, width], of variance one as the data is here."""
         return self._noise(indices, seed, "sample start", 0)
 
-    def _noise(self, indices: range, seed: int, purpose: str, step: int) -> Tensor:
+    def _noise(self, indices: Sequence[int], seed: int, purpose: str, step: int) -> Tensor:
         shape = (len(self.pixels.spec.bands), self.recipe.data.image_size, self.recipe.data.image_size)
         draws = [stream(seed, purpose, index, step).standard_normal(shape, dtype=np.float32) for index in indices]
         return torch.from_numpy(np.stack(draws)).to(self.device)
@@ -226,8 +224,7 @@ class Denoiser:
         """
         evaluation = self.recipe.evaluation
         name = plan.sampler or evaluation.sampler
-        steps, spacing = plan.steps or evaluation.sampler_steps, plan.spacing or evaluation.spacing
-        levels = sampling_levels(self.schedule, steps, spacing)
+        levels = sampling_levels(self.schedule, plan.steps or evaluation.sampler_steps, evaluation.spacing)
         scale = evaluation.guidance if plan.guidance is None else plan.guidance
         low, high = evaluation.guidance_interval or (0.0, math.inf)
         if self.recipe.process.prediction == "epsilon" and torch.isinf(levels[0]):

@@ -83,7 +83,21 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
             f"evaluation.guidance is {recipe.evaluation.guidance:g}, which asks the network what it makes of an image without "
             "a class; with network.label_dropout 0 it never learns that. Set label_dropout above 0 (0.1), or guidance to 1."
         )
+    _check_evaluation(recipe)
     return recipe
+
+
+FEWEST_SAMPLES = 10
+"""By which figures mean anything: each is looked for among the five nearest of the others, and FID is fitted to a third of them."""
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    """What an evaluation would fail by, after the training. No rule of recipes: what was trained so stays readable."""
+    evaluation = recipe.evaluation
+    if not evaluation.extractors or len({*evaluation.extractors}) < len(evaluation.extractors):
+        raise RecipeError("evaluation.extractors must name at least one extractor, and none twice.")
+    if evaluation.samples < FEWEST_SAMPLES:
+        raise RecipeError(f"evaluation.samples is {evaluation.samples}; figures need {FEWEST_SAMPLES} samples or more.")
 
 
 def fit_to_dataset(recipe: Recipe, overrides: dict[str, Any], spec: ImageSpec) -> Recipe:

@@ -26,12 +26,24 @@ def check_parameters(arguments: list[str]) -> None:
     for name, value in (("overrides", overrides), ("source_options", options)):
         if not isinstance(value, dict | None):
             raise RecipeError(f"{name} is {shown(str(value), 60)}: names and values are wanted, as '{EXAMPLES[name]}'.")
-    preset = "demo" if preset is None else str(preset)
-    if not is_file_name(preset) or Path(preset).expanduser().exists():
-        load_recipe(preset, overrides)
+    if preset is None:
+        _check_usual(overrides)
+    elif not is_file_name(str(preset)) or Path(str(preset)).expanduser().exists():
+        load_recipe(str(preset), overrides, seed=0)
     parse_options(options or {})
     if is_webdataset(source := str(given.get("source") or "")):
         tars_meant(source)  # before a password in an address is where pages show it
+
+
+def _check_usual(overrides: dict[str, Any] | None) -> None:
+    """Without a preset the worker chooses, by whether it has a GPU: refused is what fits neither."""
+    try:
+        load_recipe("demo", overrides, seed=0)
+    except RecipeError as error:
+        try:
+            load_recipe("eurosat", overrides, seed=0)
+        except RecipeError:
+            raise error from None
 
 
 EXAMPLES = {

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from diffusion.errors import DataError
+from diffusion.evaluation.labels import Labels, resampled
 from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Scores
 from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance
@@ -40,10 +41,17 @@ class Evidence:
     """Which samples lie closer to a training image than all but 5 % of the test images do, [samples]."""
     bits: NDArray[np.float64]
     """The bound of each test image in bits a subpixel, [images]."""
+    labels: Labels | None
+    """The classes of its samples, [samples]; None for an unconditional network."""
 
     def to_bytes(self) -> bytes:
         """As safetensors."""
-        return save({"features": self.features, "close": self.close.astype(np.uint8), "bits": self.bits})
+        tensors = {"features": self.features, "close": self.close.astype(np.uint8), "bits": self.bits}
+        return save(tensors if self.labels is None else tensors | {"labels": self.labels})
+
+    def of_class(self, label: int) -> NDArray[np.float32]:
+        """The features of a class's samples."""
+        return self.features[self.labels == label] if self.labels is not None else self.features[:0]
 
 
 def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") -> Evidence:
@@ -56,7 +64,7 @@ def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") 
     if hashlib.sha256(data).hexdigest() != scores.evidence_sha256:
         raise DataError(f"{store.uri}/{name} is damaged: it is not what the scores of {run} were computed from.")
     tensors = load(data)
-    return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"])
+    return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"], tensors.get("labels"))
 
 
 @dataclass(frozen=True)
@@ -89,24 +97,22 @@ def compare(new: Evidence, old: Evidence, reference: Moments) -> Comparison:
         first, second = (frechet_distance(Moments.of(one.features[chosen]), reference) for one in (new, old))
         return first - second
 
+    alike = new.labels is not None and old.labels is not None and np.array_equal(new.labels, old.labels)
+    labels = new.labels if alike else None
     bits = new.bits - old.bits
     close = (new.close.astype(np.float64) - old.close) / HELD_OUT_QUANTILE
     return Comparison(
-        fid=_bootstrap(fid, len(new.features), "fid"),
+        fid=_bootstrap(fid, len(new.features), "fid", labels),
         bits_per_dim=_bootstrap(lambda chosen: float(bits[chosen].mean()), len(bits), "bits") if len(bits) else None,
-        memorisation=_bootstrap(lambda chosen: float(close[chosen].mean()), len(close), "close"),
+        memorisation=_bootstrap(lambda chosen: float(close[chosen].mean()), len(close), "close", labels),
     )
 
 
-def ratio_of_class(new: Evidence, old: Evidence, reference: Reference, label: int, classes: int) -> Difference | None:
-    """The FID of a class over the other model's; None where its samples, or its real images, are too few for any.
-
-    Args:
-        classes: how many there are; samples are of them in turn.
-    """
+def ratio_of_class(new: Evidence, old: Evidence, reference: Reference, label: int) -> Difference | None:
+    """The FID of a class over the other model's; None where its samples, or its real images, are too few for any."""
     real = Moments.of(reference.train_features[reference.train_labels == label])
-    first, second = (one.features[label::classes] for one in (new, old))
-    if len(first) < FEWEST or real.count < FEWEST:
+    first, second = new.of_class(label), old.of_class(label)
+    if len(first) != len(second) or min(len(first), real.count) < FEWEST:
         return None
 
     def log_ratio(chosen: NDArray[np.int64]) -> float:
@@ -124,19 +130,21 @@ def variation_of_classes(evidence: Evidence, reference: Reference, classes: int)
     """
     found = {}
     for label in range(classes):
-        real, own = reference.train_features[reference.train_labels == label], evidence.features[label::classes]
+        real, own = reference.train_features[reference.train_labels == label], evidence.of_class(label)
         if min(len(real), len(own)) >= FEWEST and (spread := float(real.var(axis=0).sum())) > 0:
             found[label] = float(own.var(axis=0).sum()) / spread
     return found
 
 
-def _bootstrap(statistic: Callable[[NDArray[np.int64]], float], count: int, purpose: str) -> Difference:
+def _bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float], count: int, purpose: str, labels: Labels | None = None
+) -> Difference:
     """The basic bootstrap interval (Davison & Hinkley 1997, "Bootstrap methods and their application", eq. 5.6).
 
     What a draw is off from the figure, the figure is taken to be off from the truth: so it also corrects for the bias of the
     Fréchet distance, which finitely many samples raise, and draws of draws raise once more.
     """
     value = statistic(np.arange(count))
-    draws = [statistic(stream(SEED, f"comparison {purpose}", draw).integers(0, count, count)) for draw in range(DRAWS)]
+    draws = [statistic(resampled(stream(SEED, f"comparison {purpose}", draw), count, labels)) for draw in range(DRAWS)]
     low, high = np.quantile(draws, [OUTSIDE / 2, 1 - OUTSIDE / 2])
     return Difference(value, float(2 * value - high), float(2 * value - low))

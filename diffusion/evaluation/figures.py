@@ -143,7 +143,7 @@ def fid(features: Features) -> Value:
     train = features.reference.train
     return Value(
         frechet_distance(Moments.of(features.samples), train),
-        frechet_error(features.samples, train),
+        frechet_error(features.samples, train, features.labels),
         frechet_distance(Moments.of(features.real), train),
     )
 
@@ -158,7 +158,9 @@ def bits_per_dim(bound: BoundTerms) -> Value:
 def kid(features: Features) -> Value:
     """Kernel distance of samples to training images."""
     train = features.reference.train_features
-    return Value(*kernel_distance(features.samples, train), kernel_distance(features.real, train)[0])
+    return Value(
+        *kernel_distance(features.samples, train, labels=features.labels), kernel_distance(features.real, train)[0]
+    )
 
 
 @figure(Features, "as `fid`", LOWER, "score", digits=2)
@@ -206,7 +208,7 @@ def spectral_distance(spectra: Spectra) -> Value:
 @figure(Features, "as `fid`", LOWER, "detail", digits=2)
 def fid_extrapolated(features: Features) -> Value:
     """`fid` of infinitely many samples."""
-    return Value(frechet_extrapolated(features.samples, features.reference.train))
+    return Value(frechet_extrapolated(features.samples, features.reference.train, features.labels))
 
 
 @figure(Features, "a number", "about 1", "detail", digits=3)

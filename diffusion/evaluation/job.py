@@ -16,10 +16,11 @@ from diffusion.denoiser import Denoiser
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.figures import Features, measured
+from diffusion.evaluation.labels import Labels, in_proportion
 from diffusion.evaluation.likelihood import bits_per_dim
 from diffusion.evaluation.pictures import png
 from diffusion.evaluation.reference import load_reference
-from diffusion.evaluation.sampling import generate, load_denoiser, sample_labels
+from diffusion.evaluation.sampling import generate, load_denoiser
 from diffusion.evaluation.scores import BoundTerms, ScoredBy, Scores
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.evaluation.showpieces import closest_pairs, pictures
@@ -77,6 +78,7 @@ class Evaluation:
         job, accelerator = self.job, self.accelerator
         weights, fid_by_weights = self.choose()
         denoiser = self.denoiser(weights)
+        labels = self.labels(range(job.samples))
         images = self.sample(denoiser, range(job.samples), "sampling")
         features = [embed_samples(extractor, images, accelerator) for extractor in self.extractors]
         bound, bits_of_images = None, np.zeros(0)
@@ -85,9 +87,9 @@ class Evaluation:
             bound, bits_of_images = bits_per_dim(denoiser, self.test, count, accelerator, self.progress)
         scores = None
         if accelerator.is_main_process:
-            scores = self.score(images, features, bound, bits_of_images, weights, fid_by_weights)
+            scores = self.score(images, labels, features, bound, bits_of_images, weights, fid_by_weights)
         if accelerator.is_last_process:  # while the first one, where there are several, counts
-            self.draw(denoiser, images)
+            self.draw(denoiser, images, labels)
         accelerator.wait_for_everyone()
         if scores is not None:
             self.store.write(layout.scores(job.run, job.step, job.name), seal(scores))
@@ -99,7 +101,14 @@ class Evaluation:
 
     def sample(self, denoiser: Denoiser, indices: range, stage: str) -> Images:
         """These samples."""
-        return generate(denoiser, self.manifest, indices, self.accelerator, self.progress, stage)
+        return generate(denoiser, indices, self.labels(indices), self.accelerator, self.progress, stage)
+
+    def labels(self, indices: range) -> Labels | None:
+        """The classes of samples. None for an unconditional network."""
+        if not self.recipe.network.class_conditional:
+            return None
+        counts = np.bincount(self.references[0].train_labels, minlength=len(self.manifest.images.classes))
+        return in_proportion(counts, indices.stop)[indices.start :]
 
     def choose(self) -> tuple[str, dict[str, float]]:
         """Which of the checkpoint's weights are scored: those with the lowest FID, and the FID of each if there is a choice."""
@@ -119,6 +128,7 @@ class Evaluation:
     def score(
         self,
         images: Images,
+        labels: Labels | None,
         features: list[NDArray[np.float32]],
         bound: BoundTerms | None,
         bits_of_images: NDArray[np.float64],
@@ -127,7 +137,6 @@ class Evaluation:
     ) -> Scores:
         """The figures of the samples. Stores, at the training's end, what versions are compared by, and the closest images."""
         job, spec = self.job, self.manifest.images
-        labels = sample_labels(self.recipe, self.manifest, range(job.samples))
         subjects = [
             Features(found, labels, reference, spec.classes, extractor.classify)
             for extractor, found, reference in zip(self.extractors, features, self.references, strict=True)
@@ -143,7 +152,7 @@ class Evaluation:
             rows += measured(bound)
         evidence = None
         if self.ended:
-            evidence = Evidence(deciding.samples, deciding.copies.close, bits_of_images).to_bytes()
+            evidence = Evidence(deciding.samples, deciding.copies.close, bits_of_images, labels).to_bytes()
             self.store.write(layout.evidence(job.run, job.step, job.name), evidence)
         return Scores(
             step=job.step,
@@ -164,12 +173,12 @@ class Evaluation:
         """Whether the checkpoint is the training's last."""
         return self.job.step == self.recipe.total_steps
 
-    def draw(self, denoiser: Denoiser, images: Images) -> None:
+    def draw(self, denoiser: Denoiser, images: Images, labels: Labels | None) -> None:
         """Store the pictures."""
         job = self.job
         with_noise = job.step == self.recipe.milestones[0] and not job.name
         final = self.ended and not job.name
-        for name, picture in pictures(denoiser, self.manifest, images, self.test, with_noise, final).items():
+        for name, picture in pictures(denoiser, images, labels, self.test, with_noise, final).items():
             self.store.write(layout.picture(job.run, job.step, name, job.name), png(picture))
 
 

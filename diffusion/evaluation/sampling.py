@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.evaluation.labels import Labels
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.jobs.reports import ProgressFile
 from diffusion.model.placement import place
-from diffusion.recipe import Recipe
 from diffusion.store.objects import Store
 from diffusion.training.checkpoint import load_tensors
 from diffusion.training.state import CheckpointState
@@ -33,23 +32,23 @@ def load_denoiser(
     return Denoiser(state.recipe, network, Pixels(manifest.images))
 
 
-def sample_labels(recipe: Recipe, manifest: Manifest, indices: range) -> NDArray[np.int64] | None:
-    """The classes of samples: sample i is of class i modulo their number. None for an unconditional network."""
-    return np.array(indices) % len(manifest.images.classes) if recipe.network.class_conditional else None
-
-
 def generate(
-    denoiser: Denoiser, manifest: Manifest, indices: range, accelerator: Accelerator, progress: ProgressFile, stage: str
+    denoiser: Denoiser,
+    indices: range,
+    labels: Labels | None,
+    accelerator: Accelerator,
+    progress: ProgressFile,
+    stage: str,
 ) -> Images:
-    """These samples, on every process; from the same noise for every model, so that they compare."""
-    recipe, spec = denoiser.recipe, manifest.images
+    """These samples of these classes, on every process; from the same noise for every model, so that they compare."""
+    recipe, spec = denoiser.recipe, denoiser.pixels.spec
     sizes = block_sizes(len(indices), recipe.evaluation.batch)
     mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
     blocks = {}
     for done, block in enumerate(mine, start=1):
         start = block * recipe.evaluation.batch
-        own = indices[start : start + sizes[block]]
-        drawn = denoiser.sample(own, sample_labels(recipe, manifest, own), SEED)
+        part = slice(start, start + sizes[block])
+        drawn = denoiser.sample(indices[part], None if labels is None else labels[part], SEED)
         blocks[block] = torch.from_numpy(drawn.astype(SENT_AS[spec.dtype], copy=False)).to(accelerator.device)
         progress.write(stage, done, len(mine))
     like = torch.from_numpy(np.zeros(spec.shape(recipe.data.image_size), SENT_AS[spec.dtype]))

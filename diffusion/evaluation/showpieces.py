@@ -9,33 +9,46 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.data.loader import ShardImages
-from diffusion.data.manifest import Manifest
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
+from diffusion.evaluation.labels import Labels
 from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, row_names
-from diffusion.evaluation.sampling import SEED, sample_labels
+from diffusion.evaluation.sampling import SEED
 from diffusion.evaluation.statistics import Memorisation
 from diffusion.randomness import stream
 
 
 def pictures(
-    denoiser: Denoiser, manifest: Manifest, images: Images, test: ShardImages, with_noise: bool, final: bool
+    denoiser: Denoiser, images: Images, labels: Labels | None, test: ShardImages, with_noise: bool, final: bool
 ) -> dict[str, Image.Image]:
     """What people look at, by name: a grid of the samples; the noise that they began as; at the end the showpieces."""
-    spec, recipe = manifest.images, denoiser.recipe
+    spec, recipe = denoiser.pixels.spec, denoiser.recipe
     names = row_names(spec, recipe.network.class_conditional)
-    # The columns are fixed by the samples' indices: the same noise at every milestone.
-    shown = GRID_COLUMNS * len(names)
-    found = {"grid": class_grid(spec.display(images[:shown]), names)}
+    rows = np.arange(len(names)) % len(spec.classes) if recipe.network.class_conditional else None
+    # Fixed by the samples' indices: the same noise at every milestone.
+    if labels is not None and any(names):
+        shown, sampled = first_of_each(labels, names)
+    else:
+        shown, sampled = [*range(min(len(images), GRID_COLUMNS * len(names)))], names
+    found = {"grid": class_grid(spec.display(images[shown]), sampled)}
     if with_noise:
-        noise = denoiser.pixels.decode(denoiser.start(range(shown), SEED))
-        found["noise"] = class_grid(spec.display(noise), names)
+        noise = denoiser.pixels.decode(denoiser.start(shown, SEED))
+        found["noise"] = class_grid(spec.display(noise), sampled)
     if final:
-        labels = sample_labels(recipe, manifest, range(len(names)))
-        found["trajectory"] = trajectory(denoiser, labels, names)
-        found["interpolation"] = interpolation(denoiser, labels, names)
+        found["trajectory"] = trajectory(denoiser, rows, names)
+        found["interpolation"] = interpolation(denoiser, rows, names)
         found["real"] = real_images(test, names)
     return found
+
+
+def first_of_each(labels: Labels, names: list[str]) -> tuple[list[int], list[str]]:
+    """The samples that a grid shows, the first of each class, a column after the other; and its rows, the classes that have any.
+
+    A class with fewer than the others shows them again.
+    """
+    own = {name: np.flatnonzero(labels == label) for label, name in enumerate(names) if (labels == label).any()}
+    columns = min(GRID_COLUMNS, max(map(len, own.values())))
+    return [int(found[column % len(found)]) for column in range(columns) for found in own.values()], [*own]
 
 
 def closest_pairs(images: Images, copies: Memorisation, train: ShardImages, count: int = 10) -> Image.Image:

@@ -8,11 +8,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.evaluation.labels import Labels, resampled, shuffled
 from diffusion.randomness import stream
 
 Features = NDArray[np.floating]
 """[samples, dimensions]"""
 
+SEED = 0
 KID_SAMPLES = 2000
 BOOTSTRAP_DRAWS = 50
 EXTRAPOLATION_SIZES = 8
@@ -80,23 +82,28 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def kernel_distance(
-    first: Features, second: Features, seed: int = 0, samples: int = KID_SAMPLES
+    first: Features, second: Features, samples: int = KID_SAMPLES, labels: Labels | None = None
 ) -> tuple[float, float]:
     """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
     Of up to `samples` of each set, and its standard deviation over bootstrap draws of both sets, which is too large, by up
     to a factor of two, where the distance is near zero. An unbiased estimate may be negative.
+
+    Args:
+        labels: of the first set, where it has a fixed number of each class: so has each draw then.
     """
-    x, y = (
-        features[stream(seed, "kid", side).permutation(len(features))[:samples]].astype(np.float64)
-        for side, features in enumerate((first, second))
-    )
+    chosen = [stream(SEED, "kid", side).permutation(len(one))[:samples] for side, one in enumerate((first, second))]
+    x, y = (one[places].astype(np.float64) for one, places in zip((first, second), chosen, strict=True))
+    classes = None if labels is None else labels[chosen[0]]
     kernels = _kernel(x, x), _kernel(y, y), _kernel(x, y)
     once = _squared_mmd(*kernels, np.ones(len(x)), np.ones(len(y)))
     draws = []
     for draw in range(BOOTSTRAP_DRAWS):
-        rng = stream(seed, "kid bootstrap", draw)
-        times_x, times_y = (rng.multinomial(len(side), np.full(len(side), 1 / len(side))) for side in (x, y))
+        rng = stream(SEED, "kid bootstrap", draw)
+        times_x, times_y = (
+            np.bincount(resampled(rng, len(side), kinds), minlength=len(side))
+            for side, kinds in ((x, classes), (y, None))
+        )
         draws.append(_squared_mmd(*kernels, times_x.astype(np.float64), times_y.astype(np.float64)))
     return once, float(np.std(draws, ddof=1))
 
@@ -116,29 +123,32 @@ def _squared_mmd(xx: Features, yy: Features, xy: Features, times_x: Features, ti
     return float(within(xx, times_x) + within(yy, times_y) - 2 * between)
 
 
-def frechet_error(features: Features, reference: Moments, seed: int = 0) -> float:
-    """Standard deviation of the Fréchet distance over bootstrap draws of the samples.
+def frechet_error(features: Features, reference: Moments, labels: Labels | None = None) -> float:
+    """Standard deviation of the Fréchet distance over bootstrap draws of the samples, of each class as many as it has.
 
     A draw repeats samples, which shifts the distance upwards; its spread is what is wanted, not its mean.
     """
     draws = []
     for draw in range(BOOTSTRAP_DRAWS):
-        chosen = stream(seed, "fid bootstrap", draw).integers(0, len(features), len(features))
+        chosen = resampled(stream(SEED, "fid bootstrap", draw), len(features), labels)
         draws.append(frechet_distance(Moments.of(features[chosen]), reference))
     return float(np.std(draws, ddof=1))
 
 
-def frechet_extrapolated(features: Features, reference: Moments, seed: int = 0) -> float:
+def frechet_extrapolated(
+    features: Features, reference: Moments, labels: Labels | None = None, seed: int = SEED
+) -> float:
     """The Fréchet distance of infinitely many samples: it is linear in 1 / n to first order, so a line is fitted to
-    random subsets from a third of the samples up to all (Chong & Forsyth 2020, arXiv:1911.07023).
+    random subsets from a third of the samples up to all (Chong & Forsyth 2020, arXiv:1911.07023), each with all classes in their
+    proportions.
 
-    Its own error is about that of the distance itself.
+    Its own error is about twice that of the distance itself.
     """
     sizes = np.linspace(len(features) / 3, len(features), EXTRAPOLATION_SIZES).astype(int)
     distances = []
     for k, size in enumerate(sizes):
         # Each subset is drawn afresh: nested ones would share their fluctuations.
-        chosen = stream(seed, "fid extrapolation", k).permutation(len(features))[:size]
+        chosen = shuffled(stream(seed, "fid extrapolation", k), len(features), labels)[:size]
         distances.append(frechet_distance(Moments.of(features[chosen]), reference))
     slope_and_limit = np.polyfit(1 / sizes, distances, 1)
     return float(slope_and_limit[1])

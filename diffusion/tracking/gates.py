@@ -54,7 +54,7 @@ def gates_against(
     """What a challenger must show against the champion, both scored under one protocol.
 
     Args:
-        of_class: a class's FID over the champion's, with its interval, where there are samples enough.
+        of_class: a class's FID over the champion's, with its interval; None where there are too few samples to judge.
     """
     by = new.extractors[0].name
     fid, bits, close = comparison.fid, comparison.bits_per_dim, comparison.memorisation
@@ -77,16 +77,7 @@ def gates_against(
     before = old.parts("fid_of_class")
     worst = {name: fid / before[name] for name, fid in new.parts("fid_of_class").items() if before.get(name)}
     if worst:
-        name = max(worst, key=lambda key: worst[key])
-        interval = of_class(name)
-        said = f" ({interval.low:.2f} to {interval.high:.2f}, 95 %)" if interval else ""
-        gates.append(
-            Gate(
-                NO_COLLAPSE,
-                worst[name] <= COLLAPSE or (interval is not None and interval.low <= 1),
-                f"{name} has changed most: its FID is {worst[name]:.2f} times the champion's{said}",
-            )
-        )
+        gates.append(_no_collapse(worst, of_class))
     gates.append(
         Gate(
             # Below 1, samples are further from the training images than new real ones are: blurred, not better.
@@ -96,6 +87,20 @@ def gates_against(
         )
     )
     return tuple(gates)
+
+
+def _no_collapse(ratios: Mapping[str, float], of_class: OfClass) -> Gate:
+    """Whether no class's FID is clearly more than `COLLAPSE` times the champion's."""
+    suspects = sorted((name for name in ratios if ratios[name] > COLLAPSE), key=lambda name: -ratios[name])
+    intervals = {name: of_class(name) for name in suspects}
+    collapsed = [name for name, interval in intervals.items() if interval is not None and interval.low > 1]
+    name = collapsed[0] if collapsed else max(ratios, key=lambda key: ratios[key])
+    interval = intervals.get(name) or of_class(name)
+    said = f"({interval.low:.2f} to {interval.high:.2f}, 95 %)" if interval else "(of too few samples to judge)"
+    figures = f"the FID of {name} is {ratios[name]:.2f} times the champion's {said}"
+    if more := len(collapsed) - 1:
+        figures += f", and {more} more with it"
+    return Gate(NO_COLLAPSE, not collapsed, figures)
 
 
 def _both(new: Scores, old: Scores, figure: str) -> str:

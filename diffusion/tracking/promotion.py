@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +32,7 @@ from diffusion.store.objects import Store
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
 from diffusion.tracking.promotion_log import Promotion, is_applied, read_log
 from diffusion.tracking.scores_tag import scores_of
-from diffusion.tracking.version_tags import tags_of
+from diffusion.tracking.version_tags import TOLD, tags_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.redaction import shown
 
@@ -157,7 +157,7 @@ def _judge(
             gates = gates_alone(new, bits, spread, varied, margins)
         else:
             opening, old = _comparable(store, challenger, champion, new, score_again)
-            gates = _against(store, challenger, new, old, margins, classes)
+            gates = _against(store, challenger, champion, new, old, margins, classes)
     except DataError as error:
         return CHALLENGER, f"{error} Move the alias champion by hand if it is to go live.", ()
     failed = [gate for gate in gates if not gate.passed]
@@ -228,7 +228,13 @@ def _said(found: dict[str, tuple[str, str]]) -> list[str]:
 
 
 def _against(
-    store: Store, challenger: ModelVersion, new: Scores, old: Scored, margins: Margins, classes: tuple[str, ...]
+    store: Store,
+    challenger: ModelVersion,
+    champion: ModelVersion,
+    new: Scores,
+    old: Scored,
+    margins: Margins,
+    classes: tuple[str, ...],
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if what they were scored from is gone."""
     reference = _reference(store, challenger, new)
@@ -236,10 +242,12 @@ def _against(
     second = load_evidence(store, old.run, old.scores, old.evaluation)
 
     def of_class(name: str) -> Difference | None:
-        known = name in classes
-        return ratio_of_class(first, second, reference, classes.index(name), len(classes)) if known else None
+        return ratio_of_class(first, second, reference, classes.index(name)) if name in classes else None
 
-    return gates_against(new, old.scores, compare(first, second, reference.train), margins, of_class)
+    comparison = compare(first, second, reference.train)
+    if len({tags_of(one).get("evaluation.protocol", "").endswith(TOLD) for one in (challenger, champion)}) > 1:
+        comparison = replace(comparison, bits_per_dim=None)  # of images given their class, and of images: no one figure
+    return gates_against(new, old.scores, comparison, margins, of_class)
 
 
 def _number(version: ModelVersion | None) -> str | None:

@@ -23,7 +23,7 @@ from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
-from diffusion.tracking.version_tags import tags_of, with_lineage
+from diffusion.tracking.version_tags import TOLD, tags_of, with_lineage
 from diffusion.training.state import CheckpointState, checkpoint_file
 from diffusion.trust.private import close_to_others
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
-PROTOCOL = "3: fixed noise by sample index, classes in turn"
+PROTOCOL = "4: fixed noise by sample index, classes in proportion"
 """How figures are made, by number: those of another protocol do not compare."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "tifffile", "pydantic", "pyyaml", "safetensors")
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
@@ -41,7 +41,7 @@ INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "se
 
 def protocol(recipe: Recipe) -> str:
     """How a version's figures were made: all that must be alike before two are compared."""
-    evaluation, told = recipe.evaluation, ", given their class" if recipe.needs_class else ""
+    evaluation, told = recipe.evaluation, TOLD if recipe.needs_class else ""
     interval = evaluation.guidance_interval
     where = f" at noise of {interval[0]:g} to {interval[1]:g}" if interval else ""
     return (

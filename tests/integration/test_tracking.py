@@ -318,7 +318,7 @@ def evidence_of(fid: float, samples: int) -> Evidence:
     """Samples that lie as far from `write_reference`'s images as that FID says."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((samples, 4)) + np.array([fid**0.5, 0, 0, 0])
-    return Evidence(features.astype(np.float32), rng.random(samples) < 0.05, 4 + rng.standard_normal(16))
+    return Evidence(features.astype(np.float32), rng.random(samples) < 0.05, 4 + rng.standard_normal(16), None)
 
 
 def write_reference(store: FolderStore, dataset: str) -> None:

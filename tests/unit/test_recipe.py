@@ -48,6 +48,9 @@ def test_an_unknown_override_is_answered_with_the_nearest() -> None:
         ({"process.log_snr_min": 9}, "below process.log_snr_max"),
         ({"ema.half_lives": []}, "half_lives"),
         ({"network.label_dropout": 0}, "never learns that"),
+        ({"evaluation.extractors": []}, "at least one"),
+        ({"evaluation.extractors": ["eurosat", "eurosat"]}, "none twice"),
+        ({"evaluation.samples": 5}, "10 samples or more"),
         ({"process.zero_terminal_snr": True, "evaluation.spacing": "uniform_time"}, "log_snr_min"),
     ],
 )

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import tracemalloc
 import zipfile
@@ -293,6 +294,13 @@ def bad_name(folder: Path) -> None:
         file.write(picture(1))
 
 
+def bad_split(folder: Path) -> None:
+    for part in ("train", "Test"):
+        shutil.copytree(folder, folder.parent / "whole" / part)
+    shutil.rmtree(folder)
+    (folder.parent / "whole").rename(folder)
+
+
 def bad_empty(folder: Path) -> None:
     for path in folder.rglob("*.png"):
         path.unlink()
@@ -329,6 +337,7 @@ def bad_pickle(folder: Path) -> None:
         (bad_two_of_one_key, "two images lake/lake0"),
         (bad_name, r"not UTF-8: lake/\\udcff\\udcfe.png"),
         (bad_empty, "holds no images"),
+        (bad_split, "folders Test, train: parts of a dataset"),
         (bad_nan, "NaN or infinity"),
         (bad_one_image, "1 images in 1 classes"),
         (bad_pickle, "does not decode as NPY"),

@@ -38,9 +38,10 @@ def test_encoding_and_decoding_are_inverse(bands: int, dtype: str, size: int, se
     np.testing.assert_allclose(back, images, atol=0 if own.counted else 1e-6)
 
 
-def test_levels_beyond_the_measured_ones_count_as_these() -> None:
-    own = spec(1, "uint16", low=(100.0,), high=(200.0,), black=(100.0,) * 3, white=(200.0,) * 3)
-    images = np.array([50, 100, 150, 200, 60000], np.uint16).reshape(1, 1, 5, 1)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_levels_beyond_the_measured_ones_count_as_these(dtype: str) -> None:
+    own = spec(1, dtype, low=(100.0,), high=(200.0,), black=(100.0,) * 3, white=(200.0,) * 3)
+    images = np.array([50, 100, 150, 200, np.iinfo(dtype).max], dtype).reshape(1, 1, 5, 1)
     assert Pixels(own).decode(Pixels(own).encode(images)).ravel().tolist() == [100, 100, 150, 200, 200]
     assert own.display(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 

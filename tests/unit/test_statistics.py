@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion.evaluation.labels import in_proportion, resampled, shuffled
 from diffusion.evaluation.sharding import block_sizes
 from diffusion.evaluation.statistics import (
     Moments,
@@ -95,6 +96,51 @@ def test_the_bootstrap_error_is_the_spread_over_fresh_samples() -> None:
     assert estimated == pytest.approx(np.std(fresh), rel=0.4)
 
 
+def test_the_errors_of_samples_of_given_classes_leave_out_what_is_no_accident() -> None:
+    """Classes far apart: which of them a draw has more of would be most of its error, and no two sets of samples differ in it."""
+    rng, labels = np.random.default_rng(0), np.arange(300) % 3
+    centres = 6 * rng.standard_normal((3, 5))
+    reference = Moments.of(np.concatenate([rng.standard_normal((9_000, 5)) + centre for centre in centres]))
+
+    def drawn() -> np.ndarray:
+        return centres[labels] + 1.3 * rng.standard_normal((300, 5))
+
+    fresh = [frechet_distance(Moments.of(drawn()), reference) for _ in range(60)]
+    features = drawn()
+    assert frechet_error(features, reference, labels) == pytest.approx(np.std(fresh), rel=0.4)
+    assert frechet_error(features, reference) > 2 * np.std(fresh)
+    endless = frechet_distance(Moments.of(np.concatenate([drawn() for _ in range(100)])), reference)
+    found = [frechet_extrapolated(features := drawn(), reference, labels) for _ in range(20)]
+    assert np.mean(found) == pytest.approx(endless, abs=float(3 * np.std(found) / 20**0.5))
+    same, told = (kernel_distance(features, features + 1, labels=one)[1] for one in (None, labels))
+    assert told < same
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any), st.integers(0, 300))
+def test_samples_are_of_the_classes_in_their_proportions(counts: list[int], number: int) -> None:
+    labels = in_proportion(np.array(counts), number)
+    assert np.array_equal(labels, in_proportion(np.array(counts), number + 7)[:number]), "however many are asked for"
+    expected = number * np.array(counts) / sum(counts)
+    found = np.bincount(labels, minlength=len(counts))
+    assert np.abs(found - expected).max() <= len(counts)
+    assert not found[np.array(counts) == 0].any()
+
+
+def test_classes_of_one_size_come_in_turn() -> None:
+    assert in_proportion(np.array([7, 7, 7]), 8).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@given(st.integers(0, 99), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_a_draw_has_of_each_class_what_there_is_of_it(seed: int, sizes: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    assert np.array_equal(labels[resampled(rng, len(labels), labels)], np.sort(labels))
+    mixed = shuffled(rng, len(labels), labels)
+    assert sorted(mixed) == list(range(len(labels)))
+    half = np.bincount(labels[mixed[: len(labels) // 2]], minlength=len(sizes))
+    assert np.abs(half - np.array(sizes) / 2).max() <= 2
+
+
 def test_extrapolation_removes_most_of_the_bias_of_few_samples() -> None:
     rng = np.random.default_rng(1)
     reference = of_gaussian(np.zeros(20), np.eye(20))
@@ -102,7 +148,7 @@ def test_extrapolation_removes_most_of_the_bias_of_few_samples() -> None:
     for seed in range(10):
         features = rng.standard_normal((300, 20))
         biased.append(frechet_distance(Moments.of(features), reference))
-        extrapolated.append(frechet_extrapolated(features, reference, seed))
+        extrapolated.append(frechet_extrapolated(features, reference, seed=seed))
     assert np.mean(biased) > 0.3
     assert abs(np.mean(extrapolated)) < 0.3 * np.mean(biased)
 

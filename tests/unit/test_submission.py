@@ -27,6 +27,8 @@ def test_parameters_are_read_as_prefect_reads_them() -> None:
         (["-p", "overrides=network.width=3"], "overrides is network.width=3: names and values are wanted"),
         (["-p", 'source_options={"siz": 3}'], "did you mean 'size'"),
         (["--params", '{"preset": "eurosatt"}'], "did you mean 'eurosat'"),
+        (["-p", 'overrides={"seed": 5}'], "a parameter of the run"),
+        (["-p", "preset=demo", "-p", 'overrides={"data.lanes": 32}'], "not a multiple"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_nearest_name(words: list[str], said: str) -> None:
@@ -45,6 +47,7 @@ def test_an_address_with_a_password_is_refused_before_it_is_a_parameter(source: 
 
 def test_what_is_right_or_lies_on_the_worker_s_machine_passes(tmp_path: Path) -> None:
     check_parameters([])
+    check_parameters(["-p", 'overrides={"data.lanes": 32}'])  # of eurosat, if the worker has a GPU
     check_parameters(["-p", "preset=demo", "-p", 'overrides={"network.width": 96}', "-p", "source=/data/images"])
     check_parameters(["-p", "source=s3://images/a-{00..02}.tar"])
     check_parameters(["-p", "preset=/only/there/mine.yaml", "-p", 'overrides={"network.width": 96}'])

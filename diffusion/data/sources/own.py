@@ -22,6 +22,8 @@ from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
 
 METADATA = "metadata.csv"
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+"""Folders by which others split a dataset."""
 FILE_COLUMNS, LABEL_COLUMNS = ("file_name", "file", "path", "image"), ("label", "class", "category")
 """What the columns of a table may be called."""
 LIMITS = Limits()
@@ -82,6 +84,11 @@ def _by_folder(path: Path, files: dict[PurePosixPath, Callable[[], bytes]]) -> L
         )
     depth = len(root)
     classes = {relative.parts[depth] for relative in files}
+    if {name.lower() for name in classes} <= PARTS:
+        raise DataError(
+            f"{path} holds the folders {', '.join(sorted(map(shown, classes)))}: parts of a dataset, which would be taken for "
+            f"classes. Bring one of them, or all class folders in one: a tenth is held out here. Or name classes in a {METADATA}."
+        )
     if empty := sorted(_folders(path, root) - classes):
         raise DataError(
             f"{path} has class folders without images: {', '.join(map(shown, empty))}. Fill or delete them."

@@ -1,0 +1,52 @@
+"""Which classes samples are of. No torch in here."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+
+
+def in_proportion(counts: Labels, number: int) -> Labels:
+    """The classes of the first `number` samples: in the proportions of the real images, and nothing random about it.
+
+    Samples are held against all real images: of other proportions, a perfect model would seem far off. Each sample is of the class
+    that is furthest behind its share, so that any number of them from the first on has every class's share to within a few
+    samples. Classes of one size come in turn.
+
+    Args:
+        counts: how many real images each class has, [classes].
+    """
+    total, owed = int(counts.sum()), np.zeros(len(counts), np.int64)
+    labels = np.empty(number, np.int64)
+    for sample in range(number):
+        owed += counts
+        labels[sample] = furthest = owed.argmax()
+        owed[furthest] -= total
+    return labels
+
+
+def resampled(rng: np.random.Generator, count: int, labels: Labels | None) -> NDArray[np.int64]:
+    """Samples of a bootstrap draw: as many as there are, of each class as many as it has.
+
+    How many samples a class has is no accident: a draw that left it to chance would find figures less sure than they are.
+    """
+    if labels is None:
+        return rng.integers(0, count, count)
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels)[labels[order]]
+    firsts = np.searchsorted(labels[order], labels[order])
+    return order[firsts + (rng.random(count) * sizes).astype(np.int64)]
+
+
+def shuffled(rng: np.random.Generator, count: int, labels: Labels | None) -> NDArray[np.int64]:
+    """All samples in random order, in which the first of them, however many, have all classes in their proportions."""
+    mixed = rng.permutation(count)
+    if labels is None:
+        return mixed
+    places = np.empty(count)
+    for label in np.unique(labels):
+        own = mixed[labels[mixed] == label]
+        places[own] = (np.arange(len(own)) + rng.random()) / len(own)
+    return np.argsort(places, kind="stable")
