@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion.errors import RunBusy, UserError
 from diffusion.jobs.lock import LOCK_SECONDS, lock_folder
+from diffusion.jobs.started import is_same, started
 from diffusion.tracking.run import OWNER_TAG, run_key
 from diffusion.trust.private import read_private, write_private
 from diffusion.trust.redaction import fit_to_leave, shown
@@ -55,6 +56,7 @@ class Owner(BaseModel):
     boot: str
     pid: int = Field(gt=0, lt=2**31)
     started: float
+    """Seconds after the machine's start."""
 
 
 class Ending(BaseModel):
@@ -87,8 +89,7 @@ def note_ending(folder: Path, ending: Ending) -> None:
 
 def this_process() -> str:
     """This process, as text."""
-    own = psutil.Process()
-    known = Owner(host=socket.gethostname(), boot=boot_id(), pid=own.pid, started=own.create_time())
+    known = Owner(host=socket.gethostname(), boot=boot_id(), pid=os.getpid(), started=started(os.getpid()))
     return json.dumps(known.model_dump(), sort_keys=True)
 
 
@@ -107,10 +108,8 @@ def is_dead(owner: Owner) -> bool:
     if owner.boot != boot_id():
         return True
     try:
-        process = psutil.Process(owner.pid)
-        # The start is counted back from a clock that may have been set.
-        same = abs(process.create_time() - owner.started) < 5
-        return not same or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        ended = psutil.Process(owner.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return ended or not is_same(owner.pid, owner.started)
     except psutil.NoSuchProcess:
         return True
 

@@ -137,17 +137,18 @@ def notifications(block: str, block_id: UUID) -> list[AutomationCore]:
     ]
 
 
-async def find_block(block: str) -> UUID:
-    """The id of a block. Ends with a sentence if there is none."""
+async def find_block(block: str) -> UUID | None:
+    """The id of a block. None, which is said, if there is none: at a start by night, all else is to go on."""
     kind, _, name = block.partition("/")
     async with get_client() as client:
         try:
             return (await client.read_block_document_by_name(name, kind)).id
-        except Exception as error:
-            raise SystemExit(
-                f"TRAIN_DIFFUSION_NOTIFY names the block '{block}', which Prefect does not have ({type(error).__name__}). Make it "
-                "on the Blocks page of Prefect's UI; prefect block ls lists them as type/name."
-            ) from None
+        except ObjectNotFound:
+            print(
+                f"WARNING: TRAIN_DIFFUSION_NOTIFY names the block '{block}', which Prefect does not have: nobody is told by it. Make it "
+                "on the Blocks page of Prefect's UI (prefect block ls lists them as type/name), then make up again."
+            )
+            return None
 
 
 async def remove_retired() -> None:
@@ -216,7 +217,8 @@ async def main() -> None:
     await tell_edited_schedules()
     wanted, blocks = zombies(), settings().notify
     for block in blocks if blocks != NOBODY else ():
-        wanted += notifications(block, await find_block(block))
+        if (found := await find_block(block)) is not None:
+            wanted += notifications(block, found)
     async with get_client() as client:
         known = {one.name: one for one in await client.read_automations() if one.name.startswith(OWN)}
         if not blocks:  # it may only have been left out of this command

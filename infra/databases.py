@@ -24,7 +24,7 @@ OWN_DATABASES = {
 
 def is_own(variable: str) -> bool:
     """Whether the database that this variable names is that of this installation: a user's may be shared, and has its own key."""
-    return os.environ.get(variable, OWN_DATABASES[variable]) == OWN_DATABASES[variable]
+    return (os.environ.get(variable) or OWN_DATABASES[variable]) == OWN_DATABASES[variable]
 
 
 def make_databases_current() -> None:

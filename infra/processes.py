@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from diffusion.errors import SettingsError
+from diffusion.jobs.started import is_same, started
 from diffusion.settings import reach_loopback_directly, settings
 from diffusion.trust.private import write_private
 
@@ -58,13 +59,13 @@ def base_environment(*withheld: str) -> dict[str, str]:
 
 
 def start(name: str, command: list[str], env: dict[str, str]) -> None:
-    """Start one process of the stack and remember it by pid and start time: a pid alone may be somebody else's one day."""
+    """Start one process of the stack and remember it by pid and start: a pid alone may be somebody else's one day."""
     with (STACK / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     # Whole at every moment: others look at it, and what is killed here leaves no half of one.
-    write_private(STACK / f"{name}.pid", f"{process.pid} {psutil.Process(process.pid).create_time()}")
+    write_private(STACK / f"{name}.pid", f"{process.pid} {started(process.pid)}")
 
 
 def runs(process: psutil.Process) -> bool:
@@ -80,11 +81,10 @@ def find(name: str) -> psutil.Process | None:
     path = STACK / f"{name}.pid"
     if not path.exists():
         return None
-    pid, created = path.read_text().split()
+    pid, noted = path.read_text().split()
     try:
         process = psutil.Process(int(pid))
-        # The start time is counted back from the clock, which may have been set since.
-        return process if runs(process) and abs(process.create_time() - float(created)) < 5 else None
+        return process if runs(process) and is_same(process.pid, float(noted)) else None
     except psutil.NoSuchProcess:
         return None
 

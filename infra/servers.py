@@ -94,7 +94,8 @@ def start_mlflow(port: int, addresses: Addresses) -> None:
     # The job runner and its seven consumers, which only GenAI evaluations need, would take 2 GB.
     env = {**base_environment(*WITHHELD["mlflow-server"]), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # In the environment: an argument, which may hold a password, is seen by every user of the machine.
-    env.setdefault("MLFLOW_BACKEND_STORE_URI", OWN_DATABASES["MLFLOW_BACKEND_STORE_URI"])
+    variable = "MLFLOW_BACKEND_STORE_URI"
+    env[variable] = env.get(variable) or OWN_DATABASES[variable]
     pages = [addresses.mlflow, f"http://localhost:{port}", *filter(None, [settings().tracking_pages])]
     env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(urlsplit(page).netloc for page in pages)
     env["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(map(origin, pages))

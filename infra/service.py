@@ -20,11 +20,11 @@ import processes
 import psutil
 import stack
 
-from diffusion.trust.private import read_private, use_private_home, write_private
+from diffusion.trust.private import read_private, use_private_home
 
 UNIT = "train-diffusion.service"
-SETTINGS = "service.json"
-OWN_NAMES = ("AUTH", "PREFECT_PORT", "MLFLOW_PORT", "RAY_PORT", "SSL_CERT_FILE")
+REFUSED = 78
+"""How keep ends where no later try would go better: systemd leaves it at that."""
 LOOK_SECONDS = 2.0
 SURE_SECONDS = 3.0
 """After which what has ended, and is still on the list, was not stopped by `make down`."""
@@ -45,6 +45,7 @@ ExecStop={python} {stack} down
 # What it keeps lives on without it, a training too, and its next start takes it over.
 KillMode=process
 Restart=on-failure
+RestartPreventExitStatus={refused}
 RestartSec=5
 TimeoutStopSec=180
 
@@ -77,6 +78,7 @@ def page() -> str:
         python=quoted(sys.executable),
         service=quoted(here),
         stack=quoted(here.with_name("stack.py")),
+        refused=REFUSED,
         target="multi-user.target" if os.geteuid() == 0 else "default.target",
     )
 
@@ -90,8 +92,8 @@ def install() -> None:
     stack.refuse_under_a_run("make service", "what it runs on starts anew")
     use_private_home(processes.HOME)
     processes.STACK.mkdir(parents=True, exist_ok=True)
-    wanted = {name: value for name, value in os.environ.items() if name.startswith(stack.KEPT) or name in OWN_NAMES}
-    write_private(processes.STACK / SETTINGS, json.dumps(wanted, indent=1))
+    stack.refuse_to_begin_empty()
+    stack.keep_settings()
     folder.mkdir(parents=True, exist_ok=True)
     unit.write_text(page())
     print(f"written: {unit}")
@@ -123,7 +125,7 @@ def remove() -> None:
     stack.refuse_under_a_run("make no-service", "it is stopped with the rest")
     told = manage([*manager, "disable", "--now", UNIT])
     (folder / UNIT).unlink(missing_ok=True)
-    (processes.STACK / SETTINGS).unlink(missing_ok=True)
+    stack.SETTINGS.unlink(missing_ok=True)
     if told is None:
         manage([*manager, "daemon-reload"])
     else:
@@ -178,9 +180,14 @@ def keep() -> None:
         asked = True
 
     signal.signal(signal.SIGTERM, ask)
-    told = processes.STACK / SETTINGS
-    wanted = json.loads(read_private(told)) if told.exists() else {}
-    begun = subprocess.run([sys.executable, str(Path(stack.__file__)), "up"], env=os.environ | wanted)
+    wanted = json.loads(read_private(stack.SETTINGS)) if stack.SETTINGS.exists() else {}
+    os.environ |= wanted
+    try:
+        stack.refuse_to_begin_empty()
+    except SystemExit as refusal:
+        print(refusal, file=sys.stderr)
+        raise SystemExit(REFUSED) from None
+    begun = subprocess.run([sys.executable, str(Path(stack.__file__)), "up"])
     if begun.returncode != 0:
         raise SystemExit(begun.returncode)
     kept = Kept()

@@ -68,11 +68,18 @@ KEPT = (
     "AWS_",
     "RAY_",
     "EUROSAT_",
+    "CUDA_VISIBLE_DEVICES",
     "TRAIN_DIFFUSION_",
     "PREFECT_SERVER_DATABASE_CONNECTION_URL",
     "MLFLOW_BACKEND_STORE_URI",
 )
 """Settings that a new start takes over from what runs."""
+SETTINGS = STACK / "service.json"
+OF_THE_SHELL = (
+    *("AUTH", "PREFECT_PORT", "MLFLOW_PORT", "RAY_PORT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+)
+"""And those that `make service` keeps besides."""
 OPEN_TO_ALL = """
 WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
 hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Web pages of other sites are refused
@@ -185,6 +192,8 @@ def up(register: bool = True) -> None:
         )
         write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
         write_private(ELSEWHERE, "\n".join(filter(is_elsewhere, PLACES)))
+        if SETTINGS.exists():
+            keep_settings()
         profile("follow")
         tell_where(addresses, runs())
 
@@ -213,6 +222,12 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
     return True
 
 
+def keep_settings() -> None:
+    """Note the settings of this shell, with which `make service` starts all of it again."""
+    told = {name: value for name, value in os.environ.items() if name.startswith((*KEPT, *OF_THE_SHELL))}
+    write_private(SETTINGS, json.dumps(told, indent=1))
+
+
 def is_elsewhere(variable: str) -> bool:
     """Whether this shell's variable names a place outside `var/`."""
     return (os.environ.get(variable) or PLACES[variable]) != PLACES[variable]
@@ -222,10 +237,12 @@ def refuse_to_begin_empty() -> None:
     """End with a sentence if this shell doesn't say where the runs, models or images of earlier starts are."""
     told = ELSEWHERE.read_text().split() if ELSEWHERE.exists() else []
     missing = [variable for variable in PLACES if variable in told and not is_elsewhere(variable)]
-    if missing and os.environ.get("FORCE") != "1":
+    if os.environ.get("EMPTY") == "1":
+        ELSEWHERE.unlink(missing_ok=True)
+    elif missing:
         raise SystemExit(
             f"The servers here were last started with {' and '.join(missing)}, which this shell does not set: without, they would "
-            f"begin anew on files in {HOME}. Set what is missing; or, if that is what you want, make up FORCE=1."
+            f"begin anew on files in {HOME}. Set what is missing; or, if that is what you want, make up EMPTY=1."
         )
 
 

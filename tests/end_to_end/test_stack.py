@@ -465,8 +465,8 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     assert {process.pid for process in stack_processes(stack)} == before
 
     wrong = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"})
-    assert wrong.returncode != 0
-    assert "nobody" in wrong.stderr
+    assert wrong.returncode == 0, wrong.stderr
+    assert "'custom-webhook/nobody', which Prefect does not have: nobody is told by it" in wrong.stdout
     assert {process.pid for process in stack_processes(stack)} == before, "a misspelt block ends nothing"
 
     # A setting of the worker's differs: it would have to start anew, and end what it runs.

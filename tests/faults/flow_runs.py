@@ -23,6 +23,7 @@ import requests
 from diffusion.data.ingest import ingest
 from diffusion.data.sources.source import Source
 from diffusion.jobs.specs import TrainingJob
+from diffusion.jobs.started import started
 from diffusion.recipe_files import load_recipe
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
@@ -213,11 +214,10 @@ def prepare_restart(project: Project, name: str) -> Callable[[], None]:
 
     def restart() -> None:
         with (project.folder / f"var/stack/{name}.log").open("ab") as log:
-            started = subprocess.Popen(
+            begun = subprocess.Popen(
                 command, cwd=project.folder, env=env, stdout=log, stderr=log, start_new_session=True
             )
-        created = psutil.Process(started.pid).create_time()
-        (project.folder / f"var/stack/{name}.pid").write_text(f"{started.pid} {created}")
+        (project.folder / f"var/stack/{name}.pid").write_text(f"{begun.pid} {started(begun.pid)}")
 
     return restart
 

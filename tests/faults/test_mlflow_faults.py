@@ -10,9 +10,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
+from diffusion.jobs.started import started
 from diffusion.tracking.connection import connect
 from diffusion.tracking.experiment import open_experiment
 from diffusion.tracking.run import Lineage, TrackedRun
@@ -67,7 +67,7 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     direct = connect(mlflow_server.url)
     experiment = open_experiment(direct, None)
     child = subprocess.Popen([sys.executable, "-c", "pass"])
-    ended = json.loads(this_process()) | {"pid": child.pid, "started": psutil.Process(child.pid).create_time()}
+    ended = json.loads(this_process()) | {"pid": child.pid, "started": started(child.pid)}
     child.wait()
 
     def begin(key: str) -> tuple[TrackedRun, Path]:

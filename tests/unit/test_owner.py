@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from diffusion.errors import RunBusy
+from diffusion.jobs.started import started
 from flows.owner import Owner, be_the_only_run, is_dead, read_owner, this_process
 
 
@@ -22,8 +23,9 @@ def test_this_process_lives() -> None:
 
 def test_a_process_that_has_ended_is_dead_also_as_a_zombie() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    owner = changed(pid=child.pid, started=psutil.Process(child.pid).create_time())
+    owner = changed(pid=child.pid, started=started(child.pid))
     assert not is_dead(owner)
+    assert not is_dead(changed(pid=child.pid, started=psutil.Process(child.pid).create_time())), "as it was noted once"
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         pass
@@ -43,6 +45,15 @@ def test_of_two_deployed_runs_on_one_machine_the_second_is_told_of_the_first(tmp
     first.kill()
     first.wait()
     be_the_only_run(tmp_path, "retried", "2")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the clock is all there is")
+def test_whoever_sets_the_clock_makes_no_process_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, created = changed(), psutil.Process().create_time()
+    later = psutil.boot_time() + 3600
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: later)
+    assert psutil.Process().create_time() > created + 3000, "which is counted from the clock"
+    assert not is_dead(owner)
 
 
 def test_another_process_under_the_same_number_is_not_the_owner() -> None:
