@@ -145,8 +145,8 @@ async def find_block(block: str) -> UUID | None:
             return (await client.read_block_document_by_name(name, kind)).id
         except ObjectNotFound:
             print(
-                f"WARNING: TRAIN_DIFFUSION_NOTIFY names the block '{block}', which Prefect does not have: nobody is told by it. Make it "
-                "on the Blocks page of Prefect's UI (prefect block ls lists them as type/name), then make up again."
+                f"WARNING: TRAIN_DIFFUSION_NOTIFY names the block '{block}', which Prefect does not have: nobody is told by it. Make "
+                "it on the Blocks page of Prefect's UI (prefect block ls lists them as type/name), then make up again."
             )
             return None
 
