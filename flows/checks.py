@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 from diffusion.errors import StoreError
@@ -10,10 +11,13 @@ from diffusion.features.identity import required_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, check_writable, open_store
+from diffusion.tracking.connection import Unreachable
 from diffusion.tracking.experiment import open_tracking
 from flows.engines.known import engine
 from flows.engines.placement import Workers
+from flows.progress import say
 from flows.request import TrainingRequest
+from flows.tasks.retrying import DELAYS
 
 LEAST_FREE = 1_000_000_000
 """Bytes."""
@@ -29,11 +33,23 @@ def check_free(folder: Path) -> None:
         )
 
 
-def check_before_compute(request: TrainingRequest) -> tuple[Recipe, Workers]:
-    """As `check_request`. Raises TrackingError as well, if MLflow does not answer, or has lost the experiment."""
-    checked = check_request(request)
-    open_tracking(settings())
-    return checked
+def check_before_compute(request: TrainingRequest, patient: bool = False) -> tuple[Recipe, Workers]:
+    """As `check_request`. Raises TrackingError as well, if MLflow does not answer, or has lost the experiment.
+
+    Args:
+        patient: whether servers that are away for some minutes are waited for: where nobody is, who would start the run again.
+    """
+    for delay in [*(DELAYS if patient else ()), None]:
+        try:
+            checked = check_request(request)
+            open_tracking(settings())
+            return checked
+        except (StoreError, Unreachable) as error:
+            if delay is None:
+                raise
+            say(f"{error} Looking again in {delay:.0f} s.")
+            time.sleep(delay)
+    raise AssertionError("the last try returns or raises")
 
 
 def check_request(request: TrainingRequest) -> tuple[Recipe, Workers]:

@@ -16,7 +16,7 @@ from diffusion.errors import RunBusy
 from diffusion.jobs.lock import lock_folder
 from diffusion.settings import settings
 from diffusion.store import layout
-from diffusion.store.objects import Store, open_store
+from diffusion.store.objects import FolderStore, Store, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion_log import past_champions
 from diffusion.tracking.retention import find_superseded
@@ -74,6 +74,10 @@ def clean_up(
         done += version.paths()
         if not dry_run:
             delete_version(client, version)
+    for path in store.unfinished() if isinstance(store, FolderStore) else ():
+        done.append(str(path))
+        if not dry_run:
+            path.unlink(missing_ok=True)
     heading = f"{'Would be deleted' if dry_run else 'Deleted'}: {len(done)}"
     say(heading)
     create_markdown_artifact("\n".join([f"# {heading}", "", *(f"- `{line}`" for line in done)]) + "\n", key="clean-up")

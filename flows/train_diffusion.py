@@ -118,7 +118,7 @@ def train_diffusion(
         end_with_worker()
         be_the_only_run(settings().home, str(runtime.flow_run.name), str(runtime.flow_run.id))
     use_block(settings().s3_block)
-    recipe, workers = check_before_compute(request)
+    recipe, workers = check_before_compute(request, patient=is_night())
     limit = time_limit or (NIGHT_HOURS if is_night() else None)
     course.begin(recipe, limit and limit * 3600)
     archive = find_source(request.source, request.options())

@@ -56,6 +56,8 @@ START = timedelta(minutes=10)
 """From taking a run to its first state: seconds, but on a busy machine. Prefect holds its slot as long (prefect.yaml)."""
 ONCE = timedelta(minutes=10)
 """A run that has failed may be called crashed as well by whoever finds it dead: so long it is one failure."""
+LATE = timedelta(hours=1)
+"""After which a run that no worker has taken is told of."""
 TAKEN = ("Pending", "Submitting", "InfrastructurePending")
 STARTED = ("Running", "Retrying", "AwaitingRetry", "Cancelling", "Completed", "Failed", "Cancelled", "Crashed")
 
@@ -96,7 +98,7 @@ def zombies() -> list[AutomationCore]:
 
 
 def notifications(block: str, block_id: UUID) -> list[AutomationCore]:
-    """The automations that tell a block of failures, of nights that were not run, and of promotions."""
+    """The automations that tell a block of failures, of runs that were left out or that nobody takes, and of promotions."""
     of_the_flows, night = (
         ResourceSpecification(OF_THE_FLOWS),
         ResourceSpecification({"prefect.resource.id": f"prefect.tag.{BY_SCHEDULE}"}),
@@ -111,6 +113,17 @@ def notifications(block: str, block_id: UUID) -> list[AutomationCore]:
         expect=events("Cancelled"),
     )
     promotion = EventTrigger(expect={PROMOTED})
+    # Its worker, which would have taken it, has ended, or the server has forgotten it.
+    not_begun = EventTrigger(
+        match=ResourceSpecification(FLOW_RUNS),
+        match_related=of_the_flows,
+        after=events("Late"),
+        expect=events(*TAKEN, *STARTED),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=LATE,
+    )
     link = "{{ flow_run|ui_url }}"
     told = {
         "failures": (
@@ -123,6 +136,11 @@ def notifications(block: str, block_id: UUID) -> list[AutomationCore]:
             "A scheduled run was left out",
             "{{ flow_run.name }}, due {{ flow_run.expected_start_time }}: another run of its deployment was under way.\n"
             + link,
+        ),
+        "runs that nobody takes": (
+            not_begun,
+            "A run has not begun",
+            "{{ flow_run.name }}, due {{ flow_run.expected_start_time }}, waits for a worker: does one run?\n" + link,
         ),
         "promotions": (promotion, "A new model is live", "{{ event.payload['text'] }}"),
     }

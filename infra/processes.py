@@ -34,6 +34,8 @@ STACK = HOME / "stack"
 BIN = Path(sys.executable).parent
 READY_SECONDS = 300
 STOP_SECONDS = 30
+LONGEST_LOG = 20_000_000
+"""Bytes; a longer one makes room for a new one at the next start, and stays until there is another."""
 
 
 class NotReady(SystemExit):
@@ -60,7 +62,10 @@ def base_environment(*withheld: str) -> dict[str, str]:
 
 def start(name: str, command: list[str], env: dict[str, str]) -> None:
     """Start one process of the stack and remember it by pid and start: a pid alone may be somebody else's one day."""
-    with (STACK / f"{name}.log").open("ab") as log:
+    said = STACK / f"{name}.log"
+    if said.exists() and said.stat().st_size > LONGEST_LOG:
+        said.replace(STACK / f"{name}.log.1")
+    with said.open("ab") as log:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )

@@ -55,6 +55,16 @@ from diffusion.trust.private import read_private, use_private_home, write_privat
 from diffusion.trust.redaction import fit_to_leave
 from flows.keyring import PASSWORD, TOKEN, known_password, new_password
 
+WORKER = [
+    sys.executable,
+    "infra/patient_worker.py",
+    "worker",
+    "start",
+    "--pool",
+    "train-diffusion",
+    "--type",
+    "process",
+]
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 """What there may be of it, in the order in which it is stopped."""
@@ -187,9 +197,7 @@ def up(register: bool = True) -> None:
             except SystemExit:
                 down()  # servers without a worker are of no use
                 raise
-        start(
-            "worker", [str(BIN / "prefect"), "worker", "start", "--pool", "train-diffusion", "--type", "process"], env
-        )
+        start("worker", WORKER, env)
         write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
         write_private(ELSEWHERE, "\n".join(filter(is_elsewhere, PLACES)))
         if SETTINGS.exists():

@@ -17,7 +17,16 @@ FIRST = (
     ["prefect", "--no-prompt", "deploy", "--all"],
 )
 READY = Path("/tmp/ready")  # noqa: S108  in a container of its own; its health check looks for it
-WORKER = ["prefect", "worker", "start", "--pool", "train-diffusion", "--type", "process"]
+WORKER = [
+    sys.executable,
+    "infra/patient_worker.py",
+    "worker",
+    "start",
+    "--pool",
+    "train-diffusion",
+    "--type",
+    "process",
+]
 
 
 def main() -> int:

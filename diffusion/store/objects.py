@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ PART_BYTES = 16 << 20
 OBJECT_BYTES = 16 << 30
 """No object of ours has more; what has is not read to its end."""
 COPIES_BYTES = 8 << 30
+UNFINISHED_SECONDS = 24 * 3600
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -145,6 +147,11 @@ class FolderStore:
         return sorted(
             name for name in found if name.startswith(prefix) and not name.endswith(".part") and is_object_path(name)
         )
+
+    def unfinished(self) -> list[Path]:
+        """What writes have left that were killed more than a day ago."""
+        found = [path for path in self.folder.rglob(".*.part") if path.is_file() and not path.is_symlink()]
+        return sorted(path for path in found if path.stat().st_mtime < time.time() - UNFINISHED_SECONDS)
 
     def delete(self, name: str) -> None:
         target = self.path(name)

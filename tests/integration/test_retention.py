@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from diffusion.recipe import Start
 from diffusion.settings import settings
-from diffusion.store.objects import open_store
+from diffusion.store.objects import FolderStore, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion_log import past_champions
 from diffusion.tracking.run import RUN_KEY, START_TAG
@@ -115,12 +117,22 @@ def weights() -> int:
 def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: MlflowClient) -> None:
     from flows.clean_up import clean_up
 
-    assert past_champions(open_store(settings().store_uri), 10) == {MODEL: ["1", "4"]}
+    store = open_store(settings().store_uri)
+    assert isinstance(store, FolderStore)
+    assert past_champions(store, 10) == {MODEL: ["1", "4"]}
+    killed, under_way = (
+        store.folder / f"checkpoints/.model.safetensors.{name}.part" for name in ("killed", "under way")
+    )
+    for path in (killed, under_way):
+        path.write_bytes(b"half of it")
+    os.utime(killed, (time.time() - 100_000,) * 2)
     would = clean_up(keep_runs=1, keep_versions=1, dry_run=True)
     assert left(six_nights) == ([f"r{n}" for n in range(6)], [str(n) for n in range(1, 7)])
     assert weights() == 6
     assert clean_up(keep_runs=1, keep_versions=1) == would
     assert weights() == 3, "as many files as versions"
+    assert str(killed) in would
+    assert [killed.exists(), under_way.exists()] == [False, True]
     assert left(six_nights) == (["r0", "r1", "r2", "r3", "r5"], ["1", "4", "6"])
     assert clean_up(keep_runs=1, keep_versions=1) == [], "a repetition found something"
     # What is copied into a model of the user's own lives on, with the run that it came from.
