@@ -68,14 +68,25 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
                 f"The recipe '{shown(preset)}' or an override sets seed, a parameter of the run: -p seed=5, in the demo --seed 5."
             )
         values["seed"] = seed
+    return _checked(values, f"'{shown(preset)}'{' with these overrides' if overrides else ''}")
+
+
+def with_evaluation(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """The recipe with other values of `evaluation`, named with that word before the dot or without. Raises RecipeError."""
+    values = recipe.model_dump(mode="json")
+    for key, value in overrides.items():
+        _override(values, key if key.startswith("evaluation.") else f"evaluation.{key}", value)
+    return _checked(values, f"'{recipe.name}' with these values")
+
+
+def _checked(values: dict[str, Any], which: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
         )
-        with_overrides = " with these overrides" if overrides else ""
-        raise RecipeError(f"The recipe '{shown(preset)}'{with_overrides} can't be used: {problems}.") from error
+        raise RecipeError(f"The recipe {which} can't be used: {problems}.") from error
     if (
         recipe.needs_class and recipe.evaluation.guidance != 1
     ):  # not a rule of recipes: what was trained so stays readable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,11 @@ from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, StoreError
 from diffusion.evaluation.figures import headline, metrics
 from diffusion.evaluation.scores import Scores
-from diffusion.features.identity import find_own
+from diffusion.features.identity import find_own, identify
 from diffusion.presentation.card import Card
 from diffusion.presentation.markdown import fit_description
-from diffusion.recipe import Recipe
+from diffusion.recipe import Evaluation, Recipe
+from diffusion.settings import InceptionSource
 from diffusion.store.objects import Store
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.promotion import champion_version
@@ -37,6 +40,15 @@ PROTOCOL = "4: fixed noise by sample index, classes in proportion"
 REQUIREMENTS = ("torch", "numpy", "pillow", "tifffile", "pydantic", "pyyaml", "safetensors")
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
 """A request: the model takes no input, only parameters."""
+
+
+def evaluation_name(
+    store: Store, dataset: Manifest, weights: str | None, evaluation: Evaluation, inception: InceptionSource | None
+) -> str:
+    """What the scores of a checkpoint are called that are not by its own recipe: all that they depend on decides about it."""
+    by = [identify(one, store, dataset, inception).sha256 for one in evaluation.extractors]
+    known = [PROTOCOL, by, dataset.digest, weights, evaluation.model_dump(mode="json")]
+    return f"as-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def protocol(recipe: Recipe) -> str:

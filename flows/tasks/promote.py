@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
@@ -13,11 +11,10 @@ from prefect.events import emit_event
 
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError
 from diffusion.evaluation.scores import find_scores
-from diffusion.features.identity import identify
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
-from diffusion.tracking.registry import PROTOCOL
+from diffusion.tracking.registry import evaluation_name
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
 from flows.engines.engine import Job
@@ -78,9 +75,7 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
         evaluation = evaluation.model_copy(update={"guidance": 1.0})
     before = scores_of(champion, run.store)
     weights = before.weights if before else None
-    by = [identify(one, run.store, run.dataset, run.settings.inception).sha256 for one in evaluation.extractors]
-    known = [PROTOCOL, by, run.dataset.digest, weights, evaluation.model_dump(mode="json")]
-    name = f"as-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]}"
+    name = evaluation_name(run.store, run.dataset, weights, evaluation, run.settings.inception)
     wanted = (run.store, start.run, start.step, evaluation.samples, name, state.digest)
     scores = find_scores(*wanted)
     if scores is None:

@@ -1,0 +1,233 @@
+"""Score a model again, in another way, or beside another one: no training is repeated.
+
+python -m flows.commands.score MODEL [--set guidance=2 …] [--against MODEL] [--processes 2]
+
+MODEL is a version, as eurosat-ddpm@champion or eurosat-ddpm/3, or a run by the name of its folder in the store's `checkpoints/`.
+--set replaces values of the recipe's part `evaluation`. Two models are scored alike, from the same noise, and compared as a promotion
+compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+
+from mlflow.exceptions import MlflowException
+
+from diffusion.data.ingest import find_dataset
+from diffusion.data.manifest import Manifest
+from diffusion.errors import DataError, UserError
+from diffusion.evaluation.comparison import Difference, compare, load_evidence
+from diffusion.evaluation.figures import table
+from diffusion.evaluation.reference import Reference, load_reference
+from diffusion.evaluation.scores import Scores, find_scores
+from diffusion.features.identity import identify
+from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob
+from diffusion.recipe import Recipe
+from diffusion.recipe_files import with_evaluation
+from diffusion.settings import Settings, settings
+from diffusion.store import layout
+from diffusion.store.objects import Store, open_store
+from diffusion.tracking.experiment import open_tracking
+from diffusion.tracking.registry import evaluation_name
+from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
+from diffusion.trust.private import use_private_home
+from diffusion.trust.redaction import redact_logs
+from flows.engines.local import Local, usable_processes
+from flows.launcher import Listener, run_job
+from flows.plugins.credentials import use_block
+from flows.run import job_fields
+from flows.tasks.plan import start_at
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is scored."""
+
+    name: str
+    """As it was asked for."""
+    run: str
+    state: CheckpointState
+    """Its checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """And what came of it."""
+
+    scores: Scores
+    evaluation: str
+    """The name of the evaluation, where its pictures lie in the store."""
+
+
+def main() -> int:
+    """Returns 0, or 1 with a sentence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--against", metavar="MODEL")
+    parser.add_argument("--processes", type=int)
+    arguments = parser.parse_args()
+    if wrong := [item for item in arguments.set if "=" not in item]:
+        parser.error(f"--set takes KEY=VALUE, not '{wrong[0]}'")
+    try:
+        os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
+        use_private_home(settings().home)
+        redact_logs()
+        use_block(settings().s3_block)
+        scorer = Scorer(settings(), arguments.processes)
+        first = scorer.find(arguments.model)
+        recipe = with_evaluation(first.state.recipe, dict(item.split("=", 1) for item in arguments.set))
+        dataset = scorer.dataset(first)
+        scored = scorer.score(first, recipe, dataset)
+        print_figures(first.name, scored.scores)
+        print(f"\nsamples: {scorer.store.uri}/{layout.picture(first.run, first.state.step, 'grid', scored.evaluation)}")
+        if arguments.against:
+            second = scorer.find(arguments.against)
+            other = scorer.score(second, recipe, dataset)
+            print_figures(second.name, other.scores)
+            scorer.compare((first, scored), (second, other), scorer.reference(recipe, dataset))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Scorer:
+    """Scores models of a store."""
+
+    def __init__(self, environment: Settings, processes: int | None) -> None:
+        self.environment, self.processes = environment, processes
+        self.store: Store = open_store(environment.store_uri)
+
+    def find(self, name: str) -> Subject:
+        """The model of that name. Raises DataError if there is none."""
+        if "@" in name or "/" in name:
+            client, _ = open_tracking(self.environment)
+            model, at, alias = name.partition("@")
+            try:
+                version = (
+                    client.get_model_version_by_alias(model, alias)
+                    if at
+                    else client.get_model_version(*name.rsplit("/", 1))
+                )
+            except MlflowException as error:
+                raise DataError(f"MLflow has no {name}: {error.message}.") from None
+            start = start_at(version)
+            return Subject(name, start.run, load_state(self.store, start.run, start.step))
+        steps = steps_with_checkpoint(self.store, name)
+        if not steps:
+            raise DataError(
+                f"The store {self.store.uri} has no checkpoint of a run {name}. Versions are named eurosat-ddpm@champion or "
+                "eurosat-ddpm/3."
+            )
+        return Subject(name, name, load_state(self.store, name, max(steps)))
+
+    def dataset(self, subject: Subject) -> Manifest:
+        """What a model was trained on. Raises DataError if it is gone."""
+        dataset = find_dataset(self.store, subject.state.dataset)
+        if dataset is None:
+            raise DataError(f"The store {self.store.uri} lacks the dataset {subject.state.dataset} of {subject.name}.")
+        return dataset
+
+    def score(self, subject: Subject, recipe: Recipe, dataset: Manifest) -> Scored:
+        """The scores of a model by a recipe's evaluation on a dataset: those that are there, or made now."""
+        evaluation, run, state = recipe.evaluation, subject.run, subject.state
+        if state.recipe.needs_class:  # it can't be guided
+            evaluation = evaluation.model_copy(update={"guidance": 1.0})
+        self._measure(recipe, dataset)
+        own = find_scores(self.store, run, state.step, state.recipe.evaluation.samples, checkpoint=state.digest)
+        weights = own.weights if own else None
+        name = evaluation_name(self.store, dataset, weights, evaluation, self.environment.inception)
+        wanted = (self.store, run, state.step, evaluation.samples, name, state.digest)
+        if find_scores(*wanted) is None:
+            spec = EvaluationJob(
+                **job_fields(run, dataset, self.environment),
+                step=state.step,
+                samples=evaluation.samples,
+                evaluation=evaluation,
+                name=name,
+                weights=weights,
+                inception=self.environment.inception,
+            )
+            self._job("diffusion.evaluation.job", spec, recipe)
+        scores = find_scores(*wanted)
+        assert scores is not None
+        return Scored(scores, name)
+
+    def reference(self, recipe: Recipe, dataset: Manifest, at: int = 0) -> Reference:
+        """Real images under one of the extractors, by default the one that decides. Raises DataError if there is none."""
+        known = identify(recipe.evaluation.extractors[at], self.store, dataset, self.environment.inception)
+        name = layout.reference(dataset.digest, known.name, known.sha256, recipe.data.image_size)
+        return load_reference(self.store, name)
+
+    def _measure(self, recipe: Recipe, dataset: Manifest) -> None:
+        for at, kind in enumerate(recipe.evaluation.extractors):
+            try:
+                self.reference(recipe, dataset, at)
+            except DataError:
+                spec = ReferenceJob(
+                    **job_fields("reference", dataset, self.environment),
+                    image_size=recipe.data.image_size,
+                    extractor=kind,
+                    inception=self.environment.inception,
+                )
+                self._job("diffusion.evaluation.measure_reference", spec, recipe)
+
+    def _job(self, module: str, spec: JobSpec, recipe: Recipe) -> None:
+        processes, threads = usable_processes(recipe, self.processes), Local().threads(recipe)
+        said: list[str] = []
+
+        def told(progress: dict[str, object]) -> None:
+            if (stage := str(progress["stage"])) not in said:
+                said.append(stage)
+                print(f"{stage} …", file=sys.stderr, flush=True)
+
+        folder = self.environment.runs / "scored" / spec.run
+        run_job(module, spec, folder, processes, Listener(on_progress=told), threads)
+
+    def compare(self, new: tuple[Subject, Scored], old: tuple[Subject, Scored], reference: Reference) -> None:
+        """Print by how much the first is off from the second. Raises DataError where one is not at its training's end."""
+        for subject, scored in (new, old):
+            if scored.scores.evidence_sha256 is None:
+                raise DataError(
+                    f"{subject.name} is not at its training's end: only there is kept what models are compared by."
+                )
+        first, second = (load_evidence(self.store, one.run, by.scores, by.evaluation) for one, by in (new, old))
+        found = compare(first, second, reference.train)
+        print(f"\n{new[0].name} less {old[0].name}, sample by sample, with the 95 % interval; lower is better:")
+        for name, one in (
+            ("fid", found.fid),
+            ("bits_per_dim", found.bits_per_dim),
+            ("memorisation", found.memorisation),
+        ):
+            if one is not None:
+                print(f"{name:>14}  {_said(one)}")
+
+
+def _said(one: Difference) -> str:
+    verdict = "lower" if one.high < 0 else "higher" if one.low > 0 else "as far as can be told, alike"
+    return f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f}): {verdict}"
+
+
+def print_figures(title: str, scores: Scores) -> None:
+    """All figures, with their errors and what real images have."""
+    rows = [
+        (
+            name,
+            f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else ""),
+            f"{real:.4g}" if real is not None else "",
+        )
+        for name, value, error, real in table(scores)
+    ]
+    width, middle = max(len(name) for name, _, _ in rows), max(len(value) for _, value, _ in rows)
+    print(f"\n{title}: {scores.weights} after {scores.images_seen:,} images\n")
+    print(f"{'':>{width}}  {'':{middle}}  real images")
+    for name, value, real in rows:
+        print(f"{name:>{width}}  {value:{middle}}  {real}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
