@@ -63,7 +63,7 @@ class Data(Part):
     window_shards: int = Field(default=8, gt=0, le=2**16)
     """Whole shards that are shuffled together."""
     horizontal_flip: bool = True
-    """Mirror every second image left to right, the symmetry that patches break least (docs/experiments.md)."""
+    """Mirror about half of the images left to right, one of the symmetries that patches break least (docs/experiments.md)."""
     quarter_turns: float = Field(default=0.0, ge=0, lt=1)
     """Share of images turned by one, two or three quarters. The network is told, and samples as if by none. With the
     mirror, all eight symmetries of the square."""

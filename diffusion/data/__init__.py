@@ -1,1 +1,1 @@
-"""From the EuroSAT archive to batches: source, shards and manifest, object store, loader. No torch in here."""
+"""From images of any source to arrays in the order of a recipe: sources, shards and manifest, loader. No torch in here."""

@@ -1,4 +1,4 @@
-"""What identifies an extractor and its reference, without loading either. No torch in here."""
+"""What identifies an extractor, without loading it. No torch in here."""
 
 from __future__ import annotations
 

@@ -95,7 +95,6 @@ class Recorder:
                 "model_flops_utilisation": round(speed / self._most, 4),
                 "data_wait_share": round(self._waited / seconds, 4),
                 "peak_memory_bytes": memory,
-                "seconds_left": round(remaining, 1),
             }
         )
         self._progress.write("training", step, self.until, f"loss {loss:.4f}, {speed:,.0f} images/s")

@@ -1,1 +1,1 @@
-"""The tasks of the flow, one a file: each is one box of the picture in the README, and runs twice without harm."""
+"""The tasks of the flow, one a file: each is one box of the picture in docs/architecture.md, and runs twice without harm."""

@@ -28,6 +28,7 @@ from tests.conftest import PATIENCE, free_port
 from tests.processes import family
 from tests.running import Training
 from tests.stack import Project
+from tests.typed import blocks
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,28 @@ def test_changed_files_are_refused_before_their_code_runs(
         assert not marker.exists()
         path.unlink() if before is None else path.write_bytes(before)
     diffusion.load(f"models:/{MODEL}/1")
+
+
+def test_a_model_is_scored_in_another_way_and_beside_another_by_the_words_of_the_page(
+    training: Training, stack: Project
+) -> None:
+    (typed,) = blocks("docs/promotion.md", "Score a model in another way", "")
+    another, beside = (
+        stack.shell("bash", "-ec", f'eval "$(make env)"\n{line.replace("eurosat-ddpm", MODEL)}')
+        for line in typed.strip().splitlines()
+    )
+    assert another.returncode == 0, another.stderr[-3000:]
+    assert "sampling …" in another.stderr
+    samples = Path(another.stdout.rpartition("samples: ")[2].strip().removeprefix("file://"))
+    assert samples.read_bytes().startswith(b"\x89PNG")
+    assert beside.returncode == 0, beside.stderr[-3000:]
+    assert f"{MODEL}@champion less {MODEL}/1" in beside.stdout
+    assert beside.stdout.count("+0.000 (+0.000 to +0.000): as far as can be told, alike") == 3, beside.stdout
+    fids = [line for line in beside.stdout.splitlines() if line.strip().startswith("fid_eurosat") or " fid_own" in line]
+    assert len({*fids}) < len(fids), "both are one model"
+    wrong = stack.shell(sys.executable, "-m", "flows.commands.score", "no-such-run", "--set", "guidence=2")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "has no checkpoint of a run no-such-run" in wrong.stderr
 
 
 def test_a_server_of_a_model_answers_and_can_be_ended_while_it_draws_for_somebody_who_has_left(
