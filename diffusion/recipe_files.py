@@ -95,7 +95,28 @@ def _checked(values: dict[str, Any], which: str) -> Recipe:
             "a class; with network.label_dropout 0 it never learns that. Set label_dropout above 0 (0.1), or guidance to 1."
         )
     _check_evaluation(recipe)
+    _check_effects(recipe)
     return recipe
+
+
+def _check_effects(recipe: Recipe) -> None:
+    """What was asked for and would change nothing, or another thing than meant."""
+    objective, evaluation = recipe.objective, recipe.evaluation
+    idle = {
+        "objective.weighting is for objective.loss simple or hybrid": objective.loss == "vlb"
+        and objective.weighting != "none",
+        "objective.error absolute is for objective.loss simple or hybrid": objective.loss == "vlb"
+        and objective.error == "absolute",
+        "objective.gamma above 2 is for objective.weighting min_snr; p2 takes 0.5 or 1 (Choi et al. 2022, arXiv:2204.00227)": (
+            objective.weighting == "p2" and objective.gamma > 2
+        ),
+        "evaluation.eta is for evaluation.sampler ddim": evaluation.eta > 0 and evaluation.sampler != "ddim",
+        "evaluation.guidance needs network.class_conditional": evaluation.guidance != 1
+        and not recipe.network.class_conditional,
+    }
+    for sentence, holds in idle.items():
+        if holds:
+            raise RecipeError(f"{sentence}: as it is, it would not do what it says.")
 
 
 FEWEST_SAMPLES = 10

@@ -21,6 +21,8 @@ EXTRAPOLATION_SIZES = 8
 NEIGHBOURS = 5
 MANIFOLD_SAMPLES = 4000
 HELD_OUT_QUANTILE = 0.05
+SAME = 1e-3
+"""Of the distance to neighbours: what lies nearer is the same image."""
 MOMENT_ROWS = 8192  # of features that are float64 at once
 ROWS = 512  # of a distance matrix held at once
 
@@ -206,7 +208,7 @@ class Memorisation:
     nearest: NDArray[np.int64]
     """Index of the nearest training image of each sample."""
     distances: NDArray[np.float64]
-    """Its distance, relative to that image's own nearest neighbour's."""
+    """Its distance, relative to that of that image's own `NEIGHBOURS`-th neighbour."""
     close: NDArray[np.bool_]
     """Which samples the ratio counts: those closer than all but 5 % of the held-out images."""
 
@@ -214,8 +216,9 @@ class Memorisation:
 def nearest_copies(train: Features, held_out: Features, samples: Features) -> Memorisation:
     """Compare how near to a training image samples and held-out real images lie.
 
-    A distance is taken relative to the one from that training image to its own nearest: else the classes whose images are
-    all alike, such as open water, would be the only ones that count.
+    A distance is taken relative to the one from that training image to its own neighbours: else the classes whose images are
+    all alike, such as open water, would be the only ones that count. To a few neighbours on, since an image may be there twice, and
+    held-out images that are training images as well set no measure: copies of either are copies.
     """
     train = train.astype(np.float64)
     relative, nearest = [], []
@@ -223,10 +226,11 @@ def nearest_copies(train: Features, held_out: Features, samples: Features) -> Me
         distances, found = _nearest(features.astype(np.float64), train, 1)
         neighbours, place = np.unique(found[:, 0], return_inverse=True)
         # The nearest of its own set is the point itself.
-        own = _nearest(train[neighbours], train, 2)[0][:, 1]
+        own = _nearest(train[neighbours], train, min(NEIGHBOURS + 1, len(train)))[0][:, -1]
         relative.append(distances[:, 0] / np.maximum(own[place], np.finfo(np.float64).tiny))
         nearest.append(found[:, 0])
-    threshold = np.quantile(relative[1], HELD_OUT_QUANTILE)
+    new = relative[1] > SAME
+    threshold = np.quantile(relative[1][new], HELD_OUT_QUANTILE) if new.any() else SAME
     close = relative[0] < threshold
     spread = HELD_OUT_QUANTILE * (1 - HELD_OUT_QUANTILE) * (1 / len(samples) + 1 / len(held_out))
     error = float(np.sqrt(spread) / HELD_OUT_QUANTILE)

@@ -186,3 +186,15 @@ def test_memorisation_tells_copies_from_new_images() -> None:
     assert (copies.nearest == np.arange(800)).all()
     half = nearest_copies(train, held_out, np.concatenate([train[:400], fresh[:400]]))
     assert half.ratio == pytest.approx(10, abs=1.5)
+
+
+def test_images_that_are_there_twice_hide_no_copies() -> None:
+    rng = np.random.default_rng(0)
+    train, held_out, fresh = (rng.standard_normal((n, 8)).astype(np.float32) for n in (1500, 800, 800))
+    twice = np.concatenate([train, train])
+    leaked = np.concatenate([train[:80], held_out[80:]])  # a tenth of the test images are training images
+    for real, test in ((twice, held_out), (train, leaked), (twice, leaked)):
+        assert nearest_copies(real, test, train[:800]).ratio == pytest.approx(20)
+        new = nearest_copies(real, test, fresh)
+        assert abs(new.ratio - 1) < 4 * new.error
+    assert nearest_copies(train, train[:50], train[:50]).ratio == pytest.approx(20), "no test image is new"
