@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tests.processes import family
 from tests.running import Seen, look_at, stack_processes
 from tests.servers import Servers
 from tests.stack import Project, copy_project, running_project
-from tests.typed import blocks
+from tests.typed import ROOT, blocks
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +131,10 @@ def test_on_one_s_own_servers_a_rank_is_killed_nobody_else_is_heard_and_nothing_
             assert databases & {"prefect.db", "mlflow.db"} == (set() if programs() else {"prefect.db", "mlflow.db"})
             assert not (project.folder / "var/store").exists()
             somebody_else_s(project, own, archive, tmp_path / "elsewhere")
+            if programs():
+                (upgrade,) = re.findall(r"`(python -c .*mlflow\.db.*?)`", (ROOT / "docs/operations.md").read_text())
+                upgraded = project.shell("bash", "-c", f"source .venv/bin/activate && {upgrade}")
+                assert upgraded.returncode == 0, upgraded.stderr
         deadline = time.monotonic() + PATIENCE  # workers of Ray end a little after it
         while left := [pid for pid in ours if psutil.pid_exists(pid) and token in _environment(pid)]:
             assert time.monotonic() < deadline, f"make down leaves {left}"
