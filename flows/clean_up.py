@@ -23,9 +23,9 @@ from diffusion.tracking.retention import find_superseded
 from diffusion.training.state import checkpoint_names, steps_begun
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs, shown
+from flows.owner import FLOW_FOLDER
 from flows.plugins.credentials import use_block
 from flows.progress import say
-from flows.run import FLOW_FOLDER
 from flows.slot import keep_slots
 
 if TYPE_CHECKING:

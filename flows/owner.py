@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from prefect.states import Cancelled, Crashed, State
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion.errors import RunBusy, UserError
-from diffusion.jobs.lock import LOCK_SECONDS, lock_folder
+from diffusion.jobs.lock import LOCK, LOCK_SECONDS, lock_folder
 from diffusion.jobs.started import is_same, started
 from diffusion.tracking.run import OWNER_TAG, run_key
 from diffusion.trust.private import read_private, write_private
@@ -75,6 +76,9 @@ WORKER_DIED = "The worker that ran it has died."
 _why: list[str] = []
 """Why this process ends, if it knows."""
 MOST_TASKS = 200
+FLOW_FOLDER = "flow"
+"""Of a run's folder, what the flow locks; the folder itself is locked by its jobs."""
+SILENT_SECONDS = 240.0
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 
@@ -114,8 +118,28 @@ def is_dead(owner: Owner) -> bool:
         return True
 
 
+def is_gone(owner: Owner, folder: Path) -> bool:
+    """Whether a process of another machine is known to have left its run's folder, which this one sees as well.
+
+    Nobody holds the folder's lock then, and for some minutes nothing was written there. The lock alone would not do: some file systems
+    keep locks to one machine.
+    """
+    lock = folder / FLOW_FOLDER / LOCK
+    if owner.host == socket.gethostname() or not lock.exists():
+        return False
+    newest = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+    if time.time() - newest < SILENT_SECONDS:
+        return False
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody holds it; or there are no locks here
+            return False
+    return True
+
+
 def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str, runs: Path) -> None:
-    """Close the MLflow and Prefect runs that still say they run though their process here has ended.
+    """Close the MLflow and Prefect runs that still say they run though their process has ended: here, or on a machine that is gone.
 
     The flow run that asks may have died itself before, and be retried: its MLflow run is closed, and found by what follows.
 
@@ -128,14 +152,15 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
         owner = read_owner(tag)
         if owner is None and tag is not None:
             say(f"The MLflow run {run.info.run_id} does not say readably whose it is: it is left alone.")
-        if owner is None or not is_dead(owner):
+        key = run_key(run)
+        if owner is None or not (is_dead(owner) or (key and is_gone(owner, runs / key))):
             continue
         dead = f"Its process {owner.pid} on {owner.host} ended without a word; found by flow run {own_flow_run}."
         ending = _noted_ending(run, runs) or Ending(status="FAILED", reason=dead)
         if ending.reason:
             client.set_tag(run.info.run_id, "failure", fit_to_leave(ending.reason)[:5000])
         client.set_terminated(run.info.run_id, ending.status)
-        if key := run_key(run):  # told: of the next attempt it would be false
+        if key:  # told: of the next attempt it would be false
             (runs / key / ENDING).unlink(missing_ok=True)
         if flow_run != own_flow_run and ending.reason == dead:
             _crash_flow_run(flow_run, dead)

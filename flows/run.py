@@ -30,13 +30,19 @@ from flows.engines.engine import Job
 from flows.engines.known import engine
 from flows.engines.placement import Workers
 from flows.launcher import Listener
-from flows.owner import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending, this_process
+from flows.owner import (
+    ENDING,
+    FLOW_FOLDER,
+    Ending,
+    close_abandoned,
+    close_tasks_of_ended_runs,
+    note_ending,
+    this_process,
+)
 from flows.progress import Phase, attended, say
 from flows.request import TrainingRequest
 from flows.stopwatch import stopwatch
 
-FLOW_FOLDER = "flow"
-"""Of a run's folder, what the flow locks; the folder itself is locked by its jobs."""
 PROJECT = Path(__file__).resolve().parent.parent
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from diffusion.jobs.lock import LOCK, lock_folder
 from diffusion.jobs.started import started
 from diffusion.tracking.connection import connect
 from diffusion.tracking.experiment import open_experiment
 from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.sender import MetricsSender
 from diffusion.training.journal import COMMITTED, JOURNAL, TIMING, Journal
-from flows.owner import ENDING, Ending, close_abandoned, this_process
+from flows.owner import ENDING, FLOW_FOLDER, Ending, close_abandoned, this_process
 from flows.run import close
 from tests.conftest import Ingested, Server, tiny_recipe
 from tests.faults.s3_proxy import Faults, proxy
@@ -111,6 +114,33 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     told = direct.get_run(silent.run_id)
     assert told.info.status == "FAILED"
     assert "ended without a word" in told.data.tags["failure"]
+
+
+def test_the_run_of_a_machine_that_is_gone_is_closed_and_of_one_that_lives_is_not(
+    mlflow_server: Server, ingested: Ingested, tmp_path: Path
+) -> None:
+    """As on a cluster, where a job begins again on another node, and sees what the first one wrote."""
+    client = connect(mlflow_server.url)
+    experiment = open_experiment(client, None)
+    elsewhere = json.dumps(json.loads(this_process()) | {"host": "a node that is gone"})
+    keys = ("gone", "locked", "writing", "not seen here")
+    runs = {}
+    for key in keys:
+        lineage = replace(LINEAGE, run=key.replace(" ", "-"), name=key, owner=elsewhere)
+        run = TrackedRun.open(client, experiment, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
+        runs[key] = run.run_id
+        if key != "not seen here":
+            lock_folder(tmp_path / lineage.run / FLOW_FOLDER).close()
+            for path in tmp_path.joinpath(lineage.run).rglob("*"):
+                os.utime(path, (time.time() - 600,) * 2)
+    (tmp_path / "writing" / "progress.json").write_text("{}")
+    with (tmp_path / "locked" / FLOW_FOLDER / LOCK).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        close_abandoned(client, experiment, LINEAGE.flow_run_id, tmp_path)
+    states = {key: client.get_run(run_id).info.status for key, run_id in runs.items()}
+    assert states == {"gone": "FAILED", "locked": "RUNNING", "writing": "RUNNING", "not seen here": "RUNNING"}
+    for run_id in runs.values():
+        client.set_terminated(run_id, "KILLED")
 
 
 def heal_once_asked(faults: Faults) -> None:
