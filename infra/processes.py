@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -58,6 +60,28 @@ def base_environment(*withheld: str) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MPLCONFIGDIR": str(HOME / "matplotlib"),
     }
+
+
+@contextlib.contextmanager
+def alone(wait: bool = True) -> Iterator[bool]:
+    """While nothing else starts or stops the stack: two that do would each see half of it. Yields whether it is so.
+
+    Args:
+        wait: until another one is done, which is said.
+    """
+    if not STACK.exists():  # the first start of all makes it, private
+        yield True
+        return
+    with (STACK / "changing.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                yield False
+                return
+            print("another command starts or stops the servers: waiting for its end …", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield True
 
 
 def start(name: str, command: list[str], env: dict[str, str]) -> None:

@@ -166,8 +166,11 @@ class Kept:
         if now - self.started.get(name, -SLOWEST_SECONDS) < wait:
             return
         _, command, env = self.seen[name]
-        print(f"{name} has ended: it is started again", flush=True)
-        processes.start(name, command, env)
+        with processes.alone(wait=False) as alone:
+            if not alone or not pid_file.exists():
+                return  # somebody is about to start or stop it
+            print(f"{name} has ended: it is started again", flush=True)
+            processes.start(name, command, env)
         self.started[name], self.wait[name] = time.monotonic(), min(SLOWEST_SECONDS, 2 * wait or LOOK_SECONDS)
 
 

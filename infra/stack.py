@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 from databases import OWN_DATABASES, make_databases_current
@@ -29,6 +29,7 @@ from processes import (
     PROJECT,
     STACK,
     NotReady,
+    alone,
     base_environment,
     check_port,
     environment_of,
@@ -361,7 +362,8 @@ def obey(commands: dict[str, Callable[[], None]], usage: str | None) -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         raise SystemExit(usage)
     try:
-        commands[sys.argv[1]]()
+        with alone() if sys.argv[1] in ("up", "down", "password") else nullcontext():
+            commands[sys.argv[1]]()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

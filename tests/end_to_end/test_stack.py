@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import io
 import json
 import re
@@ -463,6 +464,15 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     assert "False" in paused.stdout, "a pause stays"
     assert f"{servers['MLFLOW_TRACKING_URI']}/#/experiments/1/runs?viewStateShareKey=train-diffusion" in again.stdout
     assert {process.pid for process in stack_processes(stack)} == before
+
+    with (stack.folder / "var/stack/changing.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            [*up], cwd=stack.folder, env=stack.env | ports, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert second.stdout is not None
+        assert "another command starts or stops the servers: waiting" in second.stdout.readline()
+    assert "nothing is started anew" in second.communicate()[0]
 
     wrong = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"})
     assert wrong.returncode == 0, wrong.stderr
