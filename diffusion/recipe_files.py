@@ -110,7 +110,6 @@ def _check_effects(recipe: Recipe) -> None:
         "objective.gamma above 2 is for objective.weighting min_snr; p2 takes 0.5 or 1 (Choi et al. 2022, arXiv:2204.00227)": (
             objective.weighting == "p2" and objective.gamma > 2
         ),
-        "evaluation.eta is for evaluation.sampler ddim": evaluation.eta > 0 and evaluation.sampler != "ddim",
         "evaluation.guidance needs network.class_conditional": evaluation.guidance != 1
         and not recipe.network.class_conditional,
     }

@@ -1,14 +1,18 @@
 """The worker outlives an absence of Prefect's server, however long, and nothing else that is wrong."""
 
 import asyncio
-import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import httpx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "infra"))
-import patient_worker
+# By its path: on sys.path, infra/ would hide a module of Python's own.
+_spec = spec_from_file_location("patient_worker", Path(__file__).parents[2] / "infra" / "patient_worker.py")
+assert _spec is not None
+assert _spec.loader is not None
+patient_worker = module_from_spec(_spec)
+_spec.loader.exec_module(patient_worker)
 
 
 class Enough(Exception):

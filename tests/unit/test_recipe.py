@@ -50,7 +50,6 @@ def test_an_unknown_override_is_answered_with_the_nearest() -> None:
         ({"network.label_dropout": 0}, "never learns that"),
         ({"objective.weighting": "p2"}, "p2 takes 0.5 or 1"),
         ({"objective.weighting": "min_snr", "objective.loss": "vlb"}, "for objective.loss simple"),
-        ({"evaluation.eta": 0.5}, "sampler ddim"),
         ({"network.class_conditional": False}, "guidance needs"),
         ({"evaluation.extractors": []}, "at least one"),
         ({"evaluation.extractors": ["eurosat", "eurosat"]}, "none twice"),
