@@ -125,7 +125,7 @@ def received(stack: Project, mails: tuple[int, list[str]]) -> Iterator[list[dict
     refused = stack.shell(
         sys.executable, "infra/automations.py", env=env | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"}
     )
-    assert "names the block 'custom-webhook/nobody', which Prefect does not have" in refused.stderr
+    assert "names the block 'custom-webhook/nobody', which Prefect does not have" in refused.stdout
     installed = stack.shell(sys.executable, "infra/automations.py", env=env)
     assert installed.returncode == 0, installed.stderr
     yield told
