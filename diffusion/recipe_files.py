@@ -68,7 +68,9 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
                 f"The recipe '{shown(preset)}' or an override sets seed, a parameter of the run: -p seed=5, in the demo --seed 5."
             )
         values["seed"] = seed
-    return _checked(values, f"'{shown(preset)}'{' with these overrides' if overrides else ''}")
+    recipe = _checked(values, f"'{shown(preset)}'{' with these overrides' if overrides else ''}")
+    _check_effects(recipe)
+    return recipe
 
 
 def with_evaluation(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
@@ -95,7 +97,6 @@ def _checked(values: dict[str, Any], which: str) -> Recipe:
             "a class; with network.label_dropout 0 it never learns that. Set label_dropout above 0 (0.1), or guidance to 1."
         )
     _check_evaluation(recipe)
-    _check_effects(recipe)
     return recipe
 
 

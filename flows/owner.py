@@ -127,14 +127,14 @@ def is_gone(owner: Owner, folder: Path) -> bool:
     lock = folder / FLOW_FOLDER / LOCK
     if owner.host == socket.gethostname() or not lock.exists():
         return False
-    newest = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    if time.time() - newest < SILENT_SECONDS:
-        return False
-    with lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # somebody holds it; or there are no locks here
+    try:
+        newest = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+        if time.time() - newest < SILENT_SECONDS:
             return False
+        with lock.open("r+b") as file:  # NFS locks only what may be written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody holds it, or has just renamed what was looked at; or there are no locks here
+        return False
     return True
 
 

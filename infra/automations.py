@@ -26,7 +26,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.workers.process import ProcessWorker
 
 from diffusion.presentation.recipe_page import recipe_page
@@ -161,7 +161,9 @@ async def find_block(block: str) -> UUID | None:
     async with get_client() as client:
         try:
             return (await client.read_block_document_by_name(name, kind)).id
-        except ObjectNotFound:
+        except (ObjectNotFound, PrefectHTTPStatusError) as error:
+            if isinstance(error, PrefectHTTPStatusError) and error.response.status_code >= 500:
+                raise
             print(
                 f"WARNING: TRAIN_DIFFUSION_NOTIFY names the block '{block}', which Prefect does not have: nobody is told by it. Make "
                 "it on the Blocks page of Prefect's UI (prefect block ls lists them as type/name), then make up again."

@@ -1,7 +1,8 @@
-"""Prefect's worker, which does not give up while the server is away: `python infra/patient_worker.py worker start …`, as `prefect`.
+"""Prefect's worker, which does not give up while the server is away: `python -P infra/patient_worker.py worker start …`, as `prefect`.
 
 Prefect's own ends after a dozen polls without an answer, a minute and a half where the server answers that it is ill. Its runs, which
-need the server least of all, would end with it, and where nothing starts it again, so would all nights.
+need the server least of all, would end with it, and where nothing starts it again, so would all nights. -P: this folder's profile.py
+would hide Python's own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+from prefect._internal import observers
 from prefect.cli import app
 from prefect.workers import base
 
@@ -38,4 +40,5 @@ async def patient_loop(workload: Callable[..., Awaitable[Any]], **options: Any) 
 
 if __name__ == "__main__":
     base.critical_service_loop = patient_loop  # type: ignore[assignment]
+    observers.critical_service_loop = patient_loop  # type: ignore[assignment]  # by which it hears of cancellations
     app()

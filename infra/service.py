@@ -93,6 +93,8 @@ def install() -> None:
     use_private_home(processes.HOME)
     processes.STACK.mkdir(parents=True, exist_ok=True)
     stack.refuse_to_begin_empty()
+    if os.environ.get("EMPTY") == "1":
+        stack.ELSEWHERE.unlink(missing_ok=True)  # what is kept starts without that word
     stack.keep_settings()
     folder.mkdir(parents=True, exist_ok=True)
     unit.write_text(page())

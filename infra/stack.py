@@ -58,6 +58,7 @@ from flows.keyring import PASSWORD, TOKEN, known_password, new_password
 
 WORKER = [
     sys.executable,
+    "-P",
     "infra/patient_worker.py",
     "worker",
     "start",
@@ -201,7 +202,7 @@ def up(register: bool = True) -> None:
         start("worker", WORKER, env)
         write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
         write_private(ELSEWHERE, "\n".join(filter(is_elsewhere, PLACES)))
-        if SETTINGS.exists():
+        if register and SETTINGS.exists():  # else the settings are those that it ran with
             keep_settings()
         profile("follow")
         tell_where(addresses, runs())
@@ -233,7 +234,7 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
 
 def keep_settings() -> None:
     """Note the settings of this shell, with which `make service` starts all of it again."""
-    told = {name: value for name, value in os.environ.items() if name.startswith((*KEPT, *OF_THE_SHELL))}
+    told = {name: value for name, value in os.environ.items() if name.startswith(KEPT) or name in OF_THE_SHELL}
     write_private(SETTINGS, json.dumps(told, indent=1))
 
 
@@ -246,9 +247,7 @@ def refuse_to_begin_empty() -> None:
     """End with a sentence if this shell doesn't say where the runs, models or images of earlier starts are."""
     told = ELSEWHERE.read_text().split() if ELSEWHERE.exists() else []
     missing = [variable for variable in PLACES if variable in told and not is_elsewhere(variable)]
-    if os.environ.get("EMPTY") == "1":
-        ELSEWHERE.unlink(missing_ok=True)
-    elif missing:
+    if missing and os.environ.get("EMPTY") != "1":
         raise SystemExit(
             f"The servers here were last started with {' and '.join(missing)}, which this shell does not set: without, they would "
             f"begin anew on files in {HOME}. Set what is missing; or, if that is what you want, make up EMPTY=1."
@@ -305,6 +304,7 @@ def password() -> None:
         for variable, value in environment_of(process).items():
             if variable.startswith(KEPT):
                 os.environ.setdefault(variable, value)
+    refuse_to_begin_empty()  # before anything is changed
     made = new_password(STACK)
     if any(map(find, NAMES)):
         up(register=False)

@@ -19,6 +19,7 @@ FIRST = (
 READY = Path("/tmp/ready")  # noqa: S108  in a container of its own; its health check looks for it
 WORKER = [
     sys.executable,
+    "-P",
     "infra/patient_worker.py",
     "worker",
     "start",

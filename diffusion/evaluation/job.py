@@ -107,7 +107,7 @@ class Evaluation:
         """The classes of samples. None for an unconditional network."""
         if not self.recipe.network.class_conditional:
             return None
-        counts = np.bincount(self.references[0].train_labels, minlength=len(self.manifest.images.classes))
+        counts = self.references[0].of_classes(len(self.manifest.images.classes))
         return in_proportion(counts, indices.stop)[indices.start :]
 
     def choose(self) -> tuple[str, dict[str, float]]:

@@ -50,7 +50,10 @@ def measure_reference(job: ReferenceJob, rank: Rank) -> None:
         kept = KEPT_BYTES // features["train"][0].nbytes
         train_images = ShardImages(store, manifest, "train", job.image_size, job.shard_copies, memory_bytes=0)
         labels = np.concatenate([train_images.labels(index) for index in range(len(train_images.shards))])
-        write_reference(store, name, Reference(train, features["train"][:kept], labels[:kept], features["test"]))
+        counts = np.bincount(labels, minlength=max(1, len(manifest.images.classes)))
+        write_reference(
+            store, name, Reference(train, features["train"][:kept], labels[:kept], features["test"], counts)
+        )
     accelerator.wait_for_everyone()
 
 

@@ -31,6 +31,13 @@ class Reference:
     """Their classes."""
     test_features: NDArray[np.float32]
     """Features of all test images."""
+    class_counts: NDArray[np.int64] | None = None
+    """How many training images each class has; None in references of before: there those that are kept tell."""
+
+    def of_classes(self, classes: int) -> NDArray[np.int64]:
+        """The same, as far as it is known: [classes]."""
+        known = self.class_counts
+        return np.bincount(self.train_labels, minlength=classes) if known is None else known
 
 
 class Seal(BaseModel):
@@ -52,6 +59,8 @@ def write_reference(store: Store, name: str, reference: Reference) -> None:
         "train_labels": reference.train_labels,
         "test_features": reference.test_features,
     }
+    if reference.class_counts is not None:
+        tensors["class_counts"] = reference.class_counts
     data = save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
     store.write(name, data)
     store.write(layout.reference_seal(name), seal(Seal(sha256=hashlib.sha256(data).hexdigest())))
@@ -65,7 +74,13 @@ def load_reference(store: Store, name: str) -> Reference:
             raise ValueError("its sha256 is not the one in its seal")
         tensors = load(data)
         moments = Moments(int(tensors["count"][0]), tensors["mean"], tensors["scatter"])
-        return Reference(moments, tensors["train_features"], tensors["train_labels"], tensors["test_features"])
+        return Reference(
+            moments,
+            tensors["train_features"],
+            tensors["train_labels"],
+            tensors["test_features"],
+            tensors.get("class_counts"),
+        )
     except KeyError:
         raise DataError(f"The reference {store.uri}/{name}, or its seal, is missing: it must be measured.") from None
     except (ValueError, SafetensorError) as error:

@@ -135,6 +135,8 @@ class Scorer:
     def score(self, subject: Subject, recipe: Recipe, dataset: Manifest) -> Scored:
         """The scores of a model by a recipe's evaluation on a dataset: those that are there, or made now."""
         evaluation, run, state = recipe.evaluation, subject.run, subject.state
+        if state.recipe.data.image_size != recipe.data.image_size:
+            raise DataError(f"{subject.name} draws images of another size: the two do not compare.")
         if state.recipe.needs_class:  # it can't be guided
             evaluation = evaluation.model_copy(update={"guidance": 1.0})
         self._measure(recipe, dataset)
@@ -198,9 +200,11 @@ class Scorer:
         first, second = (load_evidence(self.store, one.run, by.scores, by.evaluation) for one, by in (new, old))
         found = compare(first, second, reference.train)
         print(f"\n{new[0].name} less {old[0].name}, sample by sample, with the 95 % interval; lower is better:")
+        # Bits of images given their class, and bits of images, are no one figure.
+        alike = new[0].state.recipe.needs_class == old[0].state.recipe.needs_class
         for name, one in (
             ("fid", found.fid),
-            ("bits_per_dim", found.bits_per_dim),
+            ("bits_per_dim", found.bits_per_dim if alike else None),
             ("memorisation", found.memorisation),
         ):
             if one is not None:
