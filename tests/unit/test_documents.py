@@ -54,8 +54,8 @@ def test_the_site_is_built_of_all_pages_and_no_link_of_it_leads_nowhere(tmp_path
                 if not target.startswith(("http:", "https:", "data:", "mailto:")):
                     assert (page.parent / unquote(target)).exists(), f"{page.name} leads to {target}"
     first = (tmp_path / "site/index.html").read_text()
-    assert 'src="demo-samples.png"' in first
-    assert (tmp_path / "site/demo-samples.png").exists()
+    assert 'src="overnight-samples.jpg"' in first
+    assert (tmp_path / "site/overnight-samples.jpg").exists()
     assert "https://fonts." not in first
 
 
