@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import kept
 import processes
 import psutil
 import stack
@@ -92,10 +93,10 @@ def install() -> None:
     stack.refuse_under_a_run("make service", "what it runs on starts anew")
     use_private_home(processes.HOME)
     processes.STACK.mkdir(parents=True, exist_ok=True)
-    stack.refuse_to_begin_empty()
+    kept.refuse_to_begin_empty()
     if os.environ.get("EMPTY") == "1":
-        stack.ELSEWHERE.unlink(missing_ok=True)  # what is kept starts without that word
-    stack.keep_settings()
+        kept.ELSEWHERE.unlink(missing_ok=True)  # what is kept starts without that word
+    kept.keep_settings()
     folder.mkdir(parents=True, exist_ok=True)
     unit.write_text(page())
     print(f"written: {unit}")
@@ -127,7 +128,7 @@ def remove() -> None:
     stack.refuse_under_a_run("make no-service", "it is stopped with the rest")
     told = manage([*manager, "disable", "--now", UNIT])
     (folder / UNIT).unlink(missing_ok=True)
-    stack.SETTINGS.unlink(missing_ok=True)
+    kept.SETTINGS.unlink(missing_ok=True)
     if told is None:
         manage([*manager, "daemon-reload"])
     else:
@@ -185,20 +186,20 @@ def keep() -> None:
         asked = True
 
     signal.signal(signal.SIGTERM, ask)
-    wanted = json.loads(read_private(stack.SETTINGS)) if stack.SETTINGS.exists() else {}
+    wanted = json.loads(read_private(kept.SETTINGS)) if kept.SETTINGS.exists() else {}
     os.environ |= wanted
     try:
-        stack.refuse_to_begin_empty()
+        kept.refuse_to_begin_empty()
     except SystemExit as refusal:
         print(refusal, file=sys.stderr)
         raise SystemExit(REFUSED) from None
     begun = subprocess.run([sys.executable, str(Path(stack.__file__)), "up"])
     if begun.returncode != 0:
         raise SystemExit(begun.returncode)
-    kept = Kept()
+    keeper = Kept()
     while not asked:
         for name in reversed(stack.NAMES):
-            kept.look(name)
+            keeper.look(name)
         time.sleep(LOOK_SECONDS)
 
 

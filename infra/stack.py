@@ -23,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 from databases import OWN_DATABASES, make_databases_current
+from kept import KEPT, SETTINGS, keep_settings, note_places, refuse_to_begin_empty
 from processes import (
     BIN,
     HOME,
@@ -49,6 +50,7 @@ from servers import (
     start_prefect,
     start_ray,
 )
+from worker import WORKER
 
 from diffusion.errors import UserError
 from diffusion.settings import reach_loopback_directly, settings
@@ -56,42 +58,11 @@ from diffusion.trust.private import read_private, use_private_home, write_privat
 from diffusion.trust.redaction import fit_to_leave
 from flows.keyring import PASSWORD, TOKEN, known_password, new_password
 
-WORKER = [
-    sys.executable,
-    "-P",
-    "infra/patient_worker.py",
-    "worker",
-    "start",
-    "--pool",
-    "train-diffusion",
-    "--type",
-    "process",
-]
 SERVERS = STACK / "servers.json"  # read by the Prefect plugin
 NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 """What there may be of it, in the order in which it is stopped."""
 
 
-ELSEWHERE = STACK / "kept-elsewhere"
-"""Names of the variables by which the last start was told to keep things outside `var/`."""
-PLACES = OWN_DATABASES | {"TRAIN_DIFFUSION_STORE": str(HOME / "store")}
-"""What these variables name by default."""
-KEPT = (
-    "AWS_",
-    "RAY_",
-    "EUROSAT_",
-    "CUDA_VISIBLE_DEVICES",
-    "TRAIN_DIFFUSION_",
-    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
-    "MLFLOW_BACKEND_STORE_URI",
-)
-"""Settings that a new start takes over from what runs."""
-SETTINGS = STACK / "service.json"
-OF_THE_SHELL = (
-    *("AUTH", "PREFECT_PORT", "MLFLOW_PORT", "RAY_PORT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
-)
-"""And those that `make service` keeps besides."""
 OPEN_TO_ALL = """
 WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
 hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Web pages of other sites are refused
@@ -201,7 +172,7 @@ def up(register: bool = True) -> None:
                 raise
         start("worker", WORKER, env)
         write_private(SERVERS, json.dumps(addresses.client_environment(), indent=1))
-        write_private(ELSEWHERE, "\n".join(filter(is_elsewhere, PLACES)))
+        note_places()
         if register and SETTINGS.exists():  # else the settings are those that it ran with
             keep_settings()
         profile("follow")
@@ -230,28 +201,6 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
             ):
                 return False
     return True
-
-
-def keep_settings() -> None:
-    """Note the settings of this shell, with which `make service` starts all of it again."""
-    told = {name: value for name, value in os.environ.items() if name.startswith(KEPT) or name in OF_THE_SHELL}
-    write_private(SETTINGS, json.dumps(told, indent=1))
-
-
-def is_elsewhere(variable: str) -> bool:
-    """Whether this shell's variable names a place outside `var/`."""
-    return (os.environ.get(variable) or PLACES[variable]) != PLACES[variable]
-
-
-def refuse_to_begin_empty() -> None:
-    """End with a sentence if this shell doesn't say where the runs, models or images of earlier starts are."""
-    told = ELSEWHERE.read_text().split() if ELSEWHERE.exists() else []
-    missing = [variable for variable in PLACES if variable in told and not is_elsewhere(variable)]
-    if missing and os.environ.get("EMPTY") != "1":
-        raise SystemExit(
-            f"The servers here were last started with {' and '.join(missing)}, which this shell does not set: without, they would "
-            f"begin anew on files in {HOME}. Set what is missing; or, if that is what you want, make up EMPTY=1."
-        )
 
 
 def refuse_under_a_run(command: str, why: str) -> None:
