@@ -42,6 +42,18 @@ INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "se
 """A request: the model takes no input, only parameters."""
 
 
+def evaluation_as(recipe: Recipe, trained: Recipe) -> Evaluation:
+    """How a model that was trained by one recipe is scored as another recipe says.
+
+    Raises DataError if its images are of another size.
+    """
+    if trained.data.image_size != recipe.data.image_size:
+        raise DataError("Images of another size are another model's.")
+    if trained.needs_class:  # it can't be guided, which is no fault of the other's: each draws as well as it can
+        return recipe.evaluation.model_copy(update={"guidance": 1.0})
+    return recipe.evaluation
+
+
 def evaluation_name(
     store: Store, dataset: Manifest, weights: str | None, evaluation: Evaluation, inception: InceptionSource | None
 ) -> str:

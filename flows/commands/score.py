@@ -31,7 +31,7 @@ from diffusion.settings import Settings, settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
-from diffusion.tracking.registry import evaluation_name
+from diffusion.tracking.registry import evaluation_as, evaluation_name
 from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
@@ -134,11 +134,8 @@ class Scorer:
 
     def score(self, subject: Subject, recipe: Recipe, dataset: Manifest) -> Scored:
         """The scores of a model by a recipe's evaluation on a dataset: those that are there, or made now."""
-        evaluation, run, state = recipe.evaluation, subject.run, subject.state
-        if state.recipe.data.image_size != recipe.data.image_size:
-            raise DataError(f"{subject.name} draws images of another size: the two do not compare.")
-        if state.recipe.needs_class:  # it can't be guided
-            evaluation = evaluation.model_copy(update={"guidance": 1.0})
+        run, state = subject.run, subject.state
+        evaluation = evaluation_as(recipe, state.recipe)
         self._measure(recipe, dataset)
         own = find_scores(self.store, run, state.step, state.recipe.evaluation.samples, checkpoint=state.digest)
         weights = own.weights if own else None

@@ -14,7 +14,7 @@ from diffusion.evaluation.scores import find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
-from diffusion.tracking.registry import evaluation_name
+from diffusion.tracking.registry import evaluation_as, evaluation_name
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.training.state import load_state
 from flows.engines.engine import Job
@@ -68,11 +68,7 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
         state = load_state(run.store, start.run, start.step)
     except (RecipeError, CheckpointDamaged) as error:
         raise DataError(str(error)) from None
-    evaluation = run.recipe.evaluation
-    if state.recipe.data.image_size != run.recipe.data.image_size:
-        raise DataError("Images of another size are another model's.")
-    if state.recipe.needs_class:  # it can't be guided, which is no fault of the new one's: each draws as well as it can
-        evaluation = evaluation.model_copy(update={"guidance": 1.0})
+    evaluation = evaluation_as(run.recipe, state.recipe)
     before = scores_of(champion, run.store)
     weights = before.weights if before else None
     name = evaluation_name(run.store, run.dataset, weights, evaluation, run.settings.inception)
