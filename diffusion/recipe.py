@@ -353,6 +353,10 @@ class Recipe(Part):
         # A last stretch of less than half a segment is not worth an evaluation of its own before it.
         return (*(step for step in inner if self.total_steps - step >= every / 2), self.total_steps)
 
+    def stretch_start(self, until: int) -> int:
+        """The step after which the stretch that ends at `until` begins: the milestone before it, or the first step."""
+        return max((step for step in self.milestones if step < until), default=self.first_step)
+
     def continued(self, start: Start, before: Recipe) -> Recipe:
         """This recipe, going on from a checkpoint of the recipe `before` for `data.images` more images.
 

@@ -138,10 +138,12 @@ class Course:
         assert self._recipe is not None
         whole = self._clock() - self._began + left
         if whole > self._limit:
-            fits = f"{self._recipe.data.images * self._limit / whole:.2g}"
+            data = self._recipe.data
+            asked = data.images - self._recipe.first_step * data.batch_size  # without those that it goes on from
+            fits = float(f"{asked * self._limit / whole:.2g}")
             raise RecipeError(
                 f"At the speed of its first steps the run would take {duration(whole)}, and time_limit is {duration(self._limit)}. On "
-                f"this machine about data.images={float(fits):.0f} fit; or choose a smaller preset, or give more time."
+                f"this machine about data.images={fits:.0f} fit; or choose a smaller preset, or give more time."
             )
 
 

@@ -84,7 +84,8 @@ SHARED = {
         "test_changed_models.py",
         "test_running.py",
     ),
-    "mlflow_server": ("test_tracking.py", "test_kills.py", "test_mlflow_faults.py"),
+    "kills": ("test_kills.py",),
+    "mlflow_server": ("test_tracking.py", "test_mlflow_faults.py"),
     "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py"),
     "s3": ("test_s3_store.py", "test_s3_faults.py"),
 }

@@ -34,6 +34,7 @@ class Recorder:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int, flops: float) -> None:
         self.accelerator, self.recipe, self.folder, self.until = accelerator, recipe, folder, until
+        self.stretch_start = recipe.stretch_start(until)
         self.every = max(1, recipe.total_steps // JOURNAL_POINTS)
         self.main = accelerator.is_main_process
         self.journal, self.timing = Journal(folder / JOURNAL), Journal(folder / TIMING)
@@ -97,7 +98,8 @@ class Recorder:
                 "peak_memory_bytes": memory,
             }
         )
-        self._progress.write("training", step, self.until, f"loss {loss:.4f}, {speed:,.0f} images/s")
+        done, stretch = step - self.stretch_start, self.until - self.stretch_start
+        self._progress.write("training", done, stretch, f"loss {loss:.4f}, {speed:,.0f} images/s")
         if now - self._printed >= PROGRESS_SECONDS or step == self.until:
             self._printed = now
             print(

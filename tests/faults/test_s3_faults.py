@@ -178,9 +178,9 @@ def test_the_server_itself_is_killed_at_random_moments(
     tell: Callable[[list[Kill]], None],
 ) -> None:
     """Three times it is killed and stays away for a while; a job that this ends is begun again, as the flow does."""
-    steps, every = 150, 10
+    steps, every = 90, 10
     moments = random.Random(SEED)
-    kills = sorted(moments.sample(range(15, 130), 3))
+    kills = sorted(moments.sample(range(15, 75), 3))
     away = [moments.uniform(1, 6) for _ in kills]
     quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every)
     quiet = quiet.model_copy(update={"store": ingested.store.uri, "run": "quiet-server"})

@@ -18,7 +18,7 @@ from tests.jobs import ONE_THREAD, Trainer, digest
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY = 400, 50
+STEPS, EVERY = 200, 25
 
 
 def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(

@@ -161,7 +161,7 @@ def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     for name in ("ponds", "roofs"):
         (tmp_path / "parcels" / name).mkdir(parents=True)
-        for number in range(40):
+        for number in range(20):
             levels = rng.integers(100, 3000, (1, 1, 4)) + rng.integers(0, 900, (20, 24, 4))
             file = tmp_path / "parcels" / name / f"{number}.tif"
             tifffile.imwrite(file, levels.astype(np.uint16), photometric="minisblack", planarconfig="contig")
@@ -191,7 +191,7 @@ def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> No
     assert Image.open(io.BytesIO(base64.b64decode(png))).mode == "RGB"
 
     (tmp_path / "grey").mkdir()
-    for number in range(60):
+    for number in range(30):
         levels = rng.integers(0, 200) + rng.integers(0, 50, (16, 16))
         Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "grey" / f"{number}.png")
     report = run_flow(source=str(tmp_path / "grey"), overrides=ONE_MILESTONE)

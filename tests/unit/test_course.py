@@ -1,11 +1,21 @@
 """How long a whole run will take, told from what has been measured of it."""
 
+import json
+from pathlib import Path
+from unittest import mock
+
 import pytest
+import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.errors import RecipeError
+from diffusion.jobs.reports import ProgressFile
+from diffusion.recipe import Recipe, Start
 from diffusion.recipe_files import load_recipe
+from diffusion.training.recorder import Recorder
+from diffusion.training.trainer import StepReport
 from flows.course import Course, duration, parts_of, stages_of
 from tests.conftest import tiny_recipe
 
@@ -58,6 +68,42 @@ def test_what_is_left_is_right_where_the_speeds_are_what_was_measured(training: 
     assert course.left(0.25) == pytest.approx(0.75 * seconds[2] + seconds[3])
 
 
+def share_told(folder: Path, recipe: Recipe, until: int, step: int) -> float:
+    """What a training job that has come to `step` tells of its part."""
+    with mock.patch("diffusion.training.recorder.peak_flops", return_value=1e9):  # takes seconds to measure
+        recorder = Recorder(recipe, Accelerator(cpu=True), folder, until, 1e6)
+    recorder.every = 1
+    recorder.record(step, StepReport([torch.ones(16)], [torch.zeros(16)], torch.ones(()), 0.1), 0.0)
+    told = json.loads((folder / ProgressFile.NAME).read_text())
+    return float(told["done"] / told["total"])
+
+
+def test_each_stretch_of_a_training_tells_of_itself_also_one_that_goes_on_from_a_champion(tmp_path: Path) -> None:
+    """At one speed the estimate is right at all times, and no run is refused that ends in time."""
+    recipe = load_recipe("eurosat", {"data.images": 1_536_000, "evaluation.every_images": 384_000})
+    start = Start(run="before", step=90_000, digest="0" * 64)
+    for run in (recipe, recipe.continued(start, recipe)):
+        clock, second_a_pass = Clock(), 1e-3
+        course = Course(clock)
+        seconds = [part.passes * second_a_pass for part in parts_of(run)]
+        course.begin(run, limit_seconds=sum(seconds) + 60)
+        ends = dict(zip(run.milestones, range(0, 100, 2), strict=False))
+        for until, index in ends.items():
+            course.enter(f"train-{until}")
+            began, first = clock.now, run.stretch_start(until)
+            for step in range(first + 1, until, (until - first) // 5):
+                clock.now = began + seconds[index] * (step - first) / (until - first)
+                share = share_told(tmp_path, run, until, step)
+                course.advance(share)
+                left = course.left(share)
+                if left is not None:
+                    assert left == pytest.approx(sum(seconds) - clock.now, rel=1e-6)
+            clock.now = began + seconds[index]
+            course.enter(f"evaluate-{until}")
+            clock.now += seconds[index + 1]
+            course.leave()
+
+
 def test_nothing_is_said_before_anything_is_known() -> None:
     course = Course(Clock())
     course.begin(tiny_recipe())
@@ -88,6 +134,20 @@ def test_what_can_t_end_in_time_is_refused_with_what_fits() -> None:
     course.begin(recipe, limit_seconds=400 * 24 * 3600)
     clock.now += 60
     course.advance(150 / (86_400 * 7))
+
+
+def test_what_fits_is_told_in_images_that_a_run_is_asked_for_whatever_it_goes_on_from() -> None:
+    recipe = load_recipe("eurosat")
+    clock = Clock()
+    for run in (recipe, recipe.continued(Start(run="before", step=10 * recipe.total_steps, digest="0" * 64), recipe)):
+        course = Course(clock)
+        course.begin(run, limit_seconds=20 * 3600)
+        course.enter(f"train-{run.milestones[0]}")
+        course.advance(0.0)
+        clock.now += 90
+        with pytest.raises(RecipeError, match=r"data\.images=[0-9]+ fit") as refused:
+            course.advance(90 / (86_400 * 7))
+        assert int(str(refused.value).split("data.images=")[1].split()[0]) < recipe.data.images
 
 
 def test_what_has_cost_hours_is_not_refused_in_a_later_stage() -> None:
