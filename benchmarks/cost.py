@@ -53,7 +53,7 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
         images.shard(index)  # decoding is the data's cost, not safety's
     batches = prefetch(Batches(recipe, images, trainer.lanes), 0, steps)
     writer, recorder = (
-        CheckpointWriter(FolderStore(folder / "store"), folder, keep=2),
+        CheckpointWriter(FolderStore(folder / "store"), folder),
         Recorder(recipe, accelerator, folder, steps, flops=1.0),
     )
     client = connect(f"sqlite:///{folder / 'mlflow.db'}")

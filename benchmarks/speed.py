@@ -239,7 +239,7 @@ def checkpoints(bench: Bench) -> Rows:
     """How long the loop stands still; ours is written while it goes on."""
     trainer, batches = bench.trainer(32, 16)
     trainer.train_step(batches(0))
-    writer = CheckpointWriter(FolderStore(bench.folder / "checkpoints"), bench.folder, keep=2)
+    writer = CheckpointWriter(FolderStore(bench.folder / "checkpoints"), bench.folder)
     accelerator = Accelerator(cpu=True)
     network = accelerator.prepare(build_network(trainer.recipe, bench.dataset.images))
     optimizer = accelerator.prepare(torch.optim.AdamW(network.parameters()))

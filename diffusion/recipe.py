@@ -227,7 +227,7 @@ class Recipe(Part):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every random stream: order, noise, noise levels, initial weights. The parameter `seed` sets it, no file does."""
     data: Data
-    network: Network
+    network: Network = Network()
     process: Process = Process()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
@@ -325,6 +325,11 @@ class Recipe(Part):
     def needs_class(self) -> bool:
         """Whether the network was told the class of every image: without one it says nothing that it has learnt."""
         return self.network.class_conditional and self.network.label_dropout == 0
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether the network knows images of a class as well as images of any: guidance goes from these to those."""
+        return self.network.class_conditional and self.network.label_dropout > 0
 
     @property
     def first_step(self) -> int:

@@ -78,7 +78,11 @@ def with_evaluation(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     values = recipe.model_dump(mode="json")
     for key, value in overrides.items():
         _override(values, key if key.startswith("evaluation.") else f"evaluation.{key}", value)
-    return _checked(values, f"'{recipe.name}' with these values")
+    changed = _checked(values, f"'{recipe.name}' with these values")
+    asked = any(key.removeprefix("evaluation.") == "guidance" for key in overrides)
+    if asked and changed.evaluation.guidance != 1 and not changed.network.class_conditional:
+        raise RecipeError("evaluation.guidance is for networks that know classes, and this one knows none.")
+    return changed
 
 
 def _checked(values: dict[str, Any], which: str) -> Recipe:
@@ -150,6 +154,12 @@ def fit_to_dataset(recipe: Recipe, overrides: dict[str, Any], spec: ImageSpec) -
     if network.class_conditional and not spec.classes:
         if overrides.get("network.class_conditional"):
             raise RecipeError("network.class_conditional is true, and the images have no classes.")
+        for key, value, without in (
+            ("network.label_dropout", network.label_dropout, 0.0),
+            ("evaluation.guidance", evaluation.guidance, 1.0),
+        ):
+            if key in overrides and value != without:
+                raise RecipeError(f"{key} is {value:g}, which is for images of classes, and these have none.")
         network = network.model_copy(update={"class_conditional": False, "label_dropout": 0.0})
         evaluation = evaluation.model_copy(update={"guidance": 1.0})
     refused = [name for name in evaluation.extractors if not accepts(name, spec)]
@@ -206,7 +216,8 @@ def _read(path: Path) -> dict[str, Any]:
         for key in [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [str(name)]:
             if key not in keys and not (name in Recipe.model_fields and _is_part(name) and key == name):
                 raise RecipeError(f"The recipe {where} has an unknown key '{shown(key)}': {nearest(key, keys)}")
-    return values
+    # A part whose lines are all commented out is one of defaults.
+    return {name: value for name, value in values.items() if not (value is None and _is_part(name))}
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:

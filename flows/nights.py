@@ -11,6 +11,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterId, FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 
+from diffusion.errors import RecipeError
+
 Nights = Literal["new seed", "new data"]
 """What scheduled nights are for: another seed each, or one training of what has not been trained yet."""
 BY_SCHEDULE = "auto-scheduled"
@@ -20,6 +22,15 @@ BY_SCHEDULE = "auto-scheduled"
 def is_night() -> bool:
     """Whether a schedule made this flow run."""
     return BY_SCHEDULE in runtime.flow_run.tags
+
+
+def check_nights(nights: Nights, start_from: str) -> None:
+    """Raises RecipeError for what a night can't do: it would fail each time, or train on where nothing has changed."""
+    if is_night() and nights == "new data" and start_from == "champion":
+        raise RecipeError(
+            "nights: new data and start_from: champion do not go together: a model goes on with the images that it knows alone. Set "
+            "start_from: scratch, or nights: new seed."
+        )
 
 
 def seed_of(given: int | None, nights: Nights = "new seed") -> int:

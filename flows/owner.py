@@ -10,6 +10,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 from uuid import UUID
@@ -78,7 +80,8 @@ _why: list[str] = []
 MOST_TASKS = 200
 FLOW_FOLDER = "flow"
 """Of a run's folder, what the flow locks; the folder itself is locked by its jobs."""
-SILENT_SECONDS = 240.0
+SILENT_SECONDS, SIGN_SECONDS = 240.0, 30.0
+"""After so long without a sign of life a run of another machine is gone; and between two signs."""
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 
@@ -124,18 +127,40 @@ def is_gone(owner: Owner, folder: Path) -> bool:
     Nobody holds the folder's lock then, and for some minutes nothing was written there. The lock alone would not do: some file systems
     keep locks to one machine.
     """
-    lock = folder / FLOW_FOLDER / LOCK
+    lock, now = folder / FLOW_FOLDER / LOCK, folder / FLOW_FOLDER / f"now-{os.getpid()}"
     if owner.host == socket.gethostname() or not lock.exists():
         return False
     try:
         newest = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-        if time.time() - newest < SILENT_SECONDS:
+        now.touch()
+        asked = now.stat().st_mtime  # by the clock of whatever keeps the files
+        now.unlink()
+        if asked - newest < SILENT_SECONDS:
             return False
         with lock.open("r+b") as file:  # NFS locks only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # somebody holds it, or has just renamed what was looked at; or there are no locks here
         return False
     return True
+
+
+@contextmanager
+def signs_of_life(folder: Path) -> Iterator[None]:
+    """Have a run's folder written to all the time, by which other machines see that this process lives."""
+    ended = threading.Event()
+
+    def sign() -> None:
+        while not ended.wait(SIGN_SECONDS):
+            with suppress(OSError):  # a file server that is away: the next one may reach it
+                os.utime(folder / FLOW_FOLDER / LOCK)
+
+    thread = threading.Thread(target=sign, name="signs-of-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(SIGN_SECONDS)
 
 
 def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str, runs: Path) -> None:

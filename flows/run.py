@@ -37,6 +37,7 @@ from flows.owner import (
     close_abandoned,
     close_tasks_of_ended_runs,
     note_ending,
+    signs_of_life,
     this_process,
 )
 from flows.progress import Phase, attended, say
@@ -137,9 +138,18 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         partial(TrackedRun.open, client, experiment_id, lineage, recipe, dataset, environment.store_uri)
     )
     _take_name(tracked.name)
+    if tracked.earlier_commits:
+        say(
+            f"It was begun by other code, {tracked.earlier_commits}, and goes on by {commit}: its version will name both."
+        )
     folder = environment.runs / lineage.run
     (folder / ENDING).unlink(missing_ok=True)  # of an earlier attempt, which goes on
-    with lock, SystemMetrics(tracked, partial(engine().watched, folder)), MetricsSender(tracked, folder) as sender:
+    with (
+        lock,
+        signs_of_life(folder),
+        SystemMetrics(tracked, partial(engine().watched, folder)),
+        MetricsSender(tracked, folder) as sender,
+    ):
         run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run

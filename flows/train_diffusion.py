@@ -17,7 +17,7 @@ from diffusion.trust.redaction import redact_logs
 from flows.checks import check_before_compute
 from flows.course import course
 from flows.engines.placement import RANGE
-from flows.nights import Nights, is_night, seed_of
+from flows.nights import Nights, check_nights, is_night, seed_of
 from flows.owner import be_the_only_run, cancel_tasks, end_with_worker, say_why
 from flows.plugins.credentials import use_block
 from flows.progress import attended
@@ -118,6 +118,7 @@ def train_diffusion(
         end_with_worker()
         be_the_only_run(settings().home, str(runtime.flow_run.name), str(runtime.flow_run.id))
     use_block(settings().s3_block)
+    check_nights(nights, start_from)
     recipe, workers = check_before_compute(request, patient=is_night())
     limit = time_limit or (NIGHT_HOURS if is_night() else None)
     course.begin(recipe, limit and limit * 3600)

@@ -72,15 +72,23 @@ def alone(wait: bool = True) -> Iterator[bool]:
     if not STACK.exists():  # the first start of all makes it, private
         yield True
         return
-    with (STACK / "changing.lock").open("ab") as lock:
+    with (STACK / "changing.lock").open("a+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 yield False
                 return
-            print("another command starts or stops the servers: waiting for its end …", flush=True)
+            lock.seek(0)
+            who = lock.read(20).decode(errors="replace")
+            print(
+                f"another command starts or stops the servers: waiting for its end … (if it hangs: kill {who})",
+                flush=True,
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()).encode())
+        lock.flush()
         yield True
 
 

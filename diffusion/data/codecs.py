@@ -20,6 +20,8 @@ MOST_BYTES = 256 << 20
 """Of an image's array: a few bytes of a file can mean gigabytes of pixels."""
 MOST_PAGES = 256
 """Of a TIFF: a page may be a band, a mask or a smaller copy."""
+PALETTE = 3
+"""A TIFF's photometric interpretation."""
 PLAIN, DEFLATE, PACKBITS, LZW, ZSTD = (1,), (8, 32946), (32773,), (5,), (50000,)
 """A TIFF's compressions that are read: those of which can be said what they unpack to before that much memory is taken."""
 PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -105,7 +107,7 @@ def _check_size(count: int) -> None:
 
 
 def _from_pillow(content: bytes, kind: str) -> Array:
-    if kind == "png" and content[24] == 16 and content[25] in (2, 6):
+    if kind == "png" and content[24] == 16 and content[25] != 0:  # colours, or grey beside transparency
         raise ValueError("it has 16 bits a colour, which would be cut to 8: keep it as TIFF or NPY")
     image = _open(content, kind)
     if image.mode.startswith("I"):  # 16-bit grey
@@ -127,6 +129,8 @@ def _from_tiff(content: bytes) -> Array:
     _check_pages(content)
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series = file.series[0]
+        if series.keyframe.photometric == PALETTE:
+            raise ValueError("its levels are numbers of colours in a table: write it as RGB")
         _check_size(series.nbytes)
         _check_segments(content, series)
         array, axes = series.asarray(), series.axes

@@ -64,7 +64,10 @@ def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") 
     if hashlib.sha256(data).hexdigest() != scores.evidence_sha256:
         raise DataError(f"{store.uri}/{name} is damaged: it is not what the scores of {run} were computed from.")
     tensors = load(data)
-    return Evidence(tensors["features"], tensors["close"].astype(bool), tensors["bits"], tensors.get("labels"))
+    features, labels = tensors["features"], tensors.get("labels")
+    if labels is None and (classes := len(scores.parts("fid_of_class"))):  # before protocol 4 they came in turn
+        labels = np.arange(len(features)) % classes
+    return Evidence(features, tensors["close"].astype(bool), tensors["bits"], labels)
 
 
 @dataclass(frozen=True)

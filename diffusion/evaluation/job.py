@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 
 import numpy as np
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from diffusion.evaluation.figures import Features, measured
 from diffusion.evaluation.labels import Labels, in_proportion
 from diffusion.evaluation.likelihood import bits_per_dim
 from diffusion.evaluation.pictures import png
+from diffusion.evaluation.protocol import PROTOCOL
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.sampling import generate, load_denoiser
 from diffusion.evaluation.scores import BoundTerms, ScoredBy, Scores
@@ -107,8 +109,16 @@ class Evaluation:
         """The classes of samples. None for an unconditional network."""
         if not self.recipe.network.class_conditional:
             return None
-        counts = self.references[0].of_classes(len(self.manifest.images.classes))
-        return in_proportion(counts, indices.stop)[indices.start :]
+        return in_proportion(self.class_counts, indices.stop)[indices.start :]
+
+    @cached_property
+    def class_counts(self) -> NDArray[np.int64]:
+        """How many training images each class has, [classes]."""
+        known = self.references[0].class_counts
+        if known is None:
+            shards = [self.train.labels(index) for index in range(len(self.train.shards))]
+            known = np.bincount(np.concatenate(shards), minlength=len(self.manifest.images.classes))
+        return known
 
     def choose(self) -> tuple[str, dict[str, float]]:
         """Which of the checkpoint's weights are scored: those with the lowest FID, and the FID of each if there is a choice."""
@@ -166,6 +176,7 @@ class Evaluation:
             rows=tuple(rows),
             bound=bound,
             evidence_sha256=hashlib.sha256(evidence).hexdigest() if evidence else None,
+            protocol=PROTOCOL,
         )
 
     @property

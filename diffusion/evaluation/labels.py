@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]
+FEWEST_ALONE = 5
+"""Samples of a class that are drawn anew by themselves."""
 
 
 def in_proportion(counts: Labels, number: int) -> Labels:
@@ -30,13 +32,16 @@ def in_proportion(counts: Labels, number: int) -> Labels:
 def resampled(rng: np.random.Generator, count: int, labels: Labels | None) -> NDArray[np.int64]:
     """Samples of a bootstrap draw: as many as there are, of each class as many as it has.
 
-    How many samples a class has is no accident: a draw that left it to chance would find figures less sure than they are.
+    How many samples a class has is no accident: a draw that left it to chance would find figures less sure than they are. But of
+    a class with a sample or two, draws hardly differ, and figures would seem surer than they are: such classes are drawn as one.
     """
     if labels is None:
         return rng.integers(0, count, count)
-    order = np.argsort(labels, kind="stable")
-    sizes = np.bincount(labels)[labels[order]]
-    firsts = np.searchsorted(labels[order], labels[order])
+    few = np.bincount(labels)[labels] < FEWEST_ALONE
+    strata = np.where(few, labels.max() + 1, labels)
+    order = np.argsort(strata, kind="stable")
+    sizes = np.bincount(strata)[strata[order]]
+    firsts = np.searchsorted(strata[order], strata[order])
     return order[firsts + (rng.random(count) * sizes).astype(np.int64)]
 
 

@@ -32,12 +32,7 @@ class Reference:
     test_features: NDArray[np.float32]
     """Features of all test images."""
     class_counts: NDArray[np.int64] | None = None
-    """How many training images each class has; None in references of before: there those that are kept tell."""
-
-    def of_classes(self, classes: int) -> NDArray[np.int64]:
-        """The same, as far as it is known: [classes]."""
-        known = self.class_counts
-        return np.bincount(self.train_labels, minlength=classes) if known is None else known
+    """How many training images each class has, [classes]; None in references of before."""
 
 
 class Seal(BaseModel):

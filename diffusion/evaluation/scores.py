@@ -107,6 +107,8 @@ class Scores(BaseModel):
     """None where levels are not counted: such images have no likelihood in bits."""
     evidence_sha256: str | None
     """Of the file with what the scores were computed from, by which two models are compared; only the last of a run has one."""
+    protocol: str | None = None
+    """How they were made, as `diffusion.evaluation.protocol` has it. Earlier versions did not say."""
 
     @model_validator(mode="before")
     @classmethod

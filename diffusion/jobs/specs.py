@@ -39,9 +39,7 @@ class TrainingJob(JobSpec):
     until: int
     """Step to train to."""
     checkpoint_every: int
-    """Steps between checkpoints on the way."""
-    keep: int = 2
-    """Of these, the newest that are kept; those at the recipe's milestones are kept for ever."""
+    """Steps between checkpoints on the way; the newest of these stay, and those at the recipe's milestones for ever."""
 
 
 class ReferenceJob(JobSpec):

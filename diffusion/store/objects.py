@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -33,6 +34,8 @@ OBJECT_BYTES = 16 << 30
 """No object of ours has more; what has is not read to its end."""
 COPIES_BYTES = 8 << 30
 UNFINISHED_SECONDS = 24 * 3600
+PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
+"""What a write calls its file until all of it is there."""
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -150,8 +153,7 @@ class FolderStore:
 
     def unfinished(self) -> list[Path]:
         """What writes have left that were killed more than a day ago."""
-        found = [path for path in self.folder.rglob(".*.part") if path.is_file() and not path.is_symlink()]
-        return sorted(path for path in found if path.stat().st_mtime < time.time() - UNFINISHED_SECONDS)
+        return sorted(path for path in self.folder.rglob(".*.part") if PART.fullmatch(path.name) and _is_old(path))
 
     def delete(self, name: str) -> None:
         target = self.path(name)
@@ -162,6 +164,14 @@ class FolderStore:
         with contextlib.suppress(OSError):  # up to the first that holds something
             for folder in target.relative_to(self.folder).parents[:-1]:
                 (self.folder / folder).rmdir()
+
+
+def _is_old(part: Path) -> bool:
+    try:
+        about = part.lstat()
+    except FileNotFoundError:  # a write that goes on has put it where it belongs
+        return False
+    return stat.S_ISREG(about.st_mode) and about.st_mtime < time.time() - UNFINISHED_SECONDS
 
 
 def _place(target: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:

@@ -24,6 +24,7 @@ from diffusion.evaluation.comparison import (
     ratio_of_class,
     variation_of_classes,
 )
+from diffusion.evaluation.protocol import TOLD
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores
 from diffusion.presentation.markdown import fit_description, plain
@@ -32,7 +33,7 @@ from diffusion.store.objects import Store
 from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_against, gates_alone, gates_table
 from diffusion.tracking.promotion_log import Promotion, is_applied, read_log
 from diffusion.tracking.scores_tag import scores_of
-from diffusion.tracking.version_tags import TOLD, tags_of
+from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.redaction import shown
 
@@ -97,12 +98,12 @@ def decide(
         entries = read_log(store, model)
         _complete(client, store, model, entries)
         _end_challenge(client, model)
-        if written := [entry for entry in entries if entry.to == version]:
+        challenger, champion = client.get_model_version(model, version), champion_version(client, model)
+        if written := [entry for entry in entries if entry.is_of(challenger)]:
             # Promoted before: whatever was done with the alias since, by a later run or by hand, stays.
             decision = _decision(model, written[-1])
             _tell(client, decision)  # whoever wrote the entry may not have come to that
             return decision
-        challenger, champion = client.get_model_version(model, version), champion_version(client, model)
         if _number(champion) == version:
             return Decision(model, version, CHAMPION, "It was made champion by hand.")
         alias, reason, gates = _judge(store, challenger, champion, margins, score_again)
@@ -115,7 +116,7 @@ def decide(
             return decision
         if _number(champion_version(client, model)) != _number(champion):  # moved by hand meanwhile
             continue
-        entry = Promotion(_number(champion), version, reason, gates)
+        entry = Promotion(_number(champion), version, reason, gates, challenger.run_id)
         if store.create(layout.promotion(model, len(entries)), entry.to_bytes()):
             _tell(client, decision)
             _complete(client, store, model, [*entries, entry])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import StringConstraints, TypeAdapter
 
@@ -14,6 +14,9 @@ from diffusion.store import layout
 from diffusion.store.objects import Store
 from diffusion.tracking.gates import Gate
 from diffusion.trust.reading import parse_json
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 
@@ -27,10 +30,22 @@ class Promotion:
     to: Number
     reason: str = ""
     gates: tuple[Gate, ...] = ()
+    run_id: str | None = None
+    """The MLflow run of `to`: numbers begin again where a model is deleted, or MLflow moves. Earlier versions wrote none."""
+
+    def is_of(self, version: ModelVersion) -> bool:
+        """Whether it made this version champion."""
+        return self.to == str(version.version) and self.run_id in (None, version.run_id)
 
     def to_bytes(self) -> bytes:
         """As it lies in the store."""
-        fields = {"from": self.before, "to": self.to, "reason": self.reason, "gates": [asdict(g) for g in self.gates]}
+        fields: dict[str, Any] = {
+            "from": self.before,
+            "to": self.to,
+            "reason": self.reason,
+            "gates": [asdict(g) for g in self.gates],
+        }
+        fields |= {"run_id": self.run_id} if self.run_id else {}
         return json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1).encode()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +13,17 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, StoreError
 from diffusion.evaluation.figures import headline, metrics
+from diffusion.evaluation.protocol import protocol
 from diffusion.evaluation.scores import Scores
-from diffusion.features.identity import find_own, identify
+from diffusion.features.identity import find_own
 from diffusion.presentation.card import Card
 from diffusion.presentation.markdown import fit_description
-from diffusion.recipe import Evaluation, Recipe
-from diffusion.settings import InceptionSource
 from diffusion.store.objects import Store
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import scores_tags
-from diffusion.tracking.version_tags import TOLD, tags_of, with_lineage
+from diffusion.tracking.version_tags import tags_of, with_lineage
 from diffusion.training.state import CheckpointState, checkpoint_file
 from diffusion.trust.private import close_to_others
 
@@ -35,44 +32,9 @@ if TYPE_CHECKING:
 
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
 """`mlflow/` of the project: files that MLflow takes by path."""
-PROTOCOL = "4: fixed noise by sample index, classes in proportion"
-"""How figures are made, by number: those of another protocol do not compare."""
 REQUIREMENTS = ("torch", "numpy", "pillow", "tifffile", "pydantic", "pyyaml", "safetensors")
 INPUT_EXAMPLE: tuple[list[Any], dict[str, Any]] = ([], {"n": 4, "steps": 20, "seed": 0, "format": "png"})
 """A request: the model takes no input, only parameters."""
-
-
-def evaluation_as(recipe: Recipe, trained: Recipe) -> Evaluation:
-    """How a model that was trained by one recipe is scored as another recipe says.
-
-    Raises DataError if its images are of another size.
-    """
-    if trained.data.image_size != recipe.data.image_size:
-        raise DataError("Images of another size are another model's.")
-    if trained.needs_class:  # it can't be guided, which is no fault of the other's: each draws as well as it can
-        return recipe.evaluation.model_copy(update={"guidance": 1.0})
-    return recipe.evaluation
-
-
-def evaluation_name(
-    store: Store, dataset: Manifest, weights: str | None, evaluation: Evaluation, inception: InceptionSource | None
-) -> str:
-    """What the scores of a checkpoint are called that are not by its own recipe: all that they depend on decides about it."""
-    by = [identify(one, store, dataset, inception).sha256 for one in evaluation.extractors]
-    known = [PROTOCOL, by, dataset.digest, weights, evaluation.model_dump(mode="json")]
-    return f"as-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def protocol(recipe: Recipe) -> str:
-    """How a version's figures were made: all that must be alike before two are compared."""
-    evaluation, told = recipe.evaluation, TOLD if recipe.needs_class else ""
-    interval = evaluation.guidance_interval
-    where = f" at noise of {interval[0]:g} to {interval[1]:g}" if interval else ""
-    return (
-        f"{PROTOCOL}; {evaluation.samples} samples by {evaluation.sampler} in {evaluation.sampler_steps} steps ({evaluation.spacing}, "
-        f"eta {evaluation.eta:g}, guidance {evaluation.guidance:g}{where}); bits/dim of {evaluation.likelihood_images} images at "
-        f"{evaluation.likelihood_timesteps} timesteps{told}"
-    )
 
 
 def model_name(client: MlflowClient, store: Store, dataset: Manifest, image_size: int) -> str:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EARLIER_COMMITS = "git.commit.earlier"
+"""The tag of a run that went on by other code than it was begun by: a retry, after something was mended."""
 RUN_KEY, OWNER_TAG, START_TAG = "train_diffusion.run", "train_diffusion.owner", "recipe.start"
 THUMBNAIL = 1024  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36
@@ -63,6 +65,8 @@ class TrackedRun:
         self.client, self.run_id, self.experiment_id, self.started = client, run_id, experiment_id, started
         self.name = name
         """As it was begun: a flow run that goes on with it takes it too."""
+        self.earlier_commits = ""
+        """Of the code that it ran on before, with commas between; empty where that was today's."""
 
     @classmethod
     def open(
@@ -92,6 +96,8 @@ class TrackedRun:
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
         if found:
             run = found[0]
+            if earlier := _earlier_commits(run, lineage.commit):
+                tags[EARLIER_COMMITS] = earlier
             client.update_run(run.info.run_id, "RUNNING")
             if "failure" in run.data.tags:
                 client.delete_tag(run.info.run_id, "failure")
@@ -100,6 +106,7 @@ class TrackedRun:
             start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
             run = client.create_run(experiment_id, run_name=lineage.name, tags={**tags, RUN_KEY: lineage.run, **start})
         self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or lineage.name)
+        self.earlier_commits = tags.get(EARLIER_COMMITS, "")
         client.log_batch(
             self.run_id,
             params=[Param(key, value) for key, value in flatten(recipe).items()],
@@ -248,6 +255,12 @@ def finished_run(
     """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished."""
     newest = _newest_run(client, experiment_id, recipe, dataset, commit, " and attributes.status = 'FINISHED'")
     return run_key(newest) if newest else None
+
+
+def _earlier_commits(run: MlflowRun, commit: str) -> str:
+    tags = run.data.tags
+    known = [*tags.get(EARLIER_COMMITS, "").split(","), tags.get("git.commit", "")]
+    return ",".join(dict.fromkeys(one for one in known if one not in ("", commit)))
 
 
 def run_key(run: MlflowRun) -> str | None:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 SHOWN = ("result", "dataset.name", "git.commit")
 """Beside these: `decision`, which comes later, and those that hold JSON: `lineage`, `gates`, `scores`."""
 LINEAGE = "lineage"
-TOLD = ", given their class"
-"""End of the tag `evaluation.protocol` of a version whose bits/dim are of images given their class."""
 
 
 def with_lineage(tags: dict[str, str]) -> dict[str, str]:

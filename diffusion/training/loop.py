@@ -29,17 +29,19 @@ from diffusion.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+KEPT_CHECKPOINTS = 2
+"""Of a run under way: the newest that are no milestone."""
+
 
 class CheckpointWriter:
     """Writes checkpoints in the background: the loop waits only for the copy to host memory.
 
     Args:
         folder: the run's, where the newest one that is safely in the store is noted.
-        keep: how many of those that are no milestone are kept.
     """
 
-    def __init__(self, store: Store, folder: Path, keep: int) -> None:
-        self.store, self.folder, self.keep = store, folder, keep
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.folder = store, folder
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -61,7 +63,7 @@ class CheckpointWriter:
             # Later ones are damaged, or this one would not have been made: they do not count.
             earlier = [step for step in steps_with_checkpoint(self.store, state.run) if step <= state.step]
             passing = [step for step in earlier if step not in state.recipe.milestones]
-            for step in passing[: -self.keep]:
+            for step in passing[:-KEPT_CHECKPOINTS]:
                 delete_checkpoint(self.store, state.run, step)
         except StoreError as error:
             log.warning("Older checkpoints were not deleted: %s", error)
@@ -155,7 +157,7 @@ def train_until(job: TrainingJob, rank: Rank) -> None:
 
     images = ShardImages(store, manifest, "train", recipe.data.image_size, job.shard_copies)
     batches = Batches(recipe, images, trainer.lanes, pin_memory=accelerator.device.type == "cuda")
-    writer = CheckpointWriter(store, folder, job.keep)
+    writer = CheckpointWriter(store, folder)
     saved_at, stop_asked = trainer.step, rank.listen()
 
     def save() -> None:

@@ -31,6 +31,7 @@ from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
 from diffusion.tracking.experiment import open_tracking
+from diffusion.tracking.run import EARLIER_COMMITS
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
@@ -133,8 +134,12 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
     step = int(tags["checkpoint.step"])
     print(f"{original.name}: {recipe.name}, seed {recipe.seed}, {step:,} steps")
     commit = git_commit()
-    same = commit == tags["git.commit"] and commit != "unknown" and not commit.endswith("-dirty")
-    print(_line("code", same, f"commit {commit}" + ("" if same else f", the version's is {tags['git.commit']}")))
+    earlier = tags.get(EARLIER_COMMITS, "")
+    same = commit == tags["git.commit"] and commit != "unknown" and not commit.endswith("-dirty") and not earlier
+    before = f", begun by {earlier}" if earlier else ""
+    print(
+        _line("code", same, f"commit {commit}" + ("" if same else f", the version's is {tags['git.commit']}{before}"))
+    )
     dataset = _dataset(original, store, environment)
     print(_line("dataset", True, dataset.digest))
     print(_line("recipe", True, recipe.digest))

@@ -21,6 +21,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.errors import DataError, UserError
 from diffusion.evaluation.comparison import Difference, compare, load_evidence
 from diffusion.evaluation.figures import table
+from diffusion.evaluation.protocol import evaluation_as, evaluation_name
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.features.identity import identify
@@ -31,7 +32,6 @@ from diffusion.settings import Settings, settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
-from diffusion.tracking.registry import evaluation_as, evaluation_name
 from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
@@ -39,7 +39,7 @@ from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
 from flows.plugins.credentials import use_block
 from flows.run import job_fields
-from flows.tasks.plan import start_at
+from flows.tasks.plan import checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def main() -> int:
         scorer = Scorer(settings(), arguments.processes)
         first = scorer.find(arguments.model)
         recipe = with_evaluation(first.state.recipe, dict(item.split("=", 1) for item in arguments.set))
+        asked, own = recipe.evaluation, first.state.recipe.evaluation
+        scorer.chooses = (asked.weights, asked.choice_samples) != (own.weights, own.choice_samples)
         dataset = scorer.dataset(first)
         scored = scorer.score(first, recipe, dataset)
         print_figures(first.name, scored.scores)
@@ -100,6 +102,8 @@ class Scorer:
 
     def __init__(self, environment: Settings, processes: int | None) -> None:
         self.environment, self.processes = environment, processes
+        self.chooses = False
+        """Whether weights are chosen by the recipe that is asked for; else they are those that a model was scored with."""
         self.store: Store = open_store(environment.store_uri)
 
     def find(self, name: str) -> Subject:
@@ -115,8 +119,8 @@ class Scorer:
                 )
             except MlflowException as error:
                 raise DataError(f"MLflow has no {name}: {error.message}.") from None
-            start = start_at(version)
-            return Subject(name, start.run, load_state(self.store, start.run, start.step))
+            state = checkpoint_of(version, self.store)
+            return Subject(name, state.run, state)
         steps = steps_with_checkpoint(self.store, name)
         if not steps:
             raise DataError(
@@ -138,7 +142,7 @@ class Scorer:
         evaluation = evaluation_as(recipe, state.recipe)
         self._measure(recipe, dataset)
         own = find_scores(self.store, run, state.step, state.recipe.evaluation.samples, checkpoint=state.digest)
-        weights = own.weights if own else None
+        weights = own.weights if own and not self.chooses else None
         name = evaluation_name(self.store, dataset, weights, evaluation, self.environment.inception)
         wanted = (self.store, run, state.step, evaluation.samples, name, state.digest)
         if find_scores(*wanted) is None:

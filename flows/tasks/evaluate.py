@@ -7,8 +7,11 @@ import base64
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from diffusion.errors import DataError
+from diffusion.evaluation.comparison import load_evidence
 from diffusion.evaluation.figures import headline
 from diffusion.evaluation.pictures import grid_caption, thumbnail
+from diffusion.evaluation.protocol import PROTOCOL
 from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.store import layout
@@ -31,7 +34,7 @@ GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
 def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
     """Sample from the checkpoint and score the samples; log scores and grid to MLflow, show the grid in Prefect."""
     step, samples = state.step, run.recipe.evaluation.samples
-    scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
+    scores = _found(run, state)
     if scores is None:
         spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
@@ -47,6 +50,22 @@ def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
     run.tracked.log_scores(scores, grid, evaluation_picture(run, step, "closest"), evaluations(run, step))
     at = f"Step {step:,}, {state.images_seen:,} images seen"
     show(f"{at}.", f"# {runtime.flow_run.name}\n\n{at}: {headline(scores)}\n\n{grid_for_prefect(run, step)}\n")
+    return scores
+
+
+def _found(run: Run, state: CheckpointState) -> Scores | None:
+    """An evaluation that was made before, by today's protocol and with all that it leaves: clean-up keeps figures alone."""
+    step = state.step
+    scores = find_scores(run.store, run.name, step, run.recipe.evaluation.samples, checkpoint=state.digest)
+    if scores is None or scores.protocol != PROTOCOL:
+        return None
+    try:
+        for name in ("grid", "closest", *(["noise"] if step == run.recipe.milestones[0] else [])):
+            evaluation_picture(run, step, name)
+        if scores.evidence_sha256 is not None:
+            load_evidence(run.store, run.name, scores)
+    except (KeyError, DataError):
+        return None
     return scores
 
 

@@ -10,7 +10,7 @@ from prefect.states import Completed, State
 from pydantic import ValidationError
 
 from diffusion.data.manifest import Manifest
-from diffusion.errors import RecipeError
+from diffusion.errors import CheckpointDamaged, RecipeError
 from diffusion.recipe import Recipe, Start
 from diffusion.settings import settings
 from diffusion.store.objects import Store, open_store
@@ -19,7 +19,7 @@ from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.registry import model_name
 from diffusion.tracking.run import finished_run, recorded_start
 from diffusion.tracking.version_tags import tags_of
-from diffusion.training.state import load_state
+from diffusion.training.state import CheckpointState, load_state
 from flows.progress import say
 from flows.request import TrainingRequest
 from flows.run import git_commit
@@ -80,6 +80,21 @@ def start_at(champion: ModelVersion) -> Start:
             f"The tags {', '.join(names.values())} of version {champion.version} of {champion.name}, the champion, name no "
             "checkpoint. Set them right on the version's page, or train with start_from: scratch."
         ) from None
+
+
+def checkpoint_of(version: ModelVersion, store: Store) -> CheckpointState:
+    """What a version was made of.
+
+    Raises RecipeError if its tags name no checkpoint, CheckpointDamaged if it is gone or another one.
+    """
+    start = start_at(version)
+    state = load_state(store, start.run, start.step)
+    if state.digest != start.digest:
+        raise CheckpointDamaged(
+            f"The checkpoint of run {start.run} at step {start.step} in {store.uri} is not the one that version {version.version} of "
+            f"{version.name} was made of."
+        )
+    return state
 
 
 def unchanged(run: str) -> State[None]:

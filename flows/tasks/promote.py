@@ -10,18 +10,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError
+from diffusion.evaluation.protocol import evaluation_as, evaluation_name
 from diffusion.evaluation.scores import find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
-from diffusion.tracking.registry import evaluation_as, evaluation_name
 from diffusion.tracking.scores_tag import scores_of
-from diffusion.training.state import load_state
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest
 from flows.run import Run, run_phase
-from flows.tasks.plan import start_at
+from flows.tasks.plan import checkpoint_of
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:
@@ -64,20 +63,19 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
     Raises DataError if its checkpoint is gone, or what it draws is of another kind.
     """
     try:
-        start = start_at(champion)
-        state = load_state(run.store, start.run, start.step)
+        state = checkpoint_of(champion, run.store)
     except (RecipeError, CheckpointDamaged) as error:
         raise DataError(str(error)) from None
     evaluation = evaluation_as(run.recipe, state.recipe)
     before = scores_of(champion, run.store)
     weights = before.weights if before else None
     name = evaluation_name(run.store, run.dataset, weights, evaluation, run.settings.inception)
-    wanted = (run.store, start.run, start.step, evaluation.samples, name, state.digest)
+    wanted = (run.store, state.run, state.step, evaluation.samples, name, state.digest)
     scores = find_scores(*wanted)
     if scores is None:
         spec = EvaluationJob(
-            **run.job_fields() | {"run": start.run},
-            step=start.step,
+            **run.job_fields() | {"run": state.run},
+            step=state.step,
             samples=evaluation.samples,
             evaluation=evaluation,
             name=name,
@@ -90,4 +88,4 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
         run_phase(title, "score-champion", job, workers, run.recipe)
         scores = find_scores(*wanted)
         assert scores is not None
-    return Scored(start.run, scores, name)
+    return Scored(state.run, scores, name)

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import Candidate, publish
+from diffusion.tracking.run import EARLIER_COMMITS
 from diffusion.training.state import CheckpointState
 from flows.engines.known import engine
 from flows.engines.placement import Workers
@@ -29,6 +30,8 @@ def register(run: Run, state: CheckpointState, scores: Scores, workers: Workers)
         "git.commit": run.lineage.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
+    if run.tracked.earlier_commits:
+        tags[EARLIER_COMMITS] = run.tracked.earlier_commits
     pictures = {name: evaluation_picture(run, state.step, name) for name in ("grid", "closest")}
     made = Candidate(state, scores, run.dataset, pictures, tags, compute(run, state, workers))
     return publish(run.tracked, run.store, made)

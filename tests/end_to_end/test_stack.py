@@ -467,11 +467,16 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
 
     with (stack.folder / "var/stack/changing.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(b"1234")
+        lock.flush()
         second = subprocess.Popen(
             [*up], cwd=stack.folder, env=stack.env | ports, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert second.stdout is not None
-        assert "another command starts or stops the servers: waiting" in second.stdout.readline()
+        said = second.stdout.readline()
+        assert "another command starts or stops the servers: waiting" in said
+        assert said.endswith("kill 1234)\n"), said
     assert "nothing is started anew" in second.communicate()[0]
 
     wrong = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"})

@@ -36,6 +36,7 @@ from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows import launcher
 from flows.checks import check_free
+from flows.commands import score as command
 from flows.owner import be_the_only_run
 from tests.conftest import PATIENCE, TINY, lay_out
 from tests.ranks import fork_rank
@@ -102,7 +103,7 @@ def artifacts(flow_run_id: Any) -> list[tuple[str | None, str | None]]:
 
 
 def test_the_flow_trains_scores_registers_and_competes(
-    run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    run_flow: Any, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as product:  # for once with ranks and a database of its own
         product.setattr("flows.launcher._start", START_RANK)
@@ -154,6 +155,19 @@ def test_the_flow_trains_scores_registers_and_competes(
     assert "Against version 1, scored again as this one was: " in third.rows["model version"]
     assert " over 90 samples" in third.rows["model version"]
     assert reference.read_bytes() == measured
+
+    # By a command, with other weights than those that were chosen; and not by a checkpoint that took the place of its own.
+    def score(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["score", *words])
+        code = command.main()
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    code, said = score(f"{MODEL}/3", "--set", "weights=raw", "--processes", "1")
+    assert (code, f"{MODEL}/3: model after" in said) == (0, True), said
+    client.set_model_version_tag(MODEL, "3", "checkpoint.digest", "0" * 64)
+    code, said = score(f"{MODEL}/3")
+    assert (code, f"is not the one that version 3 of {MODEL} was made of" in said) == (1, True), said
 
 
 def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> None:
@@ -221,6 +235,9 @@ def test_a_retried_flow_run_is_the_same_run(run_flow: Any) -> None:
         flow_run = client.read_flow_run(flow_run.id)
     assert artifacts(flow_run.id) == [("report", "Version 1 became champion.")], "one page, which ends as the report"
     _pages.clear()  # as in a process of its own
+    store = open_store(settings().store_uri)
+    (grid,) = [name for name in store.names("runs/") if name.endswith("grid.png")]
+    store.delete(grid)  # by clean-up, which keeps figures: they are made again, and are the same
     second = run_engine(train_diffusion, flow_run=flow_run, parameters=flow_run.parameters)
     assert artifacts(flow_run.id) == [("report", "Version 1 became champion.")]
     assert isinstance(second, Report)
@@ -337,6 +354,8 @@ def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(
     assert night(yesterday, parameters, 1) + night(datetime.now(UTC), parameters, 1) == ["Completed", "Skipped"]
     newest, _ = tracking.search_runs([run.info.experiment_id])
     assert newest.data.params["seed"] == "0"
+    with pytest.raises(RecipeError, match="do not go together"):
+        night(yesterday, parameters | {"start_from": "champion"}, 1)
 
 
 @flow

@@ -120,19 +120,19 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     store = open_store(settings().store_uri)
     assert isinstance(store, FolderStore)
     assert past_champions(store, 10) == {MODEL: ["1", "4"]}
-    killed, under_way = (
-        store.folder / f"checkpoints/.model.safetensors.{name}.part" for name in ("killed", "under way")
-    )
-    for path in (killed, under_way):
+    killed, under_way = (store.folder / f"checkpoints/.model.safetensors.{number * 16}.part" for number in ("1f", "2e"))
+    another_s = store.folder / "checkpoints/.download.part"
+    for path in (killed, under_way, another_s):
         path.write_bytes(b"half of it")
-    os.utime(killed, (time.time() - 100_000,) * 2)
+    for path in (killed, another_s):
+        os.utime(path, (time.time() - 100_000,) * 2)
     would = clean_up(keep_runs=1, keep_versions=1, dry_run=True)
     assert left(six_nights) == ([f"r{n}" for n in range(6)], [str(n) for n in range(1, 7)])
     assert weights() == 6
     assert clean_up(keep_runs=1, keep_versions=1) == would
     assert weights() == 3, "as many files as versions"
     assert str(killed) in would
-    assert [killed.exists(), under_way.exists()] == [False, True]
+    assert [killed.exists(), under_way.exists(), another_s.exists()] == [False, True, True]
     assert left(six_nights) == (["r0", "r1", "r2", "r3", "r5"], ["1", "4", "6"])
     assert clean_up(keep_runs=1, keep_versions=1) == [], "a repetition found something"
     # What is copied into a model of the user's own lives on, with the run that it came from.

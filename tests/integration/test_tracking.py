@@ -71,8 +71,8 @@ def run(client: MlflowClient, ingested: Ingested, request: pytest.FixtureRequest
     return open_run(client, ingested, request.node.name)
 
 
-def open_run(client: MlflowClient, ingested: Ingested, key: str) -> TrackedRun:
-    lineage = replace(LINEAGE, run=key, name=f"run {key}")
+def open_run(client: MlflowClient, ingested: Ingested, key: str, commit: str = "c" * 40) -> TrackedRun:
+    lineage = replace(LINEAGE, run=key, name=f"run {key}", commit=commit)
     return TrackedRun.open(
         client,
         open_experiment(client, None),
@@ -187,6 +187,9 @@ def test_a_retry_finds_the_run_of_its_flow_run(
     assert again.run_id == run.run_id
     assert run.client.get_run(run.run_id).info.status == "RUNNING"
     assert open_run(run.client, ingested, "another").run_id != run.run_id
+    assert again.earlier_commits == ""
+    mended = [open_run(run.client, ingested, request.node.name, commit) for commit in ("d" * 40, "e" * 40, "e" * 40)]
+    assert [one.earlier_commits for one in mended] == ["c" * 40, f"{'c' * 40},{'d' * 40}", f"{'c' * 40},{'d' * 40}"]
 
 
 def test_points_arrive_once_however_often_they_are_sent(run: TrackedRun, tmp_path: Path) -> None:
@@ -396,6 +399,23 @@ def test_a_card_of_any_length_is_kept(mlflow_server: Server) -> None:
 
 
 @pytest.mark.slow
+def test_what_was_decided_of_a_model_that_was_deleted_is_not_said_of_the_next_of_its_number(
+    client: MlflowClient, ingested: Ingested, tmp_path: Path
+) -> None:
+    """Its log stays in the store, and numbers begin again at 1; so they do where MLflow moves."""
+    store, dataset = FolderStore(tmp_path / "store"), ingested.manifest.model_copy(update={"source": "Deleted"})
+    write_reference(store, dataset.digest)
+    for name in ("before", "after"):
+        of = open_run(client, ingested, f"deleted-{name}")
+        version = make_version(of, ingested, store, name, dataset=dataset, model="deleted-ddpm")
+        assert version == "1"
+        assert decide(client, store, "deleted-ddpm", version, Margins(first=100.0)).alias == "champion"
+        champion = champion_version(client, "deleted-ddpm")
+        assert champion is not None
+        assert champion.run_id == of.run_id
+        client.delete_registered_model("deleted-ddpm")
+
+
 def test_versions_compete_and_the_champion_samples_where_the_project_is_not_importable(
     run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
 ) -> None:

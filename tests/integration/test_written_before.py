@@ -111,6 +111,10 @@ def test_its_scores_and_its_champion_are_known(before: Before) -> None:
     assert scores is not None
     evidence = load_evidence(before.store, before.run, scores)
     assert evidence.features.shape == (80, 128)
+    dataset = find_dataset(before.store, before.dataset)
+    assert dataset is not None
+    in_turn = np.arange(80) % len(dataset.images.classes)
+    np.testing.assert_array_equal(evidence.labels, in_turn)  # it did not say; classes are judged all the same
     assert past_champions(before.store, 5) == {MODEL: ["1"]}
     version = champion_version(_tracking(before), MODEL)
     assert version is not None

@@ -1,16 +1,20 @@
 """Who owns a run, and when it is known to be dead."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from diffusion.errors import RunBusy
+from diffusion.jobs.lock import LOCK, lock_folder
 from diffusion.jobs.started import started
-from flows.owner import Owner, be_the_only_run, is_dead, read_owner, this_process
+from flows.owner import FLOW_FOLDER, Owner, be_the_only_run, is_dead, is_gone, read_owner, signs_of_life, this_process
+from tests.conftest import PATIENCE
 
 
 def changed(**values: object) -> Owner:
@@ -73,3 +77,22 @@ def test_a_process_of_another_machine_is_never_known_to_be_dead() -> None:
 )
 def test_a_tag_that_names_no_process_is_nobody_s(tag: str) -> None:
     assert read_owner(tag) is None
+
+
+def test_a_run_that_writes_nothing_for_long_is_seen_to_live_by_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks are known to one machine alone, only what is written tells."""
+    monkeypatch.setattr("flows.owner.SIGN_SECONDS", 0.05)
+    lock_folder(tmp_path / FLOW_FOLDER).close()
+    lock = tmp_path / FLOW_FOLDER / LOCK
+    os.utime(lock, (time.time() - 600,) * 2)
+    elsewhere = changed(host="another")
+    assert is_gone(elsewhere, tmp_path)
+    with signs_of_life(tmp_path):
+        deadline = time.monotonic() + PATIENCE
+        while time.time() - lock.stat().st_mtime > 300:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not is_gone(elsewhere, tmp_path)
+    assert [path.name for path in lock.parent.iterdir()] == [LOCK], "nothing of the question is left"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import RecipeError
-from diffusion.recipe import Recipe, Start, flatten
+from diffusion.recipe import Network, Recipe, Start, flatten
 from diffusion.recipe_files import load_recipe, preset_names, recipe_keys
 from diffusion.training.trainer import lanes_of_process, learning_rate
 from flows.engines.local import usable_processes
@@ -70,6 +70,10 @@ def test_a_recipe_may_be_a_file_of_one_s_own(tmp_path: Path) -> None:
     path.write_text(MINE)
     recipe = load_recipe(str(path), {"network.width": 40}, seed=3)
     assert (recipe.name, recipe.data.images, recipe.network.width, recipe.seed) == ("mine", 4096, 40, 3)
+    without = MINE.replace("network: {width: 32}\n", "")
+    for text in (without, without + "network:\n  # width: 32\n"):
+        path.write_text(text)
+        assert load_recipe(str(path), {"network.width": 40}).network == Network(width=40)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,17 @@ def test_one_folder_has_no_classes(folder: Path, tmp_path: Path) -> None:
     assert len(images) == 22
 
 
+def test_what_is_hidden_is_no_image_and_no_class(folder: Path, tmp_path: Path) -> None:
+    before = read(folder).digest
+    (folder / ".thumbs").mkdir()
+    (folder / ".thumbs/x1.png").write_bytes(picture(99))
+    (folder / "lake/.cache").mkdir()
+    (folder / "lake/.cache/x2.png").write_bytes(picture(98))
+    hidden = folder.rename(tmp_path / ".patches")
+    for path in (hidden, as_zip(hidden, tmp_path / "hidden.zip"), as_tar(hidden, tmp_path / "hidden.tar")):
+        assert read(path, name="patches").digest == before
+
+
 def test_a_table_names_the_classes(folder: Path, tmp_path: Path) -> None:
     rows = [
         f"{path.relative_to(folder)},{'wet' if path.parent.name == 'lake' else 'dry'}" for path in folder.rglob("*.png")
@@ -281,6 +292,22 @@ def bad_sixteen_bit_colour(folder: Path) -> None:
     (folder / "lake/lake0.png").write_bytes(header + bytes(100))
 
 
+def bad_sixteen_bit_grey_and_transparent(folder: Path) -> None:
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x10\0\0\0\x10\x10\x04\0\0\0"
+    (folder / "lake/lake0.png").write_bytes(header + bytes(100))
+
+
+def bad_palette(folder: Path) -> None:
+    table = np.zeros((3, 256), np.uint16)
+    (folder / "lake/lake0.png").unlink()
+    tifffile.imwrite(folder / "lake/lake0.tif", np.zeros((16, 16), np.uint8), photometric="palette", colormap=table)
+
+
+def bad_two_tables(folder: Path) -> None:
+    for part in ("lake", "field"):
+        (folder / part / "metadata.csv").write_text(f"file_name,label\n{part}0.png,a\n")
+
+
 def bad_loose_image(folder: Path) -> None:
     (folder / "loose.png").write_bytes(picture(1))
 
@@ -333,6 +360,9 @@ def bad_pickle(folder: Path) -> None:
         (bad_band_count, r"lake/lake0.png has 1 bands of uint8, and the first one 3|and the first one 1"),
         (bad_image, r"lake/lake[01].png does not decode.*1 more.*skip"),
         (bad_sixteen_bit_colour, "16 bits a colour"),
+        (bad_sixteen_bit_grey_and_transparent, "16 bits a colour"),
+        (bad_palette, "numbers of colours in a table"),
+        (bad_two_tables, r"several tables: patches/field/metadata.csv, patches/lake/metadata.csv"),
         (bad_loose_image, r"beside them patches/loose.png"),
         (bad_two_of_one_key, "two images lake/lake0"),
         (bad_name, r"not UTF-8: lake/\\udcff\\udcfe.png"),

@@ -106,6 +106,8 @@ def test_a_preset_gives_way_to_what_the_images_are() -> None:
         ({"data.image_size": 32}, spec(size=100), "data.image_size 32 does not fit"),
         ({}, spec(size=37), "does not fit"),
         ({"network.class_conditional": True}, spec(classes=()), "no classes"),
+        ({"network.label_dropout": 0.2}, spec(classes=()), "label_dropout is 0.2, which is for images of classes"),
+        ({"evaluation.guidance": 3}, spec(classes=()), "guidance is 3, which is for images of classes"),
         ({"evaluation.extractors": ["eurosat"]}, spec(1), "Use own"),
         ({"objective.loss": "vlb"}, spec(1, "float32"), "likelihood in bits"),
     ):

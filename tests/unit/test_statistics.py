@@ -132,13 +132,26 @@ def test_classes_of_one_size_come_in_turn() -> None:
 
 @given(st.integers(0, 99), st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_a_draw_has_of_each_class_what_there_is_of_it(seed: int, sizes: list[int]) -> None:
+    """Classes of fewer than five samples count as one."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    assert np.array_equal(labels[resampled(rng, len(labels), labels)], np.sort(labels))
+    drawn = labels[resampled(rng, len(labels), labels)]
+    strata = np.array([number if size >= 5 else len(sizes) for number, size in enumerate(sizes)])
+    assert np.array_equal(np.sort(strata[drawn]), np.sort(strata[labels]))
     mixed = shuffled(rng, len(labels), labels)
     assert sorted(mixed) == list(range(len(labels)))
     half = np.bincount(labels[mixed[: len(labels) // 2]], minlength=len(sizes))
     assert np.abs(half - np.array(sizes) / 2).max() <= 2
+
+
+def test_errors_of_samples_of_many_classes_are_not_smaller_than_they_are() -> None:
+    """A class with a sample or two says nothing of how its samples differ, drawn by itself."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((60, 4))
+    reference = Moments.of(rng.standard_normal((5000, 4)))
+    free = frechet_error(features, reference)
+    for each in (1, 2, 4):
+        assert frechet_error(features, reference, labels=np.arange(60) // each) == pytest.approx(free, rel=0.25)
 
 
 def test_extrapolation_removes_most_of_the_bias_of_few_samples() -> None:

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from diffusion.data.codecs import SUFFIXES
-from diffusion.data.sources.files import TAR_SUFFIXES, File, Limits, Meter, read_files
+from diffusion.data.sources.files import TAR_SUFFIXES, Limits, Meter, read_files
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
 from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
@@ -44,15 +44,15 @@ def name_of(path: Path) -> str:
 
 
 def _images(path: Path) -> Iterator[SourceImage]:
-    files: dict[PurePosixPath, Callable[[], bytes]] = {}
-    tables: list[File] = []
-    for relative, read in read_files(path, LIMITS, _is_used):
-        if relative.name == METADATA:
-            tables.append((relative, read))
-        else:
-            files[relative] = read
+    files = _shown(dict(read_files(path, LIMITS, _is_used)))
+    tables = [(relative, files.pop(relative)) for relative in [*files] if relative.name == METADATA]
     if not files:
         raise DataError(f"{path} holds no images. Files of these kinds are read: {', '.join(SUFFIXES)}.")
+    if len(tables) > 1:
+        raise DataError(
+            f"{path} holds several tables: {', '.join(sorted(shown(str(name)) for name, _ in tables[:4]))}. Leave one that names "
+            "all images, or bring one of their folders."
+        )
     labelled = _by_table(path, *tables[0], files) if tables else _by_folder(path, files)
     meter = Meter(path, LIMITS)
     for class_name, file_name, read in labelled:
@@ -66,13 +66,28 @@ def _is_used(name: PurePosixPath) -> bool:
     return name.suffix.lower() in SUFFIXES and not name.name.startswith(".") and "__MACOSX" not in name.parts
 
 
+Files = dict[PurePosixPath, Callable[[], bytes]]
+"""By name, how a file's content is read."""
+
+
+def _shown(files: Files) -> Files:
+    """Without those in hidden folders, as of thumbnails; but all of them may lie in one."""
+    root = len(_root(files))
+    return {name: read for name, read in files.items() if not any(part.startswith(".") for part in name.parts[root:-1])}
+
+
+def _root(files: Files) -> tuple[str, ...]:
+    """The folder that all lie in."""
+    return PurePosixPath(os.path.commonpath(["/".join(name.parent.parts) for name in files])).parts if files else ()
+
+
 Labelled = Iterator[tuple[str, str, Callable[[], bytes]]]
 """Class (empty: none), file name, and how its content is read."""
 
 
-def _by_folder(path: Path, files: dict[PurePosixPath, Callable[[], bytes]]) -> Labelled:
+def _by_folder(path: Path, files: Files) -> Labelled:
     parents = {relative.parent.parts for relative in files}
-    root = PurePosixPath(os.path.commonpath(["/".join(parts) for parts in parents])).parts
+    root = _root(files)
     if len(parents) == 1:  # one folder: no classes
         for relative, read in files.items():
             yield "", relative.name, read
@@ -116,9 +131,7 @@ def _rows(path: Path, read: Callable[[], bytes]) -> Iterator[dict[str, str]]:
         raise DataError(f"{path}: {METADATA} is no table in UTF-8 ({error}).") from error
 
 
-def _by_table(
-    path: Path, table: PurePosixPath, read: Callable[[], bytes], files: dict[PurePosixPath, Callable[[], bytes]]
-) -> Labelled:
+def _by_table(path: Path, table: PurePosixPath, read: Callable[[], bytes], files: Files) -> Labelled:
     rows = _rows(path, read)  # one by one: a row takes a hundred times what it takes in the file
     first = next(rows, {})
     columns = list(first)
