@@ -57,7 +57,7 @@ def stretches(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, ste
         Recorder(recipe, accelerator, folder, steps, flops=1.0),
     )
     client = connect(f"sqlite:///{folder / 'mlflow.db'}")
-    lineage = Lineage(run="cost", name="cost", commit="unknown", flow_run_id="", flow_run_url="", owner="{}")
+    lineage = Lineage(key="cost", name="cost", commit="unknown", flow_run_id="", flow_run_url="", owner="{}")
     experiment_id = open_experiment(client, folder / "artifacts")
     tracked = TrackedRun.open(client, experiment_id, lineage, recipe, dataset, store.uri)
     found: dict[str, list[float]] = {"everything": [], "nothing": []}

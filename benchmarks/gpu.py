@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
-from diffusion.data.manifest import Manifest
+from diffusion.data.manifest import Manifest, require_dataset
 from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob, TrainingJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
@@ -121,8 +120,7 @@ def main() -> None:
     store, out = open_store(arguments.store), arguments.out
     scratch = out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    dataset = find_dataset(store, arguments.dataset)
-    assert dataset is not None, "ingest it first"
+    dataset = require_dataset(store, arguments.dataset)
     print(
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}", flush=True
     )

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from diffusion.data import codecs
-from diffusion.data.ingest import find_dataset, ingest
-from diffusion.data.manifest import Manifest, Shard, Split
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest, Shard, Split, find_dataset
 from diffusion.data.order import Order
 from diffusion.data.sources.source import Source, SourceImage, make_source
 from diffusion.randomness import stream

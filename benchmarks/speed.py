@@ -41,10 +41,11 @@ from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest
 from diffusion.data.order import Order
 from diffusion.data.sources.find import EUROSAT, find_archive, read_source
-from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.denoiser import Denoiser, build_network
 from diffusion.evaluation.statistics import Moments, frechet_distance
 from diffusion.model.flops import BACKWARD, forward_flops
 from diffusion.model.placement import place
+from diffusion.pixels import Pixels
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
 from diffusion.store import layout

@@ -93,7 +93,7 @@ def gallery(title: str, run: Run, state: CheckpointState, scores: Scores, decisi
         "checkpoint": state.digest,
     }
     lead = (
-        f"Run {run.name}: {recipe.name} on {run.dataset.source}, {pixels}, seed {recipe.seed}, {state.images_seen:,} images seen; "
+        f"Run {run.key}: {recipe.name} on {run.dataset.source}, {pixels}, seed {recipe.seed}, {state.images_seen:,} images seen; "
         + ", ".join(f"{name} {digest[:12]}" for name, digest in digests.items())
     )
     return page(title, lead, sections)

@@ -51,7 +51,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 class Run:
     """One training from its dataset to its model version."""
 
-    name: str
     request: TrainingRequest
     recipe: Recipe
     dataset: Manifest
@@ -61,6 +60,11 @@ class Run:
     settings: Settings
 
     @property
+    def key(self) -> str:
+        """What it is called in the store and on disk; for people it has another name."""
+        return self.lineage.key
+
+    @property
     def store(self) -> Store:
         """Where checkpoints and evaluations go."""
         return open_store(self.settings.store_uri)
@@ -68,11 +72,11 @@ class Run:
     @property
     def folder(self) -> Path:
         """Working folder on this machine."""
-        return self.settings.runs / self.name
+        return self.settings.runs / self.key
 
     def job_fields(self) -> dict[str, Any]:
         """What every job of this run is told."""
-        return job_fields(self.name, self.dataset, self.settings)
+        return job_fields(self.key, self.dataset, self.settings)
 
 
 def job_fields(run: str, dataset: Manifest, settings: Settings) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
             say(f"{unfinished} is being continued by another flow run: starting anew.")
     lock = lock or lock_folder(environment.runs / key / FLOW_FOLDER)
     lineage = Lineage(
-        run=key,
+        key=key,
         name=name,
         commit=commit,
         flow_run_id=flow_run_id,
@@ -142,7 +146,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         say(
             f"It was begun by other code, {tracked.earlier_commits}, and goes on by {commit}: its version will name both."
         )
-    folder = environment.runs / lineage.run
+    folder = environment.runs / key
     (folder / ENDING).unlink(missing_ok=True)  # of an earlier attempt, which goes on
     with (
         lock,
@@ -150,7 +154,7 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         SystemMetrics(tracked, partial(engine().watched, folder)),
         MetricsSender(tracked, folder) as sender,
     ):
-        run = Run(lineage.run, request, recipe, dataset, tracked, sender, lineage, environment)
+        run = Run(request, recipe, dataset, tracked, sender, lineage, environment)
         try:
             yield run
         except Exception as error:

@@ -40,7 +40,8 @@ class Sampler(PythonModel):
         from safetensors.torch import load_file
 
         from diffusion.data.manifest import parse_manifest
-        from diffusion.denoiser import Denoiser, Pixels, SamplingPlan, build_network
+        from diffusion.denoiser import Denoiser, SamplingPlan, build_network
+        from diffusion.pixels import Pixels
         from diffusion.process.samplers import SAMPLERS
         from diffusion.recipe import Recipe
 

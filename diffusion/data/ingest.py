@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data import codecs
 from diffusion.data.form import Form, Levels, decoded, fitted, measure, shown_places, stop_unless_skipped
-from diffusion.data.manifest import FORMAT_VERSION, Manifest, Shard, Split, parse_manifest
+from diffusion.data.manifest import FORMAT_VERSION, Manifest, Shard, Split, find_dataset
 from diffusion.data.sealed import seal, unseal
 from diffusion.data.shards import Sample, bytes_in_shard, write_shard
 from diffusion.data.sources.source import Source
@@ -36,15 +36,6 @@ SMALLEST_STD = 1e-6
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
-
-
-def find_dataset(store: Store, digest: str) -> Manifest | None:
-    """The dataset of that content digest, or None if the store does not hold it."""
-    name = layout.manifest(digest)
-    try:
-        return parse_manifest(store.read(name), f"{store.uri}/{name}")
-    except KeyError:
-        return None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 from diffusion.data.sealed import seal, unseal
 from diffusion.data.spec import RGB, ImageSpec
 from diffusion.errors import DataError
+from diffusion.store import layout
+from diffusion.store.objects import Store
 from diffusion.trust.identifiers import ObjectName, Sha256
 
 FORMAT_VERSION = 2
@@ -90,3 +92,20 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         if sum(shard.samples for shard in manifest.shards_of(split)) != count:
             raise DataError(f"The manifest {where} contradicts itself: its {split} shards do not hold {count} samples.")
     return manifest
+
+
+def find_dataset(store: Store, digest: str) -> Manifest | None:
+    """The dataset of that content digest, or None if the store does not hold it."""
+    name = layout.manifest(digest)
+    try:
+        return parse_manifest(store.read(name), f"{store.uri}/{name}")
+    except KeyError:
+        return None
+
+
+def require_dataset(store: Store, digest: str) -> Manifest:
+    """The same. Raises DataError if the store does not hold it."""
+    found = find_dataset(store, digest)
+    if found is None:
+        raise DataError(f"The store {store.uri} has no dataset {digest}. Ingest it first.")
+    return found

@@ -9,8 +9,8 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
+from diffusion.data.manifest import find_dataset
 from diffusion.data.sealed import seal
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser

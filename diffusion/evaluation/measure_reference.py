@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages
-from diffusion.errors import DataError
+from diffusion.data.manifest import require_dataset
 from diffusion.evaluation.reference import Reference, write_reference
 from diffusion.evaluation.sharding import gather_rows
 from diffusion.evaluation.statistics import Moments
@@ -26,9 +25,7 @@ BATCH = 250
 def measure_reference(job: ReferenceJob, rank: Rank) -> None:
     """Compute and store the reference, unless the store has it. Images are shared out to the processes by shards."""
     store, accelerator = open_store(job.store), rank.accelerator
-    manifest = find_dataset(store, job.dataset)
-    if manifest is None:
-        raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
+    manifest = require_dataset(store, job.dataset)
     known = identify(job.extractor, store, manifest, job.inception)
     name = layout.reference(job.dataset, known.name, known.sha256, job.image_size)
     extractor = load_extractor(known, store, manifest, accelerator.device, job.inception)

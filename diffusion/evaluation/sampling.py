@@ -8,11 +8,12 @@ from accelerate import Accelerator
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.spec import Images
-from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.denoiser import Denoiser, build_network
 from diffusion.evaluation.labels import Labels
 from diffusion.evaluation.sharding import block_sizes, gather_rows
 from diffusion.jobs.reports import ProgressFile
 from diffusion.model.placement import place
+from diffusion.pixels import Pixels
 from diffusion.store.objects import Store
 from diffusion.training.checkpoint import load_tensors
 from diffusion.training.state import CheckpointState

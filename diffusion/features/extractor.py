@@ -20,11 +20,11 @@ from torch import Tensor
 from diffusion.data.manifest import Manifest
 from diffusion.data.sources.download import download
 from diffusion.data.spec import Images
-from diffusion.denoiser import Pixels
 from diffusion.errors import DataError, RecipeError
 from diffusion.features.classifier import Classifier
 from diffusion.features.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS, Known, find_own, required_inception
 from diffusion.model.placement import place
+from diffusion.pixels import Pixels
 from diffusion.settings import InceptionSource
 from diffusion.store import layout
 from diffusion.store.objects import Store

@@ -31,19 +31,18 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
-from diffusion.data.manifest import Manifest, Split
+from diffusion.data.manifest import Manifest, Split, require_dataset
 from diffusion.data.sealed import seal
 from diffusion.data.sources.eurosat import read_eurosat
-from diffusion.denoiser import Pixels
-from diffusion.errors import DataError
 from diffusion.features.classifier import Classifier, fuse
 from diffusion.features.identity import SHIPPED_WEIGHTS, OwnExtractor, find_own
 from diffusion.jobs.rank import Rank, rank_main
 from diffusion.jobs.reports import ProgressFile
 from diffusion.jobs.specs import ExtractorJob
 from diffusion.model.placement import place
+from diffusion.pixels import Pixels
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore, Store, open_store
 
@@ -187,9 +186,7 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
     """Train a dataset's own extractor, and store it: to tell its classes or, where it has none, views of one image from others'."""
     store, accelerator = open_store(job.store), rank.accelerator
     progress = ProgressFile(rank.folder, accelerator.is_main_process)
-    dataset = find_dataset(store, job.dataset)
-    if dataset is None:
-        raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
+    dataset = require_dataset(store, job.dataset)
     classes = len(dataset.images.classes)
     labelled = classes > 1
     train, test = (_read(store, dataset, split, job.shard_copies) for split in ("train", "test"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion.data.ingest import find_dataset
+from diffusion.data.manifest import find_dataset
 from diffusion.errors import DataError, TrackingError
 from diffusion.evaluation.comparison import (
     Difference,

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusion
-from diffusion.data.ingest import find_dataset
-from diffusion.data.manifest import Manifest
+from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.data.spec import ImageSpec
 from diffusion.errors import DataError, StoreError
 from diffusion.evaluation.figures import headline, metrics

@@ -46,8 +46,8 @@ MLFLOW_DIGEST_LENGTH = 36
 class Lineage:
     """What a run came from."""
 
-    run: str
-    """The key by which the run is found again: one for each flow run, unless it goes on with an earlier one."""
+    key: str
+    """By which the run is found again: one for each flow run, unless it goes on with an earlier one."""
     name: str
     """How people know a run that is new."""
     commit: str
@@ -93,7 +93,7 @@ class TrackedRun:
             OWNER_TAG: lineage.owner,
             NOTE: _note(recipe, dataset, lineage),
         }
-        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.run}'", max_results=1)
+        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.key}'", max_results=1)
         if found:
             run = found[0]
             if earlier := _earlier_commits(run, lineage.commit):
@@ -104,7 +104,7 @@ class TrackedRun:
         else:
             # With its start from the first moment: a retry goes on as it began.
             start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
-            run = client.create_run(experiment_id, run_name=lineage.name, tags={**tags, RUN_KEY: lineage.run, **start})
+            run = client.create_run(experiment_id, run_name=lineage.name, tags={**tags, RUN_KEY: lineage.key, **start})
         self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or lineage.name)
         self.earlier_commits = tags.get(EARLIER_COMMITS, "")
         client.log_batch(

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
+from diffusion.errors import CheckpointDamaged, RecipeError
+from diffusion.recipe import Start
+from diffusion.store.objects import Store
+from diffusion.training.state import CheckpointState, load_state
 from diffusion.trust.reading import parse_json
 
 if TYPE_CHECKING:
@@ -33,3 +37,28 @@ def tags_of(version: ModelVersion) -> dict[str, str]:
     except (ValueError, ValidationError):
         rest = {}
     return {**rest, **version.tags}
+
+
+def start_at(version: ModelVersion) -> Start:
+    """The checkpoint that it was made of, as its tags name it. Raises RecipeError if they name none."""
+    names = {"run": "run", "step": "checkpoint.step", "digest": "checkpoint.digest"}
+    tags = tags_of(version)
+    try:
+        return Start.model_validate({name: tags.get(tag) for name, tag in names.items()})
+    except ValidationError:
+        raise RecipeError(
+            f"The tags {', '.join(names.values())} of version {version.version} of {version.name} name no checkpoint. Set them right "
+            "on the version's page."
+        ) from None
+
+
+def checkpoint_of(version: ModelVersion, store: Store) -> CheckpointState:
+    """The same, as it lies in the store. Raises RecipeError as well, and CheckpointDamaged if it is gone or another one."""
+    start = start_at(version)
+    state = load_state(store, start.run, start.step)
+    if state.digest != start.digest:
+        raise CheckpointDamaged(
+            f"The checkpoint of run {start.run} at step {start.step} in {store.uri} is not the one that version {version.version} of "
+            f"{version.name} was made of."
+        )
+    return state

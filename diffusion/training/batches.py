@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.data.loader import ShardImages
 from diffusion.data.order import Order
-from diffusion.denoiser import Pixels
+from diffusion.pixels import Pixels
 from diffusion.process.levels import stratified_uniforms
 from diffusion.randomness import stream
 from diffusion.recipe import Recipe

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from diffusion.data.ingest import find_dataset
 from diffusion.data.loader import ShardImages, prefetch
-from diffusion.errors import CheckpointDamaged, DataError, RecipeError, StoreError
+from diffusion.data.manifest import require_dataset
+from diffusion.errors import CheckpointDamaged, RecipeError, StoreError
 from diffusion.jobs.rank import Rank
 from diffusion.jobs.specs import TrainingJob
 from diffusion.model.flops import BACKWARD, forward_flops
@@ -132,9 +132,7 @@ def train_until(job: TrainingJob, rank: Rank) -> None:
     before the first step, TrainingDiverged after it.
     """
     recipe, store, accelerator, folder = job.recipe, open_store(job.store), rank.accelerator, rank.folder
-    manifest = find_dataset(store, job.dataset)
-    if manifest is None:
-        raise DataError(f"The store {store.uri} has no dataset {job.dataset}. Ingest it first.")
+    manifest = require_dataset(store, job.dataset)
     trainer = Trainer(recipe, manifest, accelerator, store)
     flops = (1 + BACKWARD) * forward_flops(trainer.network, len(manifest.images.bands), recipe.data.image_size)
     recorder = Recorder(recipe, accelerator, folder, job.until, flops)

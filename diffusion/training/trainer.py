@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion.data.manifest import Manifest
-from diffusion.denoiser import Pixels, build_network, read_output
+from diffusion.denoiser import build_network, read_output
 from diffusion.features.extractor import load_teacher
 from diffusion.features.identity import identify
 from diffusion.model.ema import EMA
 from diffusion.model.placement import place
 from diffusion.model.unet import UNet
+from diffusion.pixels import Pixels
 from diffusion.process.bound import chain_term
 from diffusion.process.objective import Losses, simple_loss, weight, with_bound
 from diffusion.process.prediction import diffuse, target, to_x0

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from diffusion.data.ingest import find_dataset, ingest
-from diffusion.data.manifest import Manifest
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
 from diffusion.errors import DataError, TrackingError, UserError

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from mlflow.exceptions import MlflowException
 
-from diffusion.data.ingest import find_dataset
-from diffusion.data.manifest import Manifest
+from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.errors import DataError, UserError
 from diffusion.evaluation.comparison import Difference, compare, load_evidence
 from diffusion.evaluation.figures import table
@@ -32,6 +31,7 @@ from diffusion.settings import Settings, settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
+from diffusion.tracking.version_tags import checkpoint_of
 from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
@@ -39,7 +39,6 @@ from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
 from flows.plugins.credentials import use_block
 from flows.run import job_fields
-from flows.tasks.plan import checkpoint_of
 
 
 @dataclass(frozen=True)

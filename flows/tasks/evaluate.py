@@ -41,7 +41,7 @@ def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
         title = f"Evaluating step {step:,} ({samples:,} samples)"
         job = Job("diffusion.evaluation.job", spec, folder, "evaluation")
         run_phase(title, f"evaluate-{step}", job, workers, run.recipe)
-        scores = find_scores(run.store, run.name, step, samples, checkpoint=state.digest)
+        scores = find_scores(run.store, run.key, step, samples, checkpoint=state.digest)
         assert scores is not None
     grid = evaluation_picture(run, step, "grid")
     if step == run.recipe.milestones[0]:
@@ -56,14 +56,14 @@ def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
 def _found(run: Run, state: CheckpointState) -> Scores | None:
     """An evaluation that was made before, by today's protocol and with all that it leaves: clean-up keeps figures alone."""
     step = state.step
-    scores = find_scores(run.store, run.name, step, run.recipe.evaluation.samples, checkpoint=state.digest)
+    scores = find_scores(run.store, run.key, step, run.recipe.evaluation.samples, checkpoint=state.digest)
     if scores is None or scores.protocol != PROTOCOL:
         return None
     try:
         for name in ("grid", "closest", *(["noise"] if step == run.recipe.milestones[0] else [])):
             evaluation_picture(run, step, name)
         if scores.evidence_sha256 is not None:
-            load_evidence(run.store, run.name, scores)
+            load_evidence(run.store, run.key, scores)
     except (KeyError, DataError):
         return None
     return scores
@@ -79,10 +79,10 @@ def grid_for_prefect(run: Run, step: int) -> str:
 def evaluations(run: Run, until: int) -> list[Scores]:
     """The run's evaluations up to a step, in their order."""
     steps = [step for step in run.recipe.milestones if step <= until]
-    found = [find_scores(run.store, run.name, step, run.recipe.evaluation.samples) for step in steps]
+    found = [find_scores(run.store, run.key, step, run.recipe.evaluation.samples) for step in steps]
     return [scores for scores in found if scores is not None]
 
 
 def evaluation_picture(run: Run, step: int, name: str) -> bytes:
     """A picture of an evaluation (`grid`, `closest`, …), as PNG."""
-    return run.store.read(layout.picture(run.name, step, name))
+    return run.store.read(layout.picture(run.key, step, name))

@@ -12,8 +12,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
-from diffusion.data.ingest import find_dataset, ingest
-from diffusion.data.manifest import FORMAT_VERSION, Manifest
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import FORMAT_VERSION, Manifest, find_dataset
 from diffusion.data.sources.find import find_archive, read_source
 from diffusion.data.sources.source import SourceOptions
 from diffusion.errors import DataError

@@ -7,27 +7,24 @@ from typing import TYPE_CHECKING
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
-from pydantic import ValidationError
 
 from diffusion.data.manifest import Manifest
-from diffusion.errors import CheckpointDamaged, RecipeError
-from diffusion.recipe import Recipe, Start
+from diffusion.errors import RecipeError
+from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.registry import model_name
 from diffusion.tracking.run import finished_run, recorded_start
-from diffusion.tracking.version_tags import tags_of
-from diffusion.training.state import CheckpointState, load_state
+from diffusion.tracking.version_tags import start_at
+from diffusion.training.state import load_state
 from flows.progress import say
 from flows.request import TrainingRequest
 from flows.run import git_commit
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
     from mlflow import MlflowClient
 
 
@@ -67,34 +64,6 @@ def _from_champion(client: MlflowClient, store: Store, experiment_id: str, recip
             "weights mean other pixels. Train with start_from: scratch once."
         )
     return recipe.continued(start, state.recipe)
-
-
-def start_at(champion: ModelVersion) -> Start:
-    """The checkpoint of a version, which its tags name. Raises RecipeError if they name none."""
-    names = {"run": "run", "step": "checkpoint.step", "digest": "checkpoint.digest"}
-    tags = tags_of(champion)
-    try:
-        return Start.model_validate({name: tags.get(tag) for name, tag in names.items()})
-    except ValidationError:
-        raise RecipeError(
-            f"The tags {', '.join(names.values())} of version {champion.version} of {champion.name}, the champion, name no "
-            "checkpoint. Set them right on the version's page, or train with start_from: scratch."
-        ) from None
-
-
-def checkpoint_of(version: ModelVersion, store: Store) -> CheckpointState:
-    """What a version was made of.
-
-    Raises RecipeError if its tags name no checkpoint, CheckpointDamaged if it is gone or another one.
-    """
-    start = start_at(version)
-    state = load_state(store, start.run, start.step)
-    if state.digest != start.digest:
-        raise CheckpointDamaged(
-            f"The checkpoint of run {start.run} at step {start.step} in {store.uri} is not the one that version {version.version} of "
-            f"{version.name} was made of."
-        )
-    return state
 
 
 def unchanged(run: str) -> State[None]:

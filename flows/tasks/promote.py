@@ -16,11 +16,11 @@ from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
 from diffusion.tracking.scores_tag import scores_of
+from diffusion.tracking.version_tags import checkpoint_of
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest
 from flows.run import Run, run_phase
-from flows.tasks.plan import checkpoint_of
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ def report(run: Run, state: CheckpointState, scores: Scores, decision: Decision)
     if scores.bound is None:
         rows["bits_per_dim"] = f"none: images of {run.dataset.images.dtype} have no likelihood in bits"
     rows["model version"] = f"{decision.model} {decision.version}, {decision.alias}. {decision.reason}"
-    rows[GRID] = f"{run.store.uri}/{layout.picture(run.name, state.step, 'grid')}"
+    rows[GRID] = f"{run.store.uri}/{layout.picture(run.key, state.step, 'grid')}"
 
     try:
         page = _markdown(run, state, scores, rows, decision)

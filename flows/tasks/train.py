@@ -24,14 +24,14 @@ from flows.tasks.retrying import RETRIED
 )
 def train(run: Run, until: int, workers: Workers) -> CheckpointState:
     """Train to step `until`, from the run's newest checkpoint."""
-    if not is_whole(run.store, run.name, until):
+    if not is_whole(run.store, run.key, until):
         spec = TrainingJob(
             **run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=checkpoint_every(run.recipe)
         )
         title = f"Training to step {until:,} of {run.recipe.total_steps:,}"
         job = Job("diffusion.training.job", spec, run.folder, "training")
         run_phase(title, f"train-{until}", job, workers, run.recipe)
-    state = load_state(run.store, run.name, until)
+    state = load_state(run.store, run.key, until)
     if committed_step(run.folder) < until:
         # Whoever wrote the checkpoint did not come to say so here: it died, or it was another machine.
         Journal(run.folder / JOURNAL).roll_back(checkpoint_file(run.store, state, JOURNAL))

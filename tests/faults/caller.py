@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from diffusion.data.ingest import find_dataset
+from diffusion.data.manifest import require_dataset
 from diffusion.jobs.specs import TrainingJob
 from diffusion.store.objects import open_store
 from diffusion.tracking.connection import connect
@@ -23,9 +23,8 @@ from flows.launcher import Listener, run_job
 def main(folder: Path) -> None:
     told = json.loads((folder / "caller.json").read_text())
     job = TrainingJob.model_validate(told["job"])
-    manifest = find_dataset(open_store(job.store), job.dataset)
-    assert manifest is not None
-    lineage = Lineage(run=job.run, name=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
+    manifest = require_dataset(open_store(job.store), job.dataset)
+    lineage = Lineage(key=job.run, name=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
     client = connect(told["tracking_uri"])
     run = TrackedRun.open(client, open_experiment(client, None), lineage, job.recipe, manifest, job.store)
     (folder / "mlflow_run").write_text(run.run_id)

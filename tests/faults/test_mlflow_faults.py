@@ -28,7 +28,7 @@ from tests.faults.s3_proxy import Faults, proxy
 
 pytestmark = pytest.mark.slow
 
-LINEAGE = Lineage(run="mlflow-faults", name="faults", commit="c" * 40, flow_run_id="f", flow_run_url="", owner="{}")
+LINEAGE = Lineage(key="mlflow-faults", name="faults", commit="c" * 40, flow_run_id="f", flow_run_url="", owner="{}")
 
 
 def test_points_whose_answer_was_lost_and_a_silent_server_cost_nothing(
@@ -74,7 +74,7 @@ def test_a_server_that_is_away_as_the_run_ends_is_waited_for_or_told_by_the_next
     child.wait()
 
     def begin(key: str) -> tuple[TrackedRun, Path]:
-        lineage = replace(LINEAGE, run=key, name=key, owner=json.dumps(ended))
+        lineage = replace(LINEAGE, key=key, name=key, owner=json.dumps(ended))
         folder = tmp_path / key
         folder.mkdir()
         run = TrackedRun.open(direct, experiment, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
@@ -126,12 +126,12 @@ def test_the_run_of_a_machine_that_is_gone_is_closed_and_of_one_that_lives_is_no
     keys = ("gone", "locked", "writing", "not seen here")
     runs = {}
     for key in keys:
-        lineage = replace(LINEAGE, run=key.replace(" ", "-"), name=key, owner=elsewhere)
+        lineage = replace(LINEAGE, key=key.replace(" ", "-"), name=key, owner=elsewhere)
         run = TrackedRun.open(client, experiment, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri)
         runs[key] = run.run_id
         if key != "not seen here":
-            lock_folder(tmp_path / lineage.run / FLOW_FOLDER).close()
-            for path in tmp_path.joinpath(lineage.run).rglob("*"):
+            lock_folder(tmp_path / lineage.key / FLOW_FOLDER).close()
+            for path in tmp_path.joinpath(lineage.key).rglob("*"):
                 os.utime(path, (time.time() - 600,) * 2)
     (tmp_path / "writing" / "progress.json").write_text("{}")
     with (tmp_path / "locked" / FLOW_FOLDER / LOCK).open("rb") as held:

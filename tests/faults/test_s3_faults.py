@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import find_dataset
 from diffusion.data.sources.eurosat import Source
 from diffusion.errors import StoreError
 from diffusion.jobs.specs import TrainingJob

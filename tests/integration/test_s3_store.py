@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.ingest import ingest
 from diffusion.data.loader import ShardImages
+from diffusion.data.manifest import find_dataset
 from diffusion.data.sources.eurosat import Source
 from diffusion.errors import StoreError
 from diffusion.store.objects import FolderStore, LocalCopy, S3Store, check_writable, open_store

@@ -57,7 +57,7 @@ from tests.scores import made
 
 MODEL = "generated-fields-and-water-ddpm"
 LINEAGE = Lineage(
-    run="", name="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}"
+    key="", name="", commit="c" * 40, flow_run_id="f1", flow_run_url="http://127.0.0.1/flow-run/f1", owner="{}"
 )
 
 
@@ -72,7 +72,7 @@ def run(client: MlflowClient, ingested: Ingested, request: pytest.FixtureRequest
 
 
 def open_run(client: MlflowClient, ingested: Ingested, key: str, commit: str = "c" * 40) -> TrackedRun:
-    lineage = replace(LINEAGE, run=key, name=f"run {key}", commit=commit)
+    lineage = replace(LINEAGE, key=key, name=f"run {key}", commit=commit)
     return TrackedRun.open(
         client,
         open_experiment(client, None),
@@ -296,7 +296,7 @@ def test_a_run_that_did_not_finish_is_found_by_the_next_of_its_recipe_data_and_c
         return unfinished_run(client, experiment, of, ingested.manifest, commit)
 
     def begin(key: str) -> TrackedRun:
-        lineage = replace(LINEAGE, run=key, name=key)
+        lineage = replace(LINEAGE, key=key, name=key)
         return TrackedRun.open(
             client, open_experiment(client, None), lineage, recipe, ingested.manifest, ingested.store.uri
         )
@@ -373,7 +373,7 @@ def test_where_a_flow_run_started_is_known_to_its_retry_also_when_another_has_go
     recipe = tiny_recipe().continued(start, tiny_recipe())
     assert recorded_start(client, experiment_id, "flow-a") == (False, None)
     for flow_run in ("flow-a", "flow-b"):  # b goes on with what a has begun
-        lineage = replace(LINEAGE, run="demo-seed0-flow-a", name=flow_run, flow_run_id=flow_run)
+        lineage = replace(LINEAGE, key="demo-seed0-flow-a", name=flow_run, flow_run_id=flow_run)
         TrackedRun.open(client, experiment_id, lineage, recipe, ingested.manifest, ingested.store.uri)
         assert recorded_start(client, experiment_id, flow_run) == (True, start)
     assert recorded_start(client, experiment_id, "flow-a") == (True, start)

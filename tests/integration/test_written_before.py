@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diffusion.data.ingest import find_dataset, ingest
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import require_dataset
 from diffusion.data.shards import read_shard
 from diffusion.data.sources.eurosat import read_archive
 from diffusion.evaluation.comparison import load_evidence
@@ -67,8 +68,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Before:
 
 
 def test_its_images_are_ingested_to_the_same_digest_and_the_same_shards(before: Before, tmp_path: Path) -> None:
-    manifest = find_dataset(before.store, before.dataset)
-    assert manifest is not None
+    manifest = require_dataset(before.store, before.dataset)
     folder = f"datasets/{manifest.digest}"
     for shard in manifest.shards:
         for sample in read_shard(before.store.read(f"{folder}/{shard.name}"), shard.name):
@@ -111,8 +111,7 @@ def test_its_scores_and_its_champion_are_known(before: Before) -> None:
     assert scores is not None
     evidence = load_evidence(before.store, before.run, scores)
     assert evidence.features.shape == (80, 128)
-    dataset = find_dataset(before.store, before.dataset)
-    assert dataset is not None
+    dataset = require_dataset(before.store, before.dataset)
     in_turn = np.arange(80) % len(dataset.images.classes)
     np.testing.assert_array_equal(evidence.labels, in_turn)  # it did not say; classes are judged all the same
     assert past_champions(before.store, 5) == {MODEL: ["1"]}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Pixels, build_network
+from diffusion.denoiser import build_network
 from diffusion.errors import RecipeError
 from diffusion.features.extractor import Teacher, load_teacher, shipped
 from diffusion.features.identity import SHIPPED_SHA256, Known
 from diffusion.model.unet import UNet
+from diffusion.pixels import Pixels
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import fit_to_dataset
 from diffusion.training.alignment import Aligned

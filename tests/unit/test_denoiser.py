@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.denoiser import Denoiser, build_network
+from diffusion.pixels import Pixels
 from tests.conftest import tiny_recipe
 from tests.specs import RGB_SPEC
 

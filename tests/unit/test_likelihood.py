@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.data.loader import ShardImages
-from diffusion.denoiser import Denoiser, Pixels, build_network
+from diffusion.denoiser import Denoiser, build_network
 from diffusion.evaluation.likelihood import (
     Draws,
     bits_per_dim,
@@ -23,6 +23,7 @@ from diffusion.evaluation.likelihood import (
 )
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.jobs.reports import ProgressFile
+from diffusion.pixels import Pixels
 from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import Cosine, chain
 from tests.conftest import Ingested, tiny_recipe

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from diffusion.data.codecs import decode, to_npy
 from diffusion.data.sources.eurosat import CLASSES
-from diffusion.denoiser import Pixels, build_network
+from diffusion.denoiser import build_network
 from diffusion.errors import RecipeError
+from diffusion.pixels import Pixels
 from diffusion.recipe_files import fit_to_dataset, load_recipe
 from tests.conftest import tiny_recipe
 from tests.specs import RGB_SPEC, spec
