@@ -20,17 +20,17 @@ from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.errors import DataError, UserError
 from diffusion.evaluation.comparison import Difference, compare, load_evidence
 from diffusion.evaluation.figures import table
-from diffusion.evaluation.protocol import evaluation_as, evaluation_name
 from diffusion.evaluation.reference import Reference, load_reference
 from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.features.identity import identify
-from diffusion.jobs.specs import EvaluationJob, JobSpec, ReferenceJob
+from diffusion.jobs.specs import JobSpec, ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import with_evaluation
 from diffusion.settings import Settings, settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
+from diffusion.tracking.promotion import Scored
 from diffusion.tracking.version_tags import checkpoint_of
 from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
@@ -38,6 +38,7 @@ from diffusion.trust.redaction import redact_logs
 from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
 from flows.plugins.credentials import use_block
+from flows.rescoring import MODULE, score_as
 from flows.run import job_fields
 
 
@@ -47,18 +48,8 @@ class Subject:
 
     name: str
     """As it was asked for."""
-    run: str
     state: CheckpointState
     """Its checkpoint's."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """And what came of it."""
-
-    scores: Scores
-    evaluation: str
-    """The name of the evaluation, where its pictures lie in the store."""
 
 
 def main() -> int:
@@ -84,7 +75,9 @@ def main() -> int:
         dataset = scorer.dataset(first)
         scored = scorer.score(first, recipe, dataset)
         print_figures(first.name, scored.scores)
-        print(f"\nsamples: {scorer.store.uri}/{layout.picture(first.run, first.state.step, 'grid', scored.evaluation)}")
+        print(
+            f"\nsamples: {scorer.store.uri}/{layout.picture(scored.run, first.state.step, 'grid', scored.evaluation)}"
+        )
         if arguments.against:
             second = scorer.find(arguments.against)
             other = scorer.score(second, recipe, dataset)
@@ -118,15 +111,14 @@ class Scorer:
                 )
             except MlflowException as error:
                 raise DataError(f"MLflow has no {name}: {error.message}.") from None
-            state = checkpoint_of(version, self.store)
-            return Subject(name, state.run, state)
+            return Subject(name, checkpoint_of(version, self.store))
         steps = steps_with_checkpoint(self.store, name)
         if not steps:
             raise DataError(
                 f"The store {self.store.uri} has no checkpoint of a run {name}. Versions are named eurosat-ddpm@champion or "
                 "eurosat-ddpm/3."
             )
-        return Subject(name, name, load_state(self.store, name, max(steps)))
+        return Subject(name, load_state(self.store, name, max(steps)))
 
     def dataset(self, subject: Subject) -> Manifest:
         """What a model was trained on. Raises DataError if it is gone."""
@@ -137,27 +129,11 @@ class Scorer:
 
     def score(self, subject: Subject, recipe: Recipe, dataset: Manifest) -> Scored:
         """The scores of a model by a recipe's evaluation on a dataset: those that are there, or made now."""
-        run, state = subject.run, subject.state
-        evaluation = evaluation_as(recipe, state.recipe)
         self._measure(recipe, dataset)
-        own = find_scores(self.store, run, state.step, state.recipe.evaluation.samples, checkpoint=state.digest)
+        state = subject.state
+        own = find_scores(self.store, state.run, state.step, state.recipe.evaluation.samples, checkpoint=state.digest)
         weights = own.weights if own and not self.chooses else None
-        name = evaluation_name(self.store, dataset, weights, evaluation, self.environment.inception)
-        wanted = (self.store, run, state.step, evaluation.samples, name, state.digest)
-        if find_scores(*wanted) is None:
-            spec = EvaluationJob(
-                **job_fields(run, dataset, self.environment),
-                step=state.step,
-                samples=evaluation.samples,
-                evaluation=evaluation,
-                name=name,
-                weights=weights,
-                inception=self.environment.inception,
-            )
-            self._job("diffusion.evaluation.job", spec, recipe)
-        scores = find_scores(*wanted)
-        assert scores is not None
-        return Scored(scores, name)
+        return score_as(state, recipe, dataset, weights, self.environment, lambda job: self._job(MODULE, job, recipe))
 
     def reference(self, recipe: Recipe, dataset: Manifest, at: int = 0) -> Reference:
         """Real images under one of the extractors, by default the one that decides. Raises DataError if there is none."""
@@ -197,7 +173,7 @@ class Scorer:
                 raise DataError(
                     f"{subject.name} is not at its training's end: only there is kept what models are compared by."
                 )
-        first, second = (load_evidence(self.store, one.run, by.scores, by.evaluation) for one, by in (new, old))
+        first, second = (load_evidence(self.store, by.run, by.scores, by.evaluation) for _, by in (new, old))
         found = compare(first, second, reference.train)
         print(f"\n{new[0].name} less {old[0].name}, sample by sample, with the 95 % interval; lower is better:")
         # Bits of images given their class, and bits of images, are no one figure.

@@ -10,8 +10,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError
-from diffusion.evaluation.protocol import evaluation_as, evaluation_name
-from diffusion.evaluation.scores import find_scores
 from diffusion.jobs.specs import EvaluationJob
 from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
@@ -20,6 +18,7 @@ from diffusion.tracking.version_tags import checkpoint_of
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.request import TrainingRequest
+from flows.rescoring import MODULE, score_as
 from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
 
@@ -66,26 +65,11 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
         state = checkpoint_of(champion, run.store)
     except (RecipeError, CheckpointDamaged) as error:
         raise DataError(str(error)) from None
-    evaluation = evaluation_as(run.recipe, state.recipe)
     before = scores_of(champion, run.store)
-    weights = before.weights if before else None
-    name = evaluation_name(run.store, run.dataset, weights, evaluation, run.settings.inception)
-    wanted = (run.store, state.run, state.step, evaluation.samples, name, state.digest)
-    scores = find_scores(*wanted)
-    if scores is None:
-        spec = EvaluationJob(
-            **run.job_fields() | {"run": state.run},
-            step=state.step,
-            samples=evaluation.samples,
-            evaluation=evaluation,
-            name=name,
-            weights=weights,
-            inception=run.settings.inception,
-        )
+
+    def start(spec: EvaluationJob) -> None:
         title = f"Scoring version {champion.version}, the champion, as this one was"
-        folder = run.folder / "champion"
-        job = Job("diffusion.evaluation.job", spec, folder, "evaluation")
+        job = Job(MODULE, spec, run.folder / "champion", "evaluation")
         run_phase(title, "score-champion", job, workers, run.recipe)
-        scores = find_scores(*wanted)
-        assert scores is not None
-    return Scored(state.run, scores, name)
+
+    return score_as(state, run.recipe, run.dataset, before.weights if before else None, run.settings, start)
