@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from diffusion.errors import StoreError
+from diffusion.errors import ClusterError, StoreError
 from diffusion.features.identity import required_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
@@ -44,7 +44,7 @@ def check_before_compute(request: TrainingRequest, patient: bool = False) -> tup
             checked = check_request(request)
             open_tracking(settings())
             return checked
-        except (StoreError, Unreachable) as error:
+        except (StoreError, Unreachable, ClusterError) as error:
             if delay is None:
                 raise
             say(f"{error} Looking again in {delay:.0f} s.")

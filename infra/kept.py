@@ -25,10 +25,12 @@ KEPT = (
 )
 """Settings that a new start takes over from what runs."""
 SETTINGS = STACK / "service.json"
-OF_THE_SHELL = (
-    *("AUTH", "PREFECT_PORT", "MLFLOW_PORT", "RAY_PORT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+NETWORK = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
 )
+"""How the world outside is reached: taken over as well."""
+OF_THE_SHELL = ("AUTH", "PREFECT_PORT", "MLFLOW_PORT", "RAY_PORT", *NETWORK)
 """And those that `make service` keeps besides."""
 
 

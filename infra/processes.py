@@ -101,8 +101,13 @@ def start(name: str, command: list[str], env: dict[str, str]) -> None:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    # Whole at every moment: others look at it, and what is killed here leaves no half of one.
-    write_private(STACK / f"{name}.pid", f"{process.pid} {started(process.pid)}")
+    try:
+        # Whole at every moment: others look at it, and what is killed here leaves no half of one.
+        write_private(STACK / f"{name}.pid", f"{process.pid} {started(process.pid)}")
+    except OSError as error:  # a full disk: what nobody can find again must not stay
+        process.kill()
+        process.wait()
+        raise SystemExit(f"error: {STACK} can't be written ({error.strerror}): {name} was not started.") from None
 
 
 def runs(process: psutil.Process) -> bool:
@@ -159,8 +164,20 @@ def stop(name: str) -> None:
     (STACK / f"{name}.pid").unlink(missing_ok=True)
 
 
+def listens(name: str, port: int) -> bool:
+    """Whether it is the process of that name, or one that it has started, to whom connections to the port come."""
+    process = find(name)
+    for one in family(process) if process is not None else []:
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            if any(there.status == psutil.CONN_LISTEN and there.laddr.port == port for there in one.net_connections()):
+                return True
+    return False
+
+
 def wait_until_ready(name: str, address: str, path: str = "") -> None:
-    """Wait until the server answers. Raises NotReady with the last lines of its log if it dies or takes too long.
+    """Wait until the server answers, and no other in its place: the password goes there next.
+
+    Raises NotReady with the last lines of its log if it dies or takes too long.
 
     Args:
         path: what it is asked for, if it speaks HTTP.
@@ -172,7 +189,9 @@ def wait_until_ready(name: str, address: str, path: str = "") -> None:
                 urllib.request.urlopen(f"{address}{path}", timeout=2).close()  # noqa: S310  our own loopback address
             else:
                 socket.create_connection((host, int(port)), timeout=2).close()
-            return
+            if listens(name, int(port)):
+                return
+            time.sleep(0.3)
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     log = (STACK / f"{name}.log").read_text(errors="replace").splitlines()[-15:]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import secrets
 import shutil
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow_auth
@@ -139,8 +141,10 @@ def start_ray(port: int) -> dict[str, str]:
 
 def remove_ray_folder() -> None:
     """What Ray has left: its logs and sockets."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(read_private(STACK / RAY_FOLDER))
+    with contextlib.suppress(OSError):  # gone, or after a restart of the machine somebody else's under that name
+        folder = Path(read_private(STACK / RAY_FOLDER))
+        if folder.lstat().st_uid == os.getuid():
+            shutil.rmtree(folder)
     (STACK / RAY_FOLDER).unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 from databases import OWN_DATABASES, make_databases_current
-from kept import KEPT, SETTINGS, keep_settings, note_places, refuse_to_begin_empty
+from kept import KEPT, NETWORK, SETTINGS, keep_settings, note_places, refuse_to_begin_empty
 from processes import (
     BIN,
     HOME,
@@ -156,6 +156,8 @@ def up(register: bool = True) -> None:
         wait_until_ready("mlflow-server", addresses.mlflow, "/health")
         if own_cluster:
             wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
+        # Again: it may have lost its port to another user's process since, while the others were waited for.
+        wait_until_ready("prefect-server", addresses.prefect, "/api/health")
     except NotReady:
         down()
         raise
@@ -191,7 +193,9 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
         begun = environment_of(process) if process is not None else asked
         for variable in {*begun, *asked}:
             # Of a cluster started here the worker has the address and the token; blocks to notify are the automations' alone.
-            decides = variable.startswith(KEPT) and not (own_cluster and variable.startswith(CLUSTER))
+            decides = (variable.startswith(KEPT) or variable in NETWORK) and not (
+                own_cluster and variable.startswith(CLUSTER)
+            )
             given_to_it = not variable.startswith(WITHHELD[name])
             if (
                 decides
@@ -251,7 +255,7 @@ def password() -> None:
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
     for process in filter(None, map(find, NAMES)):  # and with the same settings
         for variable, value in environment_of(process).items():
-            if variable.startswith(KEPT):
+            if variable.startswith(KEPT) or variable in NETWORK:
                 os.environ.setdefault(variable, value)
     refuse_to_begin_empty()  # before anything is changed
     made = new_password(STACK)

@@ -54,8 +54,12 @@ class Evidence:
         return self.features[self.labels == label] if self.labels is not None else self.features[:0]
 
 
-def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") -> Evidence:
-    """What the scores of a run were computed from. Raises DataError if it is gone or damaged."""
+def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "", classes: int = 0) -> Evidence:
+    """What the scores of a run were computed from. Raises DataError if it is gone or damaged.
+
+    Args:
+        classes: how many the dataset has. Before protocol 4 samples came of these in turn, which evidence did not say.
+    """
     name = layout.evidence(run, scores.step, evaluation)
     try:
         data = store.read(name)
@@ -65,7 +69,7 @@ def load_evidence(store: Store, run: str, scores: Scores, evaluation: str = "") 
         raise DataError(f"{store.uri}/{name} is damaged: it is not what the scores of {run} were computed from.")
     tensors = load(data)
     features, labels = tensors["features"], tensors.get("labels")
-    if labels is None and (classes := len(scores.parts("fid_of_class"))):  # before protocol 4 they came in turn
+    if labels is None and classes and scores.parts("fid_of_class"):
         labels = np.arange(len(features)) % classes
     return Evidence(features, tensors["close"].astype(bool), tensors["bits"], labels)
 

@@ -29,7 +29,8 @@ class Card:
     state: CheckpointState
     scores: Scores
     dataset: Manifest
-    commit: str
+    commits: tuple[str, ...]
+    """Of the code that trained it, the newest last: more than one where a run went on after something was mended."""
     run_id: str
     """MLflow's."""
     compute: str
@@ -65,7 +66,7 @@ class Card:
             classes=_listed(spec.classes) if recipe.network.class_conditional else "none: the model is unconditional",
             extractors="; ".join(_about(extractor.name, self.own) for extractor in self.scores.extractors),
             limits=_limits(self.dataset),
-            commit=self.commit,
+            commits=self.commits,
             run_id=self.run_id,
             compute=self.compute,
             decision=decision,

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from diffusion.errors import DataError, StoreError
 from diffusion.trust.identifiers import check_object_path, is_object_path
-from diffusion.trust.private import name_anew, put, sync_folder
+from diffusion.trust.private import name_anew, put, say_once, sync_folder
 from diffusion.trust.reading import read_file
 
 if TYPE_CHECKING:
@@ -330,14 +330,17 @@ class LocalCopy:
                 os.utime(copy)  # when it was read last
             return data
         data = _checked(self.store.read(name), sha256)
-        FolderStore(self.folder).write(sha256, data)
+        try:
+            FolderStore(self.folder).write(sha256, data)
+        except StoreError as error:  # what was read is right: the next process reads it again
+            say_once(self.folder, f"takes no copies, and all is read from {self.store.uri} each time ({error})")
         self._shrink(keep=copy)
         return data
 
     def _shrink(self, keep: Path) -> None:
         """Other processes may read and shrink the folder at the same time: what is gone is gone."""
         found = []
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))

@@ -171,7 +171,7 @@ def _variation(store: Store, version: ModelVersion, scores: Scores, classes: tup
     """By class, what its samples vary as a share of what its real images do; empty without classes."""
     if not scores.parts("fid_of_class"):
         return {}
-    evidence = load_evidence(store, tags_of(version)["run"], scores)
+    evidence = load_evidence(store, tags_of(version)["run"], scores, classes=len(classes))
     found = variation_of_classes(evidence, _reference(store, version, scores), len(classes))
     return {classes[label]: share for label, share in found.items()}
 
@@ -239,8 +239,8 @@ def _against(
 ) -> tuple[Gate, ...]:
     """The gates of a challenger against the champion. Raises DataError if what they were scored from is gone."""
     reference = _reference(store, challenger, new)
-    first = load_evidence(store, tags_of(challenger)["run"], new)
-    second = load_evidence(store, old.run, old.scores, old.evaluation)
+    first = load_evidence(store, tags_of(challenger)["run"], new, classes=len(classes))
+    second = load_evidence(store, old.run, old.scores, old.evaluation, len(classes))
 
     def of_class(name: str) -> Difference | None:
         return ratio_of_class(first, second, reference, classes.index(name)) if name in classes else None

@@ -35,6 +35,8 @@ class Promotion:
 
     def is_of(self, version: ModelVersion) -> bool:
         """Whether it made this version champion."""
+        if self.run_id is None and self.reason:
+            return self.to == str(version.version) and version.tags.get("decision") == self.reason
         return self.to == str(version.version) and self.run_id in (None, version.run_id)
 
     def to_bytes(self) -> bytes:

@@ -21,12 +21,15 @@ from diffusion.store.objects import Store
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.promotion import champion_version
 from diffusion.tracking.run import TrackedRun
+from diffusion.tracking.scores_tag import TAG as SCORES
 from diffusion.tracking.scores_tag import scores_tags
 from diffusion.tracking.version_tags import tags_of, with_lineage
 from diffusion.training.state import CheckpointState, checkpoint_file
 from diffusion.trust.private import close_to_others
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
     from mlflow import MlflowClient
 
 ASSETS = Path(diffusion.__file__).resolve().parent.parent / "mlflow"
@@ -104,11 +107,21 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
         tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
     for version in client.search_model_versions(f"run_id = '{run.run_id}'"):  # under whichever name
         if tags_of(version).get("checkpoint.digest") == state.digest:
+            _follow(
+                client, version, {name: tags[name] for name in ("result", "evaluation.protocol")} | scores_tags(scores)
+            )
             _tell_start(client, version.name, state, str(version.version))
             return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
     card = Card(
-        name, state, scores, dataset, tags["git.commit"], run.run_id, made.compute, find_own(store, dataset.digest)
+        name,
+        state,
+        scores,
+        dataset,
+        (*filter(None, run.earlier_commits.split(",")), tags["git.commit"]),
+        run.run_id,
+        made.compute,
+        find_own(store, dataset.digest),
     )
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=with_lineage(tags)
@@ -160,6 +173,13 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
     )
     _tell_start(client, name, state, str(version.version))
     return name, str(version.version)
+
+
+def _follow(client: MlflowClient, version: ModelVersion, tags: dict[str, str]) -> None:
+    """Have a version that is there already say what its checkpoint's evaluation says, where that was made again."""
+    if version.tags.get(SCORES) != tags[SCORES]:
+        for name, value in tags.items():
+            client.set_model_version_tag(version.name, version.version, name, value)
 
 
 def _tell_start(client: MlflowClient, name: str, state: CheckpointState, version: str) -> None:

@@ -16,7 +16,7 @@ from diffusion.trust.reading import parse_json
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-SHOWN = ("result", "dataset.name", "git.commit")
+SHOWN = ("result", "dataset.name", "git.commit", "git.commit.earlier")
 """Beside these: `decision`, which comes later, and those that hold JSON: `lineage`, `gates`, `scores`."""
 LINEAGE = "lineage"
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -150,11 +151,14 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
     run = f"reproduce-{uuid4().hex[:16]}"  # what an earlier reproduction made is no proof
     said = 0.0
 
-    def say_progress(told: dict[str, Any]) -> None:
+    def say_progress(milestone: int, told: dict[str, Any]) -> None:
         nonlocal said
         if time.monotonic() - said > SAY_SECONDS:
             said = time.monotonic()
-            print(f"   training  {told['done']:,} of {told['total']:,} steps, {told['note']}", flush=True)
+            print(
+                f"   training to step {milestone:,}  {told['done']:,} of {told['total']:,} steps, {told['note']}",
+                flush=True,
+            )
 
     try:
         # From milestone to milestone, as the flow does it: the journal has a record at each.
@@ -170,7 +174,7 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
                 job,
                 environment.runs / run,
                 usable_processes(recipe, processes),
-                Listener(say_progress),
+                Listener(partial(say_progress, milestone)),
                 Local().threads(recipe),
             )
         return compare(original, load_state(store, run, step))

@@ -41,7 +41,8 @@ from flows.engines.placement import PLACEMENT, Placement
 PACKAGES = [str(Path(package.__path__[0]).resolve()) for package in (diffusion, flows)]
 """What workers get from here: the code that the flow has, whatever lies on their hosts."""
 ANSWER_SECONDS = 10.0
-GROW_SECONDS = 5.0
+GROW_SECONDS, HELD_SECONDS = 5.0, 600.0
+"""Between two looks for more room; and from a start for more that came to nothing to the next one."""
 MOST_LOSSES = 5
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,16 @@ def run(folder: Path, stop: StopRequest) -> bool:
     store.write(marker, b"")
     try:
         losses, last = 0, (0, frozenset[str]())
+        wanted, grow_from = 0, 0.0
         while (place := reserve(placement, stop)) is not None:
+            if place.workers < wanted:  # what is free is not where a worker has room
+                grow_from = time.monotonic() + HELD_SECONDS
             attempt = Attempt(folder, placement, store, marker, place, stop)
             try:
-                grown = follow(attempt, placement, stop)
+                grown = follow(attempt, placement, stop, grow_from)
             finally:
                 attempt.end()
+            wanted = place.workers + 1 if grown else 0
             for report in attempt.reports:
                 error = error_from(report)
                 if isinstance(error, StoreError):  # other hosts may reach it
@@ -118,9 +123,13 @@ def run(folder: Path, stop: StopRequest) -> bool:
             log.warning("The marker %s was not deleted: %s", marker, error)
 
 
-def follow(attempt: Attempt, placement: Placement, stop: StopRequest) -> bool:
-    """Wait for the end of an attempt; returns whether it was ended because more workers can have a part in it."""
-    grown, looked = False, time.monotonic()
+def follow(attempt: Attempt, placement: Placement, stop: StopRequest, grow_from: float) -> bool:
+    """Wait for the end of an attempt; returns whether it was ended because more workers can have a part in it.
+
+    Args:
+        grow_from: the time, as `time.monotonic` has it, from which on room for more is looked for.
+    """
+    grown, looked = False, max(time.monotonic(), grow_from)
     while not attempt.wait(POLL_SECONDS):
         attempt.collect()
         if stop.is_made() and not attempt.listens:

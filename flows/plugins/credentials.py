@@ -22,6 +22,7 @@ class S3Credentials(Block):
 
     access_key_id: str
     secret_access_key: SecretStr
+    session_token: SecretStr = Field(default=SecretStr(""), description="Of keys that expire; empty for others.")
     endpoint_url: str = Field(default="", description="Empty for AWS itself.")
     region: str = "us-east-1"
 
@@ -31,6 +32,7 @@ class S3Credentials(Block):
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key.get_secret_value(),
             "AWS_DEFAULT_REGION": self.region,
+            "AWS_SESSION_TOKEN": self.session_token.get_secret_value(),  # an empty one is none, and hides another's
         }
         return found | ({"AWS_ENDPOINT_URL_S3": self.endpoint_url} if self.endpoint_url else {})
 

@@ -398,7 +398,6 @@ def test_a_card_of_any_length_is_kept(mlflow_server: Server) -> None:
     assert len(client.get_model_version("long", version.version).description) == MOST
 
 
-@pytest.mark.slow
 def test_what_was_decided_of_a_model_that_was_deleted_is_not_said_of_the_next_of_its_number(
     client: MlflowClient, ingested: Ingested, tmp_path: Path
 ) -> None:
@@ -416,6 +415,7 @@ def test_what_was_decided_of_a_model_that_was_deleted_is_not_said_of_the_next_of
         client.delete_registered_model("deleted-ddpm")
 
 
+@pytest.mark.slow
 def test_versions_compete_and_the_champion_samples_where_the_project_is_not_importable(
     run: TrackedRun, ingested: Ingested, tmp_path: Path, mlflow_server: Server
 ) -> None:

@@ -109,9 +109,9 @@ def test_its_training_is_continued_to_the_same_bits(before: Before, tmp_path: Pa
 def test_its_scores_and_its_champion_are_known(before: Before) -> None:
     scores = find_scores(before.store, before.run, 16, samples=80, checkpoint=before.expected.digest)
     assert scores is not None
-    evidence = load_evidence(before.store, before.run, scores)
-    assert evidence.features.shape == (80, 128)
     dataset = require_dataset(before.store, before.dataset)
+    evidence = load_evidence(before.store, before.run, scores, classes=len(dataset.images.classes))
+    assert evidence.features.shape == (80, 128)
     in_turn = np.arange(80) % len(dataset.images.classes)
     np.testing.assert_array_equal(evidence.labels, in_turn)  # it did not say; classes are judged all the same
     assert past_champions(before.store, 5) == {MODEL: ["1"]}

@@ -154,8 +154,19 @@ def test_what_is_hidden_is_no_image_and_no_class(folder: Path, tmp_path: Path) -
     (folder / "lake/.cache").mkdir()
     (folder / "lake/.cache/x2.png").write_bytes(picture(98))
     hidden = folder.rename(tmp_path / ".patches")
-    for path in (hidden, as_zip(hidden, tmp_path / "hidden.zip"), as_tar(hidden, tmp_path / "hidden.tar")):
+    with_folders = shutil.make_archive(str(tmp_path / "folders"), "zip", tmp_path, ".patches")
+    for path in (
+        hidden,
+        as_zip(hidden, tmp_path / "hidden.zip"),
+        as_tar(hidden, tmp_path / "hidden.tar"),
+        Path(with_folders),
+    ):
         assert read(path, name="patches").digest == before
+    listed = tmp_path / "listed"
+    shutil.copytree(hidden, listed / ".images")
+    rows = [f".images/{name.relative_to(hidden)},a" for name in hidden.rglob("*.png")]
+    (listed / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert len(read(listed, name="listed").images) == len(rows), "what a table names is meant"
 
 
 def test_a_table_names_the_classes(folder: Path, tmp_path: Path) -> None:

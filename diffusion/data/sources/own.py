@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from diffusion.data.codecs import SUFFIXES
-from diffusion.data.sources.files import TAR_SUFFIXES, Limits, Meter, read_files
+from diffusion.data.sources.files import TAR_SUFFIXES, File, Limits, Meter, read_files
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
 from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
@@ -44,10 +44,16 @@ def name_of(path: Path) -> str:
 
 
 def _images(path: Path) -> Iterator[SourceImage]:
-    files = _shown(dict(read_files(path, LIMITS, _is_used)))
-    tables = [(relative, files.pop(relative)) for relative in [*files] if relative.name == METADATA]
+    files: Files = {}
+    tables: list[File] = []
+    for relative, read in read_files(path, LIMITS, _is_used):
+        if relative.name == METADATA:
+            tables.append((relative, read))
+        else:
+            files[relative] = read
     if not files:
         raise DataError(f"{path} holds no images. Files of these kinds are read: {', '.join(SUFFIXES)}.")
+    tables = [table for table in tables if not _is_hidden(table[0], _root(files))]
     if len(tables) > 1:
         raise DataError(
             f"{path} holds several tables: {', '.join(sorted(shown(str(name)) for name, _ in tables[:4]))}. Leave one that names "
@@ -70,15 +76,15 @@ Files = dict[PurePosixPath, Callable[[], bytes]]
 """By name, how a file's content is read."""
 
 
-def _shown(files: Files) -> Files:
-    """Without those in hidden folders, as of thumbnails; but all of them may lie in one."""
-    root = len(_root(files))
-    return {name: read for name, read in files.items() if not any(part.startswith(".") for part in name.parts[root:-1])}
-
-
 def _root(files: Files) -> tuple[str, ...]:
     """The folder that all lie in."""
-    return PurePosixPath(os.path.commonpath(["/".join(name.parent.parts) for name in files])).parts if files else ()
+    parents = {name.parent.parts for name in files}
+    return PurePosixPath(os.path.commonpath(["/".join(parts) for parts in parents])).parts
+
+
+def _is_hidden(name: PurePosixPath, root: tuple[str, ...]) -> bool:
+    """Whether a folder under the one that holds all is hidden, as that of thumbnails is."""
+    return any(part.startswith(".") for part in name.parts[len(root) : -1])
 
 
 Labelled = Iterator[tuple[str, str, Callable[[], bytes]]]
@@ -86,9 +92,10 @@ Labelled = Iterator[tuple[str, str, Callable[[], bytes]]]
 
 
 def _by_folder(path: Path, files: Files) -> Labelled:
-    parents = {relative.parent.parts for relative in files}
+    all_in = _root(files)
+    files = {name: read for name, read in files.items() if not _is_hidden(name, all_in)}
     root = _root(files)
-    if len(parents) == 1:  # one folder: no classes
+    if len({name.parent for name in files}) == 1:  # one folder: no classes
         for relative, read in files.items():
             yield "", relative.name, read
         return
@@ -121,7 +128,7 @@ def _folders(path: Path, root: tuple[str, ...]) -> set[str]:
         return set()
     with zipfile.ZipFile(path) as archive:
         folders = [PurePosixPath(member.filename).parts for member in archive.infolist() if member.is_dir()]
-    return {parts[-1] for parts in folders if parts[:-1] == root and parts[-1] != "__MACOSX"}
+    return {parts[-1] for parts in folders if parts[:-1] == root and not parts[-1].startswith((".", "__MACOSX"))}
 
 
 def _rows(path: Path, read: Callable[[], bytes]) -> Iterator[dict[str, str]]:
