@@ -143,18 +143,25 @@ class TrackedRun:
         self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, tags)])
 
     def log_metrics(
-        self, rows: list[tuple[str, float, int]], model_id: str | None = None, milliseconds_a_step: int = 1
+        self,
+        rows: list[tuple[str, float, int]],
+        model_id: str | None = None,
+        milliseconds_a_step: int = 1,
+        later: int = 0,
     ) -> None:
         """Log (name, value, step) rows in as few calls as can be.
 
         A point's time is the run's start plus `milliseconds_a_step` for each step, so that MLflow knows a repeated row for
-        the same one and keeps it once.
+        the same one and keeps it once. Of several points of a step it shows the one of the latest time.
+
+        Args:
+            later: milliseconds that are added.
         """
         from mlflow.entities import Metric
 
         for start in range(0, len(rows), 1000):
             metrics = [
-                Metric(name, value, self.started + step * milliseconds_a_step, step, model_id=model_id)
+                Metric(name, value, self.started + step * milliseconds_a_step + later, step, model_id=model_id)
                 for name, value, step in rows[start : start + 1000]
             ]
             self.client.log_batch(self.run_id, metrics=metrics)
@@ -165,7 +172,8 @@ class TrackedRun:
         Args:
             history: this run's evaluations so far, this one the last.
         """
-        self.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()])
+        rows = [(key, value, scores.step) for key, value in metrics(scores).items()]
+        self.log_metrics(rows, later=self._corrections(*rows[0]))
         show_columns(self.client, self.client.get_experiment(self.experiment_id), telling_metrics(scores))
         self.log_image("samples", scores.step, grid)
         self._log_file(closest, f"figures/closest-{scores.step:09d}.png")
@@ -175,6 +183,11 @@ class TrackedRun:
         if scores.parts("fid_of_class"):
             self.log_figure(class_distances(scores), f"figures/classes-{scores.step:09d}.png")
         self._log_table(f"scores/{scores.step:09d}.json", ("figure", "value", "error", "real images"), table(scores))
+
+    def _corrections(self, name: str, value: float, step: int) -> int:
+        """How many points of other values a step has already: of an evaluation that was made again, by another protocol."""
+        points = self.client.get_metric_history(self.run_id, name)
+        return len({point.value for point in points if point.step == step} - {value})
 
     def log_decision(self, decision: Decision) -> None:
         """Log why a version was promoted or not: a table of gates, and a tag."""
