@@ -323,7 +323,7 @@ class LocalCopy:
         copy = self.folder / sha256
         try:
             data = copy.read_bytes()
-        except FileNotFoundError:  # never there, or deleted by another process meanwhile
+        except OSError:  # never there, deleted by another process meanwhile, or not to be read
             data = b""
         if hashlib.sha256(data).hexdigest() == sha256:
             with contextlib.suppress(FileNotFoundError):
