@@ -156,8 +156,9 @@ def up(register: bool = True) -> None:
         wait_until_ready("mlflow-server", addresses.mlflow, "/health")
         if own_cluster:
             wait_until_ready("ray", f"tcp://{cluster['RAY_ADDRESS']}")
-        # Again: it may have lost its port to another user's process since, while the others were waited for.
+        # Again: one may have lost its port to another user's process since, while the others were waited for.
         wait_until_ready("prefect-server", addresses.prefect, "/api/health")
+        wait_until_ready("mlflow-server", addresses.mlflow, "/health")
     except NotReady:
         down()
         raise

@@ -23,6 +23,7 @@ from diffusion.store import layout
 from diffusion.tracking.experiment import NOTE, show_columns
 from diffusion.tracking.pages import run_page, runs_page
 from diffusion.tracking.promotion import Decision
+from diffusion.tracking.version_tags import EARLIER_COMMITS
 from diffusion.trust.identifiers import RunName
 from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import fit_to_leave
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EARLIER_COMMITS = "git.commit.earlier"
-"""The tag of a run that went on by other code than it was begun by: a retry, after something was mended."""
 RUN_KEY, OWNER_TAG, START_TAG = "train_diffusion.run", "train_diffusion.owner", "recipe.start"
 THUMBNAIL = 1024  # the only size that the UI shows, also where it fills the screen
 MLFLOW_DIGEST_LENGTH = 36

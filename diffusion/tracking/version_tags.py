@@ -16,7 +16,9 @@ from diffusion.trust.reading import parse_json
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-SHOWN = ("result", "dataset.name", "git.commit", "git.commit.earlier")
+EARLIER_COMMITS = "git.commit.earlier"
+"""Of what went on by other code than it was begun by: a retry, after something was mended."""
+SHOWN = ("result", "dataset.name", "git.commit", EARLIER_COMMITS)
 """Beside these: `decision`, which comes later, and those that hold JSON: `lineage`, `gates`, `scores`."""
 LINEAGE = "lineage"
 

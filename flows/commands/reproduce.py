@@ -32,8 +32,7 @@ from diffusion.recipe import Recipe
 from diffusion.settings import Settings, settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
 from diffusion.tracking.experiment import open_tracking
-from diffusion.tracking.run import EARLIER_COMMITS
-from diffusion.tracking.version_tags import tags_of
+from diffusion.tracking.version_tags import EARLIER_COMMITS, tags_of
 from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file

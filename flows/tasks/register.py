@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from diffusion.evaluation.scores import Scores
 from diffusion.tracking.registry import Candidate, publish
-from diffusion.tracking.run import EARLIER_COMMITS
+from diffusion.tracking.version_tags import EARLIER_COMMITS
 from diffusion.training.state import CheckpointState
 from flows.engines.known import engine
 from flows.engines.placement import Workers

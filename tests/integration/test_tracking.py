@@ -44,6 +44,7 @@ from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.promotion import champion_version, decide
 from diffusion.tracking.registry import Candidate, publish
 from diffusion.tracking.run import Lineage, TrackedRun, recorded_start, unfinished_run
+from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.tracking.version_tags import tags_of
@@ -419,6 +420,11 @@ def test_what_was_decided_of_a_model_that_was_deleted_is_not_said_of_the_next_of
         champion = champion_version(client, "deleted-ddpm")
         assert champion is not None
         assert champion.run_id == of.run_id
+        again = make_version(of, ingested, store, name, fid=12.0, dataset=dataset, model="deleted-ddpm")
+        assert again == version
+        told = scores_of(client.get_model_version("deleted-ddpm", version), store)
+        assert told is not None
+        assert told.require("fid").value == 12.0, "it follows an evaluation that was made again"
         client.delete_registered_model("deleted-ddpm")
 
 
