@@ -53,8 +53,8 @@ demo: install ## Train, score and register a small model on this machine, in fiv
 check: lint ## Style, types and unit tests: whether a change holds, within a minute or two
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/unit
 
-test: .venv/installed-dev ## All tests but those that kill; none needs a network. FAULTS=1: those too, side by side with the others
-	$(BIN)/python -m pytest -n $(WORKERS) $(if $(filter 1,$(FAULTS)),,--ignore=tests/faults) --ignore=tests/containers
+test: .venv/installed-dev ## All tests but those that kill; none needs a network. FAULTS=1: as CI, with most of those side by side
+	$(BIN)/python -m pytest -n $(WORKERS) $(if $(filter 1,$(FAULTS)),-m "not long",--ignore=tests/faults) --ignore=tests/containers
 
 faults: .venv/installed-dev ## Kill, cut and corrupt at recorded moments; the result must be the same
 	$(BIN)/python -m pytest -n $(WORKERS) tests/faults

@@ -35,8 +35,9 @@ class NotPrivate(UserError):
 def use_private_home(home: Path) -> list[Path]:
     """Make the home of the installation, and all that this process and its children make from now on, private.
 
-    What earlier versions left open is closed; returns these folders. Downloads are no secret, and may be another user's. Raises
-    NotPrivate if the home belongs to somebody else, or if others may write into one that is not ours alone to close.
+    What earlier versions left open is closed. Returns the folders in which others could read what is private: one that nothing
+    was in yet is not told of. Downloads are no secret, and may be another user's. Raises NotPrivate if the home belongs to
+    somebody else, or if others may write into one that is not ours alone to close.
     """
     os.umask(OTHERS)
     home.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,8 @@ def use_private_home(home: Path) -> list[Path]:
         strangers = sorted({entry.name for entry in home.iterdir()} - {*FOLDERS, ".gitkeep"})
         if not strangers:
             home.chmod(stat.S_IRWXU)
-            closed.append(home)
+            if any((home / name).exists() for name in FOLDERS if name != "downloads"):
+                closed.append(home)
         elif home.stat().st_mode & OTHERS_WRITE:
             raise NotPrivate(
                 f"Others may write into {home}, which also holds {', '.join(strangers[:3])}. "

@@ -13,7 +13,7 @@ from diffusion.data.sources.eurosat import Source
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
 from flows.owner import ENDING
-from tests.conftest import PATIENCE, TINY
+from tests.conftest import PATIENCE
 from tests.faults.flow_runs import (
     SMALL,
     FlowRun,
@@ -153,6 +153,9 @@ def outlive(project: Project, expected: tuple[str, bytes], tell: Callable[[list[
     tell(kills)
 
 
+NIGHT = SMALL | {"data.images": 64, "evaluation.every_images": 64}
+
+
 def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
     """The worker was away for three nights: when it is back, one of them runs, and stands for the newest."""
     restart, worker = prepare_restart(project, "worker"), process(project, "worker")
@@ -160,7 +163,7 @@ def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
     worker.wait()
     due = [datetime.now(UTC).replace(hour=2) - timedelta(days=days) for days in (3, 2, 1)]
     before = set((project.folder / "var/runs").glob("demo-seed20*"))
-    nights = [FlowRun.by_schedule(project, "train-diffusion", on_generated(TINY), day) for day in due]
+    nights = [FlowRun.by_schedule(project, "train-diffusion", on_generated(NIGHT), day) for day in due]
     restart()
     states = [night.wait_for_end()[0] for night in nights]
     assert sorted(states) == ["CANCELLED", "CANCELLED", "COMPLETED"]

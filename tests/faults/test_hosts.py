@@ -299,6 +299,7 @@ def test_the_flow_trains_on_the_hosts_what_it_trains_here(
     assert seen == {machines.first.name, machines.second.name}, "what the hosts do, not what the flow's machine does"
 
 
+@pytest.mark.long
 def test_one_training_outlives_what_began_it(machines: Machines, tmp_path: Path, tell: Tell) -> None:
     """A host dies; the flow is killed, then cancelled; the head dies and the flow with it: each next start goes on."""
     trial = Trial(machines, tmp_path, "begun-again", (1, 2))

@@ -34,7 +34,7 @@ from tests.faults.report import SEED, Kill
 from tests.processes import family
 from tests.stack import Project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NIGHTS = int(os.environ.get("SOAK_NIGHTS", "1"))
 STEPS = 80

@@ -31,7 +31,7 @@ from tests.servers import Servers
 from tests.stack import Project, copy_project, running_project
 from tests.typed import ROOT, blocks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STEPS = 256
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -24,7 +24,7 @@ from tests.faults.flow_runs import SMALL, undisturbed, weights
 from tests.hosts import HERE, Host, hosts, wait_until
 from tests.stack import copy_project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ray = pytest.importorskip("ray", reason="jobs on a cluster need the extra ray")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")

@@ -134,6 +134,11 @@ def test_an_open_home_is_closed_and_one_of_others_is_refused(tmp_path: Path) -> 
         (home / "made later").write_text("x")
         assert stat.S_IMODE((home / "made later").stat().st_mode) == 0o600
 
+        empty = tmp_path / "empty"
+        (empty / "downloads").mkdir(parents=True)
+        assert use_private_home(empty) == [], "a newcomer is told to change secrets that there never were"
+        assert stat.S_IMODE(empty.stat().st_mode) == 0o700
+
         shared = tmp_path / "shared"
         shared.mkdir()
         (shared / "holiday.jpg").write_text("x")

@@ -36,7 +36,7 @@ def evidence(
     return Evidence(features.astype(np.float32), near, bits + 0.5 * rng.standard_normal(300), labels)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 1000), st.floats(-1, 1), st.floats(0.5, 2))
 def test_a_model_differs_from_itself_by_nothing_and_from_another_as_that_from_it(
     seed: int, shift: float, scale: float
@@ -118,7 +118,7 @@ def test_evidence_comes_back_as_it_was_and_not_if_it_is_damaged_or_gone(tmp_path
         load_evidence(store, "run", scores)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.floats(0, 3))
 def test_of_each_class_variation_and_ratio_are_those_of_its_own_samples(seed: int, scale: float) -> None:
     """The other classes' do not matter."""
