@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.sources import download
+from diffusion.data.sources import download, transfer
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import Mirror
 from diffusion.errors import DataError
@@ -128,13 +128,13 @@ def test_it_goes_on_as_long_as_it_moves_on(tmp_path: Path, serve: Serve) -> None
 def test_an_extractor_s_network_comes_as_well_through_breaks_and_from_a_busy_server(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(transfer, "BUSY_SECONDS", 0.1)
     mirror, requests = serve
     assert download.download(mirror("/pieces").url, len(CONTENT)) == CONTENT
     assert len(requests) == 6, "1 MB each time"
     mirror.busy.extend([(503, None), (429, "0")])  # type: ignore[attr-defined]
     assert download.download(mirror("/busy").url, len(CONTENT)) == CONTENT
-    mirror.busy.extend([(503, "0")] * download.BUSY_TIMES)  # type: ignore[attr-defined]
+    mirror.busy.extend([(503, "0")] * transfer.BUSY_TIMES)  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="HTTP 503, busy"):
         download.download(mirror("/busy").url, len(CONTENT))
 
@@ -152,7 +152,7 @@ def test_the_rest_of_another_file_is_noticed_in_the_same_start(tmp_path: Path, s
 def test_a_busy_server_is_waited_for(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, status: int, later: str | None
 ) -> None:
-    monkeypatch.setattr(download, "BUSY_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "BUSY_SECONDS", 0.5)
     mirror, requests = serve
     mirror.busy.append((status, later))  # type: ignore[attr-defined]
     assert download_eurosat(tmp_path, [mirror("/busy")]).read_bytes() == CONTENT
@@ -178,7 +178,7 @@ def test_one_that_stays_busy_is_given_up(tmp_path: Path, serve: Serve) -> None:
     ("said", "seconds"), [(None, 10.0), ("7", 7.0), ("100000", 300.0), ("-1", 10.0), ("nonsense", 10.0), ("1e9", 10.0)]
 )
 def test_what_a_server_may_ask_for(said: str | None, seconds: float) -> None:
-    assert download.retry_after(said) == seconds
+    assert transfer.retry_after(said) == seconds
 
 
 def test_of_two_at_once_one_downloads_and_the_other_waits(tmp_path: Path, serve: Serve) -> None:
@@ -282,8 +282,8 @@ def test_why_a_server_is_not_reached_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, env: dict[str, str], said: str
 ) -> None:
     if "SILENT" in url + "".join(env.values()):
-        monkeypatch.setattr(download, "CONNECT_AND_READ_SECONDS", (1, 1))
-    for name in ("NO_PROXY", "no_proxy", *download.PROXIES):
+        monkeypatch.setattr(transfer, "CONNECT_AND_READ_SECONDS", (1, 1))
+    for name in ("NO_PROXY", "no_proxy", *transfer.PROXIES):
         monkeypatch.delenv(name, raising=False)
     guarded = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
     threading.Thread(target=guarded.serve_forever, daemon=True).start()

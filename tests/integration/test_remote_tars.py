@@ -109,7 +109,7 @@ def test_on_the_web_they_are_fetched_once(
     source, handler = web
     sent = handler.sent
     expected = read(f"{WEBDATASET}{tars}/lakes-{BRACES}", here)
-    monkeypatch.setattr("diffusion.data.sources.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("diffusion.data.sources.transfer.time.sleep", lambda seconds: None)
     handler.ranges = False
     with pytest.raises(
         StoreError, match=r"8,?192 of|IncompleteRead|broken"
@@ -131,6 +131,42 @@ def test_on_the_web_they_are_fetched_once(
     assert sent[-1] == "/lakes-000.tar from 0"
     with pytest.raises(DataError, match=r"lakes-007.tar is not to be had: there is none"):
         find_archive(source.replace(BRACES, "007.tar"), here)
+
+
+class Chunked(Handler):
+    """Sends a tar in one chunk, and breaks off before it says that this was the last."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+        body = (self.folder / self.path.strip("/")).read_bytes()
+        if "Range" in self.headers:
+            assert self.headers["Range"] == f"bytes={len(body)}-"
+            self.send_response(416)
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("ETag", '"one"')
+        self.end_headers()
+        self.wfile.write(f"{len(body):x}\r\n".encode() + body + b"\r\n")
+
+
+def test_one_that_broke_off_behind_its_last_byte_is_whole_and_one_that_is_too_large_is_not_kept(
+    tars: Path, here: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = type("OwnHandler", (Chunked,), {"folder": tars, "sent": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source = f"http://127.0.0.1:{server.server_port}/lakes-{BRACES}"
+    with pytest.MonkeyPatch.context() as small, pytest.raises(DataError, match="cut it into more tars"):
+        small.setattr("diffusion.data.sources.remote.TAR_BYTES", 1000)
+        find_archive(source, here)
+    assert [path.name for path in (here.downloads / "tars").iterdir()] == [".lock"]
+    assert read(source, here).digest == read(f"{WEBDATASET}{tars}/lakes-{BRACES}", here).digest
+    server.shutdown()
+    server.server_close()
 
 
 def test_on_s3_they_need_a_permission(

@@ -27,7 +27,7 @@ from PIL import Image
 from diffusion.data import codecs
 from diffusion.data.sealed import unseal
 from diffusion.data.shards import Sample, decode
-from diffusion.data.sources import download, eurosat
+from diffusion.data.sources import download, eurosat, transfer
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import MAX_FILE_BYTES, Mirror, read_archive
 from diffusion.errors import DataError, StoreError
@@ -188,7 +188,7 @@ class Trickling(Endless):
 
 
 def test_a_download_that_trickles_is_given_up_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "MAX_SECONDS", 0.5)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Trickling)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

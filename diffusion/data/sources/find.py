@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusion.data.sources import generated
-from diffusion.data.sources.download import Progress, download_eurosat
+from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import (
     CLASSES,
     EUROSAT_DIGEST,
@@ -21,6 +21,7 @@ from diffusion.data.sources.eurosat import (
 from diffusion.data.sources.own import read_own
 from diffusion.data.sources.source import AS_IT_IS, Source, SourceOptions
 from diffusion.data.sources.tables import WEBDATASET, find_tars, is_webdataset, read_parquet, read_webdataset, tars_name
+from diffusion.data.sources.transfer import Progress
 from diffusion.errors import DataError
 from diffusion.settings import Settings
 from diffusion.trust.redaction import shown

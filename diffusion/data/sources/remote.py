@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
 
-from diffusion.data.sources.download import (
-    BUSY,
-    BUSY_TIMES,
-    CONNECT_AND_READ_SECONDS,
-    DOWNLOAD_ERRORS,
-    Busy,
-    chunks,
+from diffusion.data.sources.transfer import (
+    BROKEN,
+    CHUNK_BYTES,
+    ERRORS,
+    Limit,
+    Progress,
+    append,
+    asked,
     go_on,
     one_at_a_time,
     reason,
-    retry_after,
+    take,
+    when_ready,
 )
 from diffusion.errors import DataError, StoreError
 from diffusion.store.objects import S3Store
 from diffusion.trust.redaction import shown
-
-log = logging.getLogger(__name__)
 
 MOST_TARS = 100_000
 TAR_BYTES = 64 << 30
@@ -36,9 +33,6 @@ REFUSED = {401: "you may not read it", 403: "you may not read it", 404: "there i
 """Answers after which trying again helps nobody."""
 _RANGE = re.compile(r"\{([^{},]+)\.\.([^{},]+?)(?:\.\.[^{},]+)?\}")
 _LETTERS = 52
-
-Progress = Callable[[int, int | None], None]
-"""Called with the bytes that are here, and those in all where that is known."""
 
 
 def expand(pattern: str) -> list[str]:
@@ -90,7 +84,7 @@ def _copy_all(addresses: list[str], folder: Path, progress: Progress | None) -> 
         copy = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:24]}.tar"
         before = done
 
-        def report(here: int, before: int = before) -> None:
+        def report(here: int, of_this: int | None, before: int = before) -> None:
             if progress:
                 progress(before + here, None)
 
@@ -111,7 +105,7 @@ def check_address(address: str) -> None:
         )
 
 
-def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
+def _copy_s3(address: str, copy: Path, report: Progress) -> None:
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -121,7 +115,7 @@ def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
         client = S3Store(bucket, "").client
         head = client.head_object(Bucket=bucket, Key=key)
         if head["ContentLength"] > TAR_BYTES:
-            raise _too_large(address)
+            raise DataError(_limit(address).otherwise)
         if _is_copied(copy, head["ETag"]):
             return
 
@@ -131,10 +125,11 @@ def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
                 found = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"], Range=f"bytes={here}-")
             else:  # an empty object has no range
                 found = client.get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])
-            _write(part, iter(lambda: found["Body"].read(1 << 20), b""), address, report, here)
+            content = iter(lambda: found["Body"].read(CHUNK_BYTES), b"")
+            append(part, content, here, _limit(address), report, head["ContentLength"])
 
         part.unlink(missing_ok=True)
-        go_on(fetch, part, (BotoCoreError,))
+        go_on(fetch, part, (BotoCoreError, *BROKEN))
     except ClientError as error:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if status in REFUSED:
@@ -152,69 +147,36 @@ def _copy_s3(address: str, copy: Path, report: Callable[[int], None]) -> None:
     _keep(part, copy, head["ETag"])
 
 
-def _copy_web(address: str, copy: Path, report: Callable[[int], None]) -> None:
+def _copy_web(address: str, copy: Path, report: Progress) -> None:
     tag, part = copy.with_suffix(".etag"), copy.with_suffix(".part")
-    # Not packed on the way: a few bytes could become very many.
     same, etag = tag.read_text() if copy.exists() and tag.exists() else None, ""
 
     def fetch(here: int) -> bool:
         nonlocal etag
-        headers = {"Accept-Encoding": "identity"}
-        if here:
-            headers |= {"Range": f"bytes={here}-", "If-Range": etag}
-        elif same is not None:
-            headers["If-None-Match"] = same
-        with requests.get(address, headers=headers, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
+        condition = {"If-Range": etag} if here else {"If-None-Match": same} if same is not None else {}
+        with asked(address, here, condition) as response:
             if response.status_code == 304:
                 return False
-            if response.status_code in REFUSED:
-                raise DataError(f"{shown(address)} is not to be had: {REFUSED[response.status_code]}.")
-            if response.status_code in BUSY:
-                raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
-            response.raise_for_status()
-            start = here if response.status_code == 206 else 0  # it may know no ranges, or have another file by now
-            etag = response.headers.get("ETag", "")
-            length = response.headers.get("Content-Length")
-            _write(part, chunks(response), address, report, start, start + int(length) if length else None)
+            etag = response.headers.get("ETag", "" if response.status_code == 200 else etag)
+            take(response, part, here, _limit(address), report)
         return True
 
     part.unlink(missing_ok=True)
-    for times in range(1, BUSY_TIMES + 1):
-        try:
-            if go_on(fetch, part, resumable=lambda: etag.startswith('"')):
-                _keep(part, copy, etag)
-            return
-        except Busy as error:
-            if times == BUSY_TIMES:
-                raise StoreError(f"{shown(address)} can't be read now: {error}.") from error
-            log.warning("%s is busy: asked again in %.0f s", shown(address), error.seconds)
-            time.sleep(error.seconds)
-        except DOWNLOAD_ERRORS as error:
-            raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
+    try:
+        changed = when_ready(lambda: go_on(fetch, part, resumable=lambda: etag.startswith('"')), shown(address))
+    except requests.HTTPError as error:
+        if error.response.status_code in REFUSED:
+            raise DataError(f"{shown(address)} is not to be had: {REFUSED[error.response.status_code]}.") from error
+        raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
+    except ERRORS as error:
+        raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
+    if changed:
+        _keep(part, copy, etag)
 
 
 def _is_copied(copy: Path, etag: str) -> bool:
     tag = copy.with_suffix(".etag")
     return copy.exists() and tag.exists() and tag.read_text() == etag
-
-
-def _write(
-    part: Path,
-    content: Iterator[bytes],
-    address: str,
-    report: Callable[[int], None],
-    here: int = 0,
-    expected: int | None = None,
-) -> None:
-    with part.open("ab" if here else "wb") as file:
-        for chunk in content:
-            here += len(chunk)
-            if here > TAR_BYTES:
-                raise _too_large(address)
-            file.write(chunk)
-            report(here)
-    if expected is not None and here < expected:
-        raise requests.ConnectionError(f"the transfer stopped after {here:,} of {expected:,} bytes")
 
 
 def _keep(part: Path, copy: Path, etag: str) -> None:
@@ -225,5 +187,5 @@ def _keep(part: Path, copy: Path, etag: str) -> None:
         copy.with_suffix(".etag").write_text(etag)
 
 
-def _too_large(address: str) -> DataError:
-    return DataError(f"{shown(address)} has more than {TAR_BYTES:,} bytes: cut it into more tars.")
+def _limit(address: str) -> Limit:
+    return Limit(TAR_BYTES, f"{shown(address)} has more than {TAR_BYTES:,} bytes: cut it into more tars.")

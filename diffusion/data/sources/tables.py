@@ -12,8 +12,9 @@ from typing import Any
 from diffusion.data.codecs import SUFFIXES, file_format
 from diffusion.data.sources.files import Limits, Meter, Spool, check_tar
 from diffusion.data.sources.own import LABEL_COLUMNS, name_of
-from diffusion.data.sources.remote import Progress, check_address, copy_tars, expand
+from diffusion.data.sources.remote import check_address, copy_tars, expand
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
+from diffusion.data.sources.transfer import Progress
 from diffusion.errors import DataError
 from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import shown
