@@ -27,6 +27,10 @@ class StoreError(UserError):
     """The object store cannot be reached, read or written."""
 
 
+class StoreRefuses(StoreError):
+    """The object store answers, and does not let these credentials do what is asked."""
+
+
 class CheckpointDamaged(StoreError):
     """A checkpoint has a file that is missing or is not what was written: the store answers, but not with the checkpoint."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from diffusion.errors import DataError, StoreError
+from diffusion.errors import DataError, StoreError, StoreRefuses
 from diffusion.trust.identifiers import check_object_path, is_object_path
 from diffusion.trust.private import name_anew, put, say_once, sync_folder
 from diffusion.trust.reading import read_file
@@ -37,6 +37,8 @@ UNFINISHED_SECONDS = 24 * 3600
 PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 """What a write calls its file until all of it is there."""
 SHA256 = re.compile("[0-9a-f]{64}")
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+"""What S3 calls a session that is over, with a status (400) that says nothing of it."""
 
 
 class Store(Protocol):
@@ -275,7 +277,8 @@ class S3Store:
         return self.prefix + check_object_path(name)
 
     def _failure(self, verb: str, error: Exception) -> StoreError:
-        return StoreError(
+        kind = StoreRefuses if _is_refusal(error) else StoreError
+        return kind(
             f"The store {self.uri} can't be {verb} ({error}). Check the bucket's name, AWS_ENDPOINT_URL_S3 and the "
             "credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or a profile)."
         )
@@ -292,6 +295,16 @@ class _Bounded(io.BytesIO):
 
 def _code(error: ClientError) -> str:
     return error.response.get("Error", {}).get("Code", "")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a server answered that these credentials may not, or are no longer valid; uploads in parts wrap what it said."""
+    from botocore.exceptions import ClientError
+
+    if not isinstance(error, ClientError):
+        return error.__cause__ is not None and _is_refusal(error.__cause__)
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status in (401, 403) or _code(error) in EXPIRED
 
 
 def _transfer() -> TransferConfig:

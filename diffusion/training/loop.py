@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.manifest import require_dataset
-from diffusion.errors import CheckpointDamaged, RecipeError, StoreError
+from diffusion.errors import CheckpointDamaged, RecipeError, StoreError, StoreRefuses
 from diffusion.jobs.rank import Rank
 from diffusion.jobs.specs import TrainingJob
 from diffusion.model.flops import BACKWARD, forward_flops
@@ -44,6 +44,7 @@ class CheckpointWriter:
         self.store, self.folder = store, folder
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._refused = False
 
     def save(self, trainer: Trainer, state: CheckpointState, journal: bytes) -> None:
         """Copy the state and start writing it, after the one before has been written."""
@@ -69,13 +70,22 @@ class CheckpointWriter:
             log.warning("Older checkpoints were not deleted: %s", error)
 
     def wait(self) -> None:
-        """Wait for the write that is under way. A failure is said, and training goes on: the next save tries again."""
-        if self._pending is not None:
-            try:
-                self._pending.result()
-            except (StoreError, OSError) as error:
-                log.error("The checkpoint was not written: %s", error)
-            self._pending = None
+        """Wait for the write that is under way. A failure is said, and training goes on: the next save tries again.
+
+        Raises StoreRefuses if the store refused the one before it, too: keys that have expired never write again, and what is
+        trained from then on would be lost.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        refused, self._refused = self._refused, False
+        try:
+            pending.result()
+        except (StoreError, OSError) as error:
+            if refused and isinstance(error, StoreRefuses):
+                raise
+            self._refused = isinstance(error, StoreRefuses)
+            log.error("The checkpoint was not written: %s", error)
 
     def finish(self) -> None:
         """Wait for the last write. Raises StoreError if that one failed: there is no later one."""

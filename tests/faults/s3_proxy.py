@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 
@@ -26,6 +27,8 @@ class Faults:
     """Writes that the server takes, but whose answer never arrives."""
     listing_lag: float = 0.0
     """Seconds by which listings are old."""
+    expired: bool = False
+    """The session is over."""
     on_put: Callable[[str], None] | None = None
     """Called with the path when half of a written object has arrived."""
     seed: int = 0
@@ -69,6 +72,8 @@ def proxy(upstream: str, faults: Faults, address: str = "127.0.0.1") -> Iterator
             if self.command == "PUT" and faults.on_put is not None:
                 faults.on_put(self.path)
             body += self.rfile.read(length - length // 2)
+            if faults.expired:
+                return self._answer(400, {"Content-Type": "application/xml"}, EXPIRED)
             if faults.happens("unavailable"):
                 return self._answer(503, {}, b"")
             if faults.happens("slow"):

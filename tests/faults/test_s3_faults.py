@@ -18,15 +18,17 @@ import pytest
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import find_dataset
 from diffusion.data.sources.eurosat import Source
-from diffusion.errors import StoreError
+from diffusion.errors import StoreError, StoreRefuses
 from diffusion.jobs.specs import TrainingJob
 from diffusion.store.objects import S3Store, open_store
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
+from diffusion.training.state import steps_with_checkpoint
 from flows.launcher import run_job
 from tests.conftest import PATIENCE, Ingested, S3Server, start_s3, tiny_recipe
 from tests.faults.report import SEED, Kill
 from tests.faults.s3_proxy import Faults, proxy
+from tests.jobs import start
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +171,28 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     expected, found = load_checkpoint(ingested.store, "quiet-s3", steps)[0], load_checkpoint(store, "faulty", steps)[0]
     assert found.sha256 == expected.sha256
     assert faults.seen["listing_lag"] > 0
+
+
+def test_keys_that_expire_end_a_training_while_little_is_lost(
+    through: ExitStack, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch, source: Source, tmp_path: Path
+) -> None:
+    steps, every = 80, 10
+    faults = Faults()
+
+    def expire(path: str) -> None:
+        faults.expired |= f"/{3 * every:09d}/" in path
+
+    faults.on_put = expire
+    through_proxy(through, faults, monkeypatch, s3)
+    store = open_store("s3://tests/training")
+    job = job_on_s3("expires", ingest(source, store, shard_bytes=60_000).digest, tmp_path, steps, every)
+    with pytest.raises(StoreRefuses, match="ExpiredToken"):
+        start(tmp_path / "expires", job, "diffusion.training.job", 1)
+    assert records((tmp_path / "expires" / JOURNAL).read_bytes())[-1]["step"] <= 5 * every
+    faults.expired, faults.on_put = False, None
+    assert max(steps_with_checkpoint(store, "expires")) == 2 * every
+    start(tmp_path / "expires", job.model_copy(update={"checkpoint_every": steps}), "diffusion.training.job", 1)
+    assert [one["step"] for one in records((tmp_path / "expires" / JOURNAL).read_bytes())] == list(range(1, steps + 1))
 
 
 def test_the_server_itself_is_killed_at_random_moments(
