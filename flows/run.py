@@ -26,20 +26,12 @@ from diffusion.tracking.run import Lineage, TrackedRun, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.trust.redaction import fit_to_leave
+from flows.endings import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending
 from flows.engines.engine import Job
 from flows.engines.known import engine
 from flows.engines.placement import Workers
 from flows.launcher import Listener
-from flows.owner import (
-    ENDING,
-    FLOW_FOLDER,
-    Ending,
-    close_abandoned,
-    close_tasks_of_ended_runs,
-    note_ending,
-    signs_of_life,
-    this_process,
-)
+from flows.owner import FLOW_FOLDER, signs_of_life, this_process
 from flows.progress import Phase, attended, say
 from flows.request import TrainingRequest
 from flows.stopwatch import stopwatch

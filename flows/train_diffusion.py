@@ -16,9 +16,9 @@ from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
 from flows.checks import check_before_compute
 from flows.course import course
+from flows.deployed import be_the_only_run, cancel_tasks, end_with_worker, say_why
 from flows.engines.placement import RANGE
 from flows.nights import Nights, check_nights, is_night, seed_of
-from flows.owner import be_the_only_run, cancel_tasks, end_with_worker, say_why
 from flows.plugins.credentials import use_block
 from flows.progress import attended
 from flows.request import StartFrom, TrainingRequest, usual_preset

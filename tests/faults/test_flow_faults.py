@@ -12,7 +12,7 @@ import pytest
 from diffusion.data.sources.eurosat import Source
 from diffusion.store.objects import FolderStore
 from diffusion.training.journal import JOURNAL, records
-from flows.owner import ENDING
+from flows.endings import ENDING
 from tests.conftest import PATIENCE
 from tests.faults.flow_runs import (
     SMALL,

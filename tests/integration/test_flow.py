@@ -31,14 +31,17 @@ from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
 from diffusion.store.objects import open_store
 from diffusion.tracking.connection import connect
+from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import champion_version
+from diffusion.tracking.run import Lineage, TrackedRun
 from diffusion.tracking.version_tags import tags_of
 from diffusion.training.state import load_state
 from flows import launcher
 from flows.checks import check_free
 from flows.commands import score as command
-from flows.owner import be_the_only_run
-from tests.conftest import PATIENCE, TINY, lay_out
+from flows.deployed import be_the_only_run
+from flows.owner import this_process
+from tests.conftest import PATIENCE, TINY, Ingested, lay_out, tiny_recipe
 from tests.ranks import fork_rank
 
 pytestmark = pytest.mark.slow
@@ -370,7 +373,7 @@ def test_of_one_run_that_was_started_twice_the_first_goes_on_and_says_how_it_end
     """Retried while Prefect's worker had yet to report the crash: it is reported again, of the retry, and retried again."""
     from prefect.flow_engine import run_flow as run_engine
 
-    hold = "import sys; from pathlib import Path; from flows.owner import be_the_only_run; "
+    hold = "import sys; from pathlib import Path; from flows.deployed import be_the_only_run; "
     hold += "be_the_only_run(Path(sys.argv[1]), 'x', sys.argv[2]); print('held', flush=True); sys.stdin.read()"
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(deployed, parameters={"home": str(tmp_path)}, state=Running())
@@ -384,6 +387,32 @@ def test_of_one_run_that_was_started_twice_the_first_goes_on_and_says_how_it_end
         assert client.read_flow_run(run.id).state_name == "Running"
 
 
+def test_the_run_of_a_machine_that_is_lost_with_its_folder_ends_when_prefect_has_called_it_crashed_for_a_while(
+    prefect_server: None, home_with_mlflow: Path, ingested: Ingested, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.endings import close_abandoned
+    from flows.train_diffusion import train_diffusion
+
+    tracking, experiment = open_tracking(settings())
+    elsewhere = json.dumps(json.loads(this_process()) | {"host": "a machine that is lost"})
+    with get_client(sync_client=True) as client:
+        flow_run = client.create_flow_run(train_diffusion, state=Running())
+        lineage = Lineage("lost", "lost", "c" * 40, str(flow_run.id), "", elsewhere)
+        run = TrackedRun.open(
+            tracking, experiment, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri
+        ).run_id
+
+        def status() -> str:
+            close_abandoned(tracking, experiment, "another", tmp_path)
+            return str(tracking.get_run(run).info.status)
+
+        assert status() == "RUNNING"
+        client.set_flow_run_state(flow_run.id, Crashed(), force=True)
+        assert status() == "RUNNING", "it may still be about to say how it ended"
+        monkeypatch.setattr("flows.endings.SILENT_SECONDS", 0.0)
+        assert status() == "FAILED"
+
+
 @flow
 def somebody_else_s() -> None:
     """On the same server."""
@@ -391,7 +420,7 @@ def somebody_else_s() -> None:
 
 @pytest.mark.parametrize("end", [Crashed, Cancelled])
 def test_tasks_of_a_run_that_was_killed_end_as_it_did(prefect_server: None, end: Any) -> None:
-    from flows.owner import close_tasks_of_ended_runs
+    from flows.endings import close_tasks_of_ended_runs
     from flows.tasks.train import train
     from flows.train_diffusion import train_diffusion
 

@@ -180,7 +180,7 @@ def test_a_version_s_files_elsewhere_are_left(home_with_mlflow: Path) -> None:
 
 
 def test_one_bad_tag_stops_no_later_run(hostile: tuple[MlflowClient, str, Path], ingested: Ingested) -> None:
-    from flows.owner import close_abandoned
+    from flows.endings import close_abandoned
 
     client, experiment, _ = hostile
     close_abandoned(client, experiment, "11111111-1111-1111-1111-111111111111", settings().runs)

@@ -13,7 +13,18 @@ import pytest
 from diffusion.errors import RunBusy
 from diffusion.jobs.lock import LOCK, lock_folder
 from diffusion.jobs.started import started
-from flows.owner import FLOW_FOLDER, Owner, be_the_only_run, is_dead, is_gone, read_owner, signs_of_life, this_process
+from flows.deployed import be_the_only_run
+from flows.owner import (
+    FLOW_FOLDER,
+    OWNER,
+    Owner,
+    has_left,
+    is_dead,
+    read_owner,
+    sees_the_folder_of,
+    signs_of_life,
+    this_process,
+)
 from tests.conftest import PATIENCE
 
 
@@ -39,7 +50,7 @@ def test_a_process_that_has_ended_is_dead_also_as_a_zombie() -> None:
 
 
 def test_of_two_deployed_runs_on_one_machine_the_second_is_told_of_the_first(tmp_path: Path) -> None:
-    hold = "import sys, time; from pathlib import Path; from flows.owner import be_the_only_run; "
+    hold = "import sys, time; from pathlib import Path; from flows.deployed import be_the_only_run; "
     hold += "be_the_only_run(Path(sys.argv[1]), '1127-0200-nightly', '1'); print('held', flush=True); time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
     assert first.stdout is not None
@@ -88,11 +99,13 @@ def test_a_run_that_writes_nothing_for_long_is_seen_to_live_by_other_machines(
     lock = tmp_path / FLOW_FOLDER / LOCK
     os.utime(lock, (time.time() - 600,) * 2)
     elsewhere = changed(host="another")
-    assert is_gone(elsewhere, tmp_path)
+    assert has_left(tmp_path)
     with signs_of_life(tmp_path):
         deadline = time.monotonic() + PATIENCE
         while time.time() - lock.stat().st_mtime > 300:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    assert not is_gone(elsewhere, tmp_path)
-    assert [path.name for path in lock.parent.iterdir()] == [LOCK], "nothing of the question is left"
+    assert not has_left(tmp_path)
+    assert {path.name for path in lock.parent.iterdir()} == {LOCK, OWNER}, "nothing of the question is left"
+    assert sees_the_folder_of(changed(), tmp_path)
+    assert not sees_the_folder_of(elsewhere, tmp_path), "what this machine left here says nothing of another's process"
