@@ -55,7 +55,7 @@ def some_images(archive: Path, count: int) -> Data:
         for label, name in enumerate(source.classes)
         for one in rng.permutation(np.array(by_class[name], dtype=object))[: count // len(source.classes)]
     ]
-    pixels = np.stack([decode(one.read(), one.file_name) for one, _ in chosen])
+    pixels = np.stack([decode(one.read(), one.file_name).array for one, _ in chosen])
     order = rng.permutation(len(chosen))
     images = torch.from_numpy(pixels[order]).permute(0, 3, 1, 2).float()
     images = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True)

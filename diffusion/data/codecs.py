@@ -6,7 +6,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,16 +46,24 @@ def file_format(content: bytes) -> str:
     return "npy" if content[:6] == b"\x93NUMPY" else ""
 
 
-def decode(content: bytes, where: str) -> Array:
+class Decoded(NamedTuple):
+    """The image of a file."""
+
+    array: Array
+    plain: bool
+    """Whether the file's bytes can lie in a shard as they are: 8-bit grey or RGB of a format that Pillow decodes."""
+
+
+def decode(content: bytes, where: str) -> Decoded:
     """The image of a file. Raises DataError, which names `where`, if it holds none that can be trained on."""
     kind = file_format(content)
     with decoder_errors(where, kind.upper() or "any of JPEG, PNG, WebP, TIFF, NPY"):
         if kind in PILLOW:
             return _from_pillow(content, kind)
         if kind == "tif":
-            return _usual(_from_tiff(content))
+            return Decoded(_usual(_from_tiff(content)), plain=False)
         if kind == "npy":
-            return _usual(_from_npy(content))
+            return Decoded(_usual(_from_npy(content)), plain=False)
         raise ValueError("it begins like none")
 
 
@@ -68,12 +76,6 @@ def decoder_errors(where: str, kind: str) -> Iterator[None]:
         raise DataError(
             f"The image {shown(where)} does not decode as {kind} ({error}). Replace it by a whole copy."
         ) from error
-
-
-def plain(content: bytes) -> bool:
-    """Whether a file's bytes can lie in a shard as they are: 8-bit grey or RGB of a format that Pillow decodes."""
-    kind = file_format(content)
-    return kind in PILLOW and _open(content, kind).mode in MODES
 
 
 def to_npy(image: Array) -> bytes:
@@ -106,7 +108,7 @@ def _check_size(count: int) -> None:
         raise ValueError(f"it would take more than {MOST_BYTES >> 20} MiB")
 
 
-def _from_pillow(content: bytes, kind: str) -> Array:
+def _from_pillow(content: bytes, kind: str) -> Decoded:
     if kind == "png" and content[24] == 16 and content[25] != 0:  # colours, or grey beside transparency
         raise ValueError("it has 16 bits a colour, which would be cut to 8: keep it as TIFF or NPY")
     image = _open(content, kind)
@@ -114,13 +116,14 @@ def _from_pillow(content: bytes, kind: str) -> Array:
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("it has levels beyond 16 bits")
-        return levels.astype(np.uint16)[..., None]
+        return Decoded(levels.astype(np.uint16)[..., None], plain=False)
     if image.mode == "F":
-        return np.asarray(image, np.float32)[..., None]
-    if image.mode not in MODES:  # palettes, transparency (which is dropped), CMYK
+        return Decoded(np.asarray(image, np.float32)[..., None], plain=False)
+    plain = image.mode in MODES
+    if not plain:  # palettes, transparency (which is dropped), CMYK
         image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
     array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
+    return Decoded(array[..., None] if array.ndim == 2 else array, plain)
 
 
 def _from_tiff(content: bytes) -> Array:

@@ -51,16 +51,16 @@ def measure(source: Source, training: list[Chosen]) -> tuple[Form, Levels]:
 
     Raises DataError if it is none that can be trained on, or the source's options don't fit it.
     """
-    options, first, kept = source.options, None, b""
+    options, found = source.options, None
     for one in training:
-        kept = one.image.read()
         try:
-            first = decoded(one.image, kept)
+            found = decoded(one.image, one.image.read())
             break
         except DataError as error:
             stop_unless_skipped(source, error)
-    if first is None:
+    if found is None:
         raise DataError(f"None of the images of {source.name} decodes.")
+    first = found.array
     height, width, bands = first.shape
     if bands > MOST_BANDS:
         raise DataError(f"{shown(training[0].image.file_name)} has {bands} bands; {MOST_BANDS} are the most.")
@@ -75,7 +75,7 @@ def measure(source: Source, training: list[Chosen]) -> tuple[Form, Levels]:
             'can be trained on. Say what to bring them to: -p source_options=\'{"size": 64, "fit": "crop"}\'.'
         )
     encoded = None
-    if (height, width) != (size, size) or not (codecs.file_format(kept) in codecs.PILLOW and codecs.plain(kept)):
+    if (height, width) != (size, size) or not found.plain:
         encoded = len(codecs.to_npy(np.zeros((size, size, bands), first.dtype)))
     form = Form(size, bands, first.dtype.name, encoded)  # type: ignore[arg-type]  # decode gives no other
     shown_at = list(shown_places(source, form))
@@ -109,7 +109,7 @@ def _percentiles(source: Source, chosen: list[Chosen], form: Form):  # type: ign
     for one in chosen[:MEASURED_IMAGES]:
         content = one.image.read()
         try:
-            image = fitted(decoded(one.image, content), one.image, source, form)
+            image = fitted(decoded(one.image, content).array, one.image, source, form)
             some.append(image.reshape(-1, form.bands)[places])
         except DataError as error:
             stop_unless_skipped(source, error)
@@ -131,8 +131,8 @@ def stop_unless_skipped(source: Source, error: DataError, more: str = "") -> Non
         raise DataError(f"{error}{more} {hint}") from error
 
 
-def decoded(image: SourceImage, content: bytes) -> Images:
-    """The image, [height, width, bands]. Raises DataError with its name."""
+def decoded(image: SourceImage, content: bytes) -> codecs.Decoded:
+    """The image. Raises DataError with its name."""
     return codecs.decode(content, f"{image.class_name}/{image.file_name}" if image.class_name else image.file_name)
 
 

@@ -157,12 +157,12 @@ def _make_shard(
         if hashlib.sha256(content).hexdigest() != one.image.sha256:
             raise DataError(f"{shown(one.image.file_name)} of {source.name} changed while it was read. Start again.")
         try:
-            array = decoded(one.image, content)
-            brought = fitted(array, one.image, source, form)
+            found = decoded(one.image, content)
+            brought = fitted(found.array, one.image, source, form)
         except DataError as error:
             return error
         kind = codecs.file_format(content)
-        if brought is not array or kind not in codecs.PILLOW or not codecs.plain(content):
+        if brought is not found.array or not found.plain:
             content, kind = codecs.to_npy(brought), "npy"
         # A row a band: sums along rows are ten times as fast as sums across them.
         pixels = brought.reshape(-1, form.bands).T.astype(np.float64, order="C")

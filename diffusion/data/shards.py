@@ -34,17 +34,19 @@ class Sample:
 
 def write_shard(samples: Iterable[Sample]) -> bytes:
     """The tar of these samples. Names, order and contents decide its bytes; time, user and machine do not."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            files = [(sample.extension, sample.content)]
-            if sample.label is not None:
-                files.append((LABEL, str(sample.label).encode()))
-            for extension, content in files:
-                header = tarfile.TarInfo(f"{sample.key}.{extension}")
-                header.size = len(content)
-                tar.addfile(header, io.BytesIO(content))
-    return buffer.getvalue()
+    parts = []
+    for sample in samples:
+        files = [(sample.extension, sample.content)]
+        if sample.label is not None:
+            files.append((LABEL, str(sample.label).encode()))
+        for extension, content in files:
+            header = tarfile.TarInfo(f"{sample.key}.{extension}")
+            header.size = len(content)
+            # What TarFile.addfile writes, which copies header and content first: a third of an ingestion's time.
+            parts += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % BLOCK)]
+    parts.append(bytes(2 * BLOCK))
+    parts.append(bytes(-sum(map(len, parts)) % tarfile.RECORDSIZE))
+    return b"".join(parts)
 
 
 def bytes_in_shard(size: int, labelled: bool) -> int:
@@ -87,7 +89,7 @@ def decode(sample: Sample, spec: ImageSpec, size: int) -> Images:
         if size != spec.size:
             image = image.reduce(spec.size // size)
         return np.asarray(image).reshape(size, size, len(spec.bands))
-    array = codecs.decode(sample.content, where)
+    array = codecs.decode(sample.content, where).array
     if array.shape != spec.shape(spec.size) or array.dtype != spec.dtype:
         raise DataError(
             f"The image {where} has shape {array.shape} and values {array.dtype}, expected {spec.shape(spec.size)} and {spec.dtype}."

@@ -141,7 +141,7 @@ def test_pages_of_a_tiff_that_lead_back_to_themselves_come_to_an_end(bigtiff: bo
     whole = io.BytesIO()
     tifffile.imwrite(whole, np.zeros((8, 8, 5), np.uint16), planarconfig="contig", bigtiff=bigtiff, byteorder=order)
     content = bytearray(whole.getvalue())
-    assert codecs.decode(bytes(content), "x").shape == (8, 8, 5)
+    assert codecs.decode(bytes(content), "x").array.shape == (8, 8, 5)
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page, tags = file.pages.first.offset, len(file.pages.first.tags)
     size, end = (8, page + 8 + 20 * tags) if bigtiff else (4, page + 2 + 12 * tags)

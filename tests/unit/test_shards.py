@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import resource
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,22 @@ def test_a_shard_gives_back_its_samples_and_is_the_same_bytes_again(written: lis
     data = write_shard(written)
     assert read_shard(data, "x") == written
     assert data == write_shard(written)
+    assert data == by_tarfile(written), "the digests of shards that were written before would move"
     sizes = [bytes_in_shard(len(sample.content), sample.label is not None) for sample in written]
     assert sum(sizes) <= len(data) <= sum(sizes) + 20 * 512
+
+
+def by_tarfile(samples: list[Sample]) -> bytes:
+    """As tarfile writes an archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            label = [] if sample.label is None else [("cls", str(sample.label).encode())]
+            for extension, content in [(sample.extension, sample.content), *label]:
+                header = tarfile.TarInfo(f"{sample.key}.{extension}")
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def test_stock_webdataset_reads_the_shards(ingested: Ingested) -> None:

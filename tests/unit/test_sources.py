@@ -246,7 +246,7 @@ def test_a_tiff_is_unpacked(packed: Any, dtype: str, layout: Any) -> None:
     file = io.BytesIO()
     plain: Any = {"photometric": "minisblack", "planarconfig": "contig"}
     tifffile.imwrite(file, levels, compression=packed, predictor=predictor, **plain, **layout)
-    image = decode(file.getvalue(), "x")
+    image = decode(file.getvalue(), "x").array
     assert image.dtype == dtype
     assert np.array_equal(image, levels)
 

@@ -28,7 +28,7 @@ def test_encoding_and_decoding_are_inverse(bands: int, dtype: str, size: int, se
     rng, own = np.random.default_rng(seed), spec(bands, dtype)
     high = 1.0 if dtype == "float32" else np.iinfo(dtype).max
     images = (rng.random((2, size, size, bands)) * high).astype(dtype)
-    assert np.array_equal(decode(to_npy(images[0]), "x"), images[0])
+    assert np.array_equal(decode(to_npy(images[0]), "x").array, images[0])
     pixels = Pixels(own)
     encoded = pixels.encode(images, torch.float64)
     assert encoded.shape == (2, bands, size, size)
