@@ -10,6 +10,7 @@ from diffusion.data.sources.find import EUROSAT
 from diffusion.data.sources.source import SourceOptions, parse_options
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
+from diffusion.tracking.gates import DEFAULT_MARGINS, Margins
 from flows.engines.known import engine
 
 CHECKPOINT_EVERY_IMAGES = 250_000
@@ -36,9 +37,7 @@ class TrainingRequest(BaseModel):
     processes: int | str | None = None
     start_from: StartFrom = "scratch"
     skip_unchanged: bool = False
-    fid_margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    bits_margin: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    fid_bar: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    margins: Margins = DEFAULT_MARGINS
 
     def recipe(self) -> Recipe:
         """The recipe that they mean. Raises RecipeError, with the nearest valid name where one is misspelt."""

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from diffusion.recipe_files import fit_to_dataset, preset_names, recipe_name
 from diffusion.settings import settings
+from diffusion.tracking.gates import DEFAULT_MARGINS, Margins
 from diffusion.trust.private import use_private_home
 from diffusion.trust.redaction import redact_logs
 from flows.checks import check_before_compute
@@ -70,9 +71,9 @@ def train_diffusion(
     nights: Nights = "new seed",
     skip_unchanged: bool | None = None,
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
-    fid_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
-    bits_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
-    fid_bar: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
+    fid_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEFAULT_MARGINS.fid,
+    bits_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEFAULT_MARGINS.bits_per_dim,
+    fid_bar: Annotated[float, Field(gt=0, allow_inf_nan=False)] = DEFAULT_MARGINS.first,
 ) -> Report | State[None]:
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
@@ -108,9 +109,7 @@ def train_diffusion(
         processes=processes,
         start_from=start_from,
         skip_unchanged=is_night() if skip_unchanged is None else skip_unchanged,
-        fid_margin=fid_margin,
-        bits_margin=bits_margin,
-        fid_bar=fid_bar,
+        margins=Margins(fid_margin, bits_margin, fid_bar),
     )
     use_private_home(settings().home)
     redact_logs()

@@ -11,6 +11,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flows.commands.command import take_values, values_of
+
 # Prefect's own temporary server, in this project's folder; nothing of the user's profile is read or written.
 EMBEDDED = {
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
@@ -27,14 +29,12 @@ def main() -> int:
     """Run the flow and print its report. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a value of the recipe")
+    take_values(parser, "replace a value of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", default="eurosat", help="eurosat, generated, or the path of an archive")
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
-    wrong = [item for item in arguments.set if "=" not in item]
-    if wrong:
-        parser.error(f"--set takes KEY=VALUE, not '{wrong[0]}'")
+    overrides = values_of(parser, arguments)
 
     from diffusion.errors import UserError
     from diffusion.settings import reach_loopback_directly, settings
@@ -64,7 +64,6 @@ def main() -> int:
     from flows.stopwatch import stopwatch
 
     try:
-        overrides = dict(item.split("=", 1) for item in arguments.set)
         with stopwatch.part("imports"):
             from diffusion.tracking.experiment import open_tracking
             from flows.checks import check_request

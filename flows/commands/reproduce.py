@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -25,21 +24,19 @@ from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import EUROSAT, GENERATED, find_archive, read_source
-from diffusion.errors import DataError, TrackingError, UserError
+from diffusion.errors import DataError, TrackingError
 from diffusion.features.identity import identify
 from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Recipe
-from diffusion.settings import Settings, settings
+from diffusion.settings import Settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.version_tags import EARLIER_COMMITS, tags_of
 from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
-from diffusion.trust.private import use_private_home
 from diffusion.trust.reading import parse_json, read_file
-from diffusion.trust.redaction import redact_logs
+from flows.commands.command import run_command
 from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
-from flows.plugins.credentials import use_block
 from flows.request import checkpoint_every
 from flows.run import git_commit, job_fields
 
@@ -72,17 +69,13 @@ def main() -> int:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
-    try:
-        os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
-        use_private_home(settings().home)
-        redact_logs()
-        use_block(settings().s3_block)
-        client, _ = open_tracking(settings())
+
+    def again(environment: Settings) -> int:
+        client, _ = open_tracking(environment)
         original = read_version(client, find_version(client, arguments.model, arguments.version, arguments.run))
-        return 0 if reproduce(original, settings(), arguments.processes) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 0 if reproduce(original, environment, arguments.processes) else 1
+
+    return run_command(again)
 
 
 def find_version(client: MlflowClient, model: str, version: int | None, run: str | None) -> ModelVersion:

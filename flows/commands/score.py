@@ -10,14 +10,13 @@ compares them.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 
 from mlflow.exceptions import MlflowException
 
 from diffusion.data.manifest import Manifest, find_dataset
-from diffusion.errors import DataError, UserError
+from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Difference, compare, load_evidence
 from diffusion.evaluation.figures import table
 from diffusion.evaluation.reference import Reference, load_reference
@@ -26,18 +25,16 @@ from diffusion.features.identity import identify
 from diffusion.jobs.specs import JobSpec, ReferenceJob
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import with_evaluation
-from diffusion.settings import Settings, settings
+from diffusion.settings import Settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion import Scored
 from diffusion.tracking.version_tags import checkpoint_of
 from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
-from diffusion.trust.private import use_private_home
-from diffusion.trust.redaction import redact_logs
+from flows.commands.command import run_command, take_values, values_of
 from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
-from flows.plugins.credentials import use_block
 from flows.rescoring import MODULE, score_as
 from flows.run import job_fields
 
@@ -56,20 +53,16 @@ def main() -> int:
     """Returns 0, or 1 with a sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    take_values(parser, "replace a value of the recipe's part evaluation")
     parser.add_argument("--against", metavar="MODEL")
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
-    if wrong := [item for item in arguments.set if "=" not in item]:
-        parser.error(f"--set takes KEY=VALUE, not '{wrong[0]}'")
-    try:
-        os.environ.setdefault("MPLCONFIGDIR", str(settings().home / "matplotlib"))
-        use_private_home(settings().home)
-        redact_logs()
-        use_block(settings().s3_block)
-        scorer = Scorer(settings(), arguments.processes)
+    values = values_of(parser, arguments)
+
+    def score(environment: Settings) -> int:
+        scorer = Scorer(environment, arguments.processes)
         first = scorer.find(arguments.model)
-        recipe = with_evaluation(first.state.recipe, dict(item.split("=", 1) for item in arguments.set))
+        recipe = with_evaluation(first.state.recipe, values)
         asked, own = recipe.evaluation, first.state.recipe.evaluation
         scorer.chooses = (asked.weights, asked.choice_samples) != (own.weights, own.choice_samples)
         dataset = scorer.dataset(first)
@@ -83,10 +76,9 @@ def main() -> int:
             other = scorer.score(second, recipe, dataset)
             print_figures(second.name, other.scores)
             scorer.compare((first, scored), (second, other), scorer.reference(recipe, dataset))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_command(score)
 
 
 class Scorer:

@@ -11,13 +11,11 @@ from prefect.events import emit_event
 
 from diffusion.errors import CheckpointDamaged, DataError, RecipeError
 from diffusion.jobs.specs import EvaluationJob
-from diffusion.tracking.gates import Margins
 from diffusion.tracking.promotion import CHAMPION, Decision, Scored, champion_version, decide
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.version_tags import checkpoint_of
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
-from flows.request import TrainingRequest
 from flows.rescoring import MODULE, score_as
 from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
@@ -37,7 +35,7 @@ PROMOTED = "train-diffusion.promoted"
 )
 def promote(run: Run, model: str, version: str, workers: Workers) -> Decision:
     """Make the version champion if it passes all gates; else it stays challenger. The record is a table of the run."""
-    client, store, margins = run.tracked.client, run.store, _margins(run.request)
+    client, store, margins = run.tracked.client, run.store, run.request.margins
     decision = decide(client, store, model, version, margins, lambda champion: score_again(run, champion, workers))
     run.tracked.log_decision(decision)
     champion = champion_version(run.tracked.client, decision.model)
@@ -50,10 +48,6 @@ def promote(run: Run, model: str, version: str, workers: Workers) -> Decision:
             id=uuid5(NAMESPACE_URL, f"{run.tracked.run_id}/{decision.version}"),  # a retry's is the same event
         )
     return decision
-
-
-def _margins(request: TrainingRequest) -> Margins:
-    return Margins(request.fid_margin, request.bits_margin, request.fid_bar)
 
 
 def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
