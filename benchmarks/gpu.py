@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +73,8 @@ class Jobs:
 
     def __init__(self, store: Store, dataset: str, folder: Path) -> None:
         self.store, self.dataset, self.folder = store, dataset, folder
+        self.own = uuid.uuid4().hex[:8]
+        """What its runs are called by: those of an earlier call would be gone on with."""
 
     def run(self, module: str, spec: JobSpec) -> None:
         """Run a job on one process."""
@@ -94,7 +97,8 @@ class Jobs:
 
     def same_after_resume(self, recipe: Recipe, deterministic: bool) -> dict[str, bool]:
         """Whether a training stopped half way and continued by another process ends like one that was not, by file."""
-        whole, halves = (f"{name}-{'deterministic' if deterministic else 'default'}" for name in ("whole", "halves"))
+        way = "deterministic" if deterministic else "default"
+        whole, halves = (f"{name}-{way}-{self.own}" for name in ("whole", "halves"))
 
         def in_halves() -> None:
             for until in (RESUMED_STEPS // 2, RESUMED_STEPS):
@@ -145,16 +149,17 @@ def main() -> None:
         ):
             print(f"resumed half way, {name}: {same}", flush=True)
 
-    images = int(rates["fast"]["both"] * arguments.seconds) // batch * batch
+    images = int(max(rate["both"] for rate in rates.values()) * arguments.seconds) // batch * batch
     every = {"evaluation.every_images": images, "optimizer.warmup_images": min(100_000, images // 10)}
     recipe = load_recipe(arguments.preset, {"data.images": images, **every})
     began = time.perf_counter()
-    jobs.train("trained", recipe, recipe.total_steps)
+    trained = f"trained-{jobs.own}"
+    jobs.train(trained, recipe, recipe.total_steps)
     print(
         f"trained on {images} images in {time.perf_counter() - began:.0f} s, start and compilation included", flush=True
     )
     common = {
-        "run": "trained",
+        "run": trained,
         "store": store.uri,
         "dataset": arguments.dataset,
         "shard_copies": scratch / "copies",
@@ -167,7 +172,7 @@ def main() -> None:
     samples = recipe.evaluation.samples
     jobs.run("diffusion.evaluation.job", EvaluationJob(**common, step=recipe.total_steps, samples=samples))
     print(f"evaluation of {samples} samples: {time.perf_counter() - began:.0f} s", flush=True)
-    for name in store.names("runs/trained/"):
+    for name in store.names(f"runs/{trained}/"):
         print(name)
         if name.endswith((".png", "scores.json")):
             (out / name.rpartition("/")[2]).write_bytes(store.read(name))

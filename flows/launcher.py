@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion.jobs.rank import RENDEZVOUS
+from diffusion.jobs.rank import DEVICE, RENDEZVOUS
 from diffusion.jobs.reports import ERROR, ProgressFile, error_of
 from diffusion.jobs.specs import SPEC, JobSpec
 from diffusion.jobs.stopping import end_with_parent
+from flows.engines.gpus import gpus
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 13.0  # a rank gives up by itself after 12; Prefect kills the flow 30 s after it asked it to end
@@ -119,6 +120,7 @@ def rank_environment(rank: int, processes: int, threads: int) -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_RANKS) and name not in placing
     }
     own = {"RANK": str(rank), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    own[DEVICE] = "cuda" if gpus() else "cpu"
     if processes > 1:  # a single one is no group
         own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return inherited | own | {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}

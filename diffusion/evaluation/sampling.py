@@ -50,7 +50,7 @@ def generate(
         start = block * recipe.evaluation.batch
         part = slice(start, start + sizes[block])
         drawn = denoiser.sample(indices[part], None if labels is None else labels[part], SEED)
-        blocks[block] = torch.from_numpy(drawn.astype(SENT_AS[spec.dtype], copy=False)).to(accelerator.device)
+        blocks[block] = torch.from_numpy(drawn.astype(SENT_AS[spec.dtype], copy=False))
         progress.write(stage, done, len(mine))
     like = torch.from_numpy(np.zeros(spec.shape(recipe.data.image_size), SENT_AS[spec.dtype]))
     return gather_rows(accelerator, blocks, sizes, like).astype(spec.dtype, copy=False)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 RENDEZVOUS = "rendezvous"
 """Beginning of the name of the file where the ranks of one start meet; the variable RENDEZVOUS of a rank has the whole name.
 Ranks of an earlier start may not have ended yet."""
+DEVICE = "RANK_DEVICE"
+"""The variable that says what a rank is started for: cuda or cpu."""
+LINK_SECONDS = 1800
+"""That ranks wait for one another: the first may have much to do alone. Those that have died are found otherwise, far earlier."""
 S = TypeVar("S", bound=JobSpec)
 
 
@@ -85,11 +90,15 @@ def rank_main(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
 
 
 def make_accelerator() -> Accelerator:
-    """The accelerator of a rank that has met the others."""
+    """The accelerator of a rank that has met the others. Raises RuntimeError if it was started for a GPU, and there is none."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    if os.environ.get(DEVICE) == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "The GPU that this job was started for can't be used any more: nvidia-smi and dmesg may say why."
+        )
     # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
     # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
     same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -112,4 +121,5 @@ def _join(folder: Path, rank: int, ranks: int) -> None:
     if ranks > 1:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = dist.FileStore(str(folder / os.environ["RENDEZVOUS"]), ranks)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+        waits = timedelta(seconds=LINK_SECONDS)  # NCCL's own ten minutes are too few
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waits)

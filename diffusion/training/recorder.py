@@ -40,6 +40,8 @@ class Recorder:
         self.journal, self.timing = Journal(folder / JOURNAL), Journal(folder / TIMING)
         self._lanes: list[Tensor] = []
         self._norms: list[Tensor] = []
+        # Once: each copy to a GPU waits for what it computes.
+        self._edges = torch.tensor(LOG_SNR_BIN_EDGES[1:-1], dtype=torch.float64, device=accelerator.device)
         self._since, self._waited, self._steps = time.monotonic(), 0.0, 0
         # Each process measures, so that all cores are as busy as in training. Many CPUs are slower in bf16 than in float32.
         kinds = {torch.float32, torch.bfloat16 if recipe.precision == "bf16" else torch.float32}
@@ -49,7 +51,9 @@ class Recorder:
 
     def record(self, step: int, report: StepReport, waited: float) -> None:
         """Take in one step, and write a record if the stretch ends with it. Raises TrainingDiverged."""
-        self._lanes.append(torch.stack([_by_noise(*lane) for lane in zip(report.log_snr, report.losses, strict=True)]))
+        self._lanes.append(
+            torch.stack([_by_noise(*lane, self._edges) for lane in zip(report.log_snr, report.losses, strict=True)])
+        )
         self._norms.append(report.gradient_norm.detach().double())
         self._waited, self._steps = self._waited + waited, self._steps + 1
         if step % self.every == 0 or step == self.until:
@@ -111,9 +115,8 @@ class Recorder:
         self._since, self._waited, self._steps = now, 0.0, 0
 
 
-def _by_noise(log_snr: Tensor, loss: Tensor) -> Tensor:
+def _by_noise(log_snr: Tensor, loss: Tensor, inner_edges: Tensor) -> Tensor:
     """Sum of a lane's losses and number of its images in each bin of log_snr: float64 [2 * bins]."""
-    inner_edges = torch.tensor(LOG_SNR_BIN_EDGES[1:-1], dtype=torch.float64, device=log_snr.device)
     member = F.one_hot(torch.bucketize(log_snr, inner_edges, right=True), len(LOG_SNR_BIN_EDGES) - 1).double()
     # A product with a 0/1 matrix adds in a fixed order, which scattered adds on a GPU do not.
     return torch.cat([loss.double() @ member, member.sum(dim=0)])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import sysconfig
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,10 +71,19 @@ def learning_rate(recipe: Recipe, images_seen: int) -> float:
 def _can_compile(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        log.warning("There is no C compiler, which torch.compile needs: training runs uncompiled, and slower.")
-        return False
-    return True
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    missing = [
+        name
+        for name, there in (
+            ("a C compiler", any(map(shutil.which, ("cc", "gcc", "clang")))),
+            ("Python's headers (the package python3-dev)", headers),
+            ("the package triton", find_spec("triton") is not None),
+        )
+        if not there
+    ]
+    if missing:
+        log.warning("torch.compile lacks %s: training runs uncompiled, and slower.", " and ".join(missing))
+    return not missing
 
 
 @dataclass(frozen=True)

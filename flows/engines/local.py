@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from glob import glob
 from pathlib import Path
 
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe
 from diffusion.tracking.system import Machine
 from flows.engines.engine import Job
+from flows.engines.gpus import gpus
 from flows.engines.placement import Workers, parse_range, sharing
 from flows.launcher import Listener, run_job, usable_cores
 
@@ -60,13 +60,3 @@ def usable_processes(recipe: Recipe, asked: int | str | None) -> int:
             f"{counts[0]:,} processes were asked for, but there are {usable_cores()} cores. Use at most as many."
         )
     return max((count for count in counts if count <= room), default=counts[0])
-
-
-def gpus() -> int:
-    """How many GPUs there are."""
-    # torch takes seconds to import: not where no driver shows a device (NVIDIA, AMD, WSL).
-    if not any(map(glob, ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()

@@ -22,7 +22,7 @@ import psutil
 import ray
 
 from diffusion.errors import DataError
-from diffusion.jobs.rank import Rank, make_accelerator, use_deterministic_algorithms
+from diffusion.jobs.rank import LINK_SECONDS, Rank, make_accelerator, use_deterministic_algorithms
 from diffusion.jobs.reports import ProgressFile, RankOutput, report_of
 from diffusion.store.objects import open_store
 from diffusion.tracking.system import SAMPLE_SECONDS, Machine
@@ -32,8 +32,6 @@ from diffusion.trust.redaction import redact_logs
 FOLDERS = f"train-diffusion-{socket.gethostname()}-"
 """Beginning of the names of ranks' folders on this host, before the process."""
 POLL_SECONDS = 0.3
-LINK_SECONDS = 1800
-"""That ranks wait for one another: the first may have much to do alone. Dead hosts are found by Ray, far earlier."""
 FIRST_LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 """That a worker waits for the driver's answer before it takes it for lost."""
@@ -97,6 +95,7 @@ class Worker:
         redact_logs()
         os.umask(0o077)
         try:
+            _hide_gpus()
             os.environ.update(ray.get(mailbox.environment.remote(), timeout=PATIENCE_SECONDS))
             spec_type, body = importlib.import_module(told["module"]).JOB
             spec = spec_type.model_validate_json(told["spec"]).model_copy(update={"shard_copies": _cache() / "shards"})
@@ -123,8 +122,14 @@ class Worker:
             raise
 
 
+def _hide_gpus() -> None:
+    """From a rank that Ray has given none: it may show those of the host all the same, which others use."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _join(rank: int, ranks: int, meeting: tuple[str, int], door: socket.socket) -> None:
-    """Meet the other ranks, if there are any. Ray gives each at most one GPU, and shows it no other."""
+    """Meet the other ranks, if there are any. Each sees one GPU at most."""
     import torch
     import torch.distributed as dist
 

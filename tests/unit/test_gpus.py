@@ -1,0 +1,59 @@
+"""GPUs are counted as CUDA counts them, and a job that was started for one never trains on CPUs in silence."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.jobs.rank import DEVICE, make_accelerator
+from diffusion.training import trainer
+from flows.engines import gpus as module
+from flows.engines.gpus import gpus
+from flows.launcher import rank_environment
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where CUDA works there is nothing to say")
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A driver shows a device."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(module, "DEVICES", (str(tmp_path / "nvidia*"),))
+    gpus.cache_clear()
+    yield
+    gpus.cache_clear()
+
+
+def test_a_gpu_that_cuda_can_t_use_is_none_and_that_is_said(
+    driver: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert gpus() == 0
+    assert "has a GPU, and CUDA can't use it" in caplog.text
+    assert rank_environment(0, 1, 1)[DEVICE] == "cpu"
+
+
+def test_one_that_the_user_has_hidden_is_passed_over(
+    driver: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == 0
+    assert caplog.text == ""
+
+
+def test_a_rank_whose_gpu_is_gone_does_not_go_on_with_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICE, "cuda")
+    with pytest.raises(RuntimeError, match="can't be used any more"):
+        make_accelerator()
+
+
+def test_what_the_compiler_lacks_is_said_before_it_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
+    monkeypatch.setattr(trainer.sysconfig, "get_path", lambda name: "/no/such")
+    assert not trainer._can_compile(torch.device("cuda"))
+    assert "lacks a C compiler and Python's headers" in caplog.text
