@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -36,6 +38,9 @@ from flows.tasks.report import Report, report
 from flows.tasks.train import train
 
 keep_slots()
+atexit.register(
+    gc.freeze
+)  # else the process ends a second and a half later: Python looks through all that was imported
 
 NAME = re.compile(r"[0-9]{4}-[0-9]{6}-")
 """How the name of a run begins: month and day, and the time, UTC."""

@@ -86,7 +86,7 @@ SHARED = {
     ),
     "kills": ("test_kills.py",),
     "mlflow_server": ("test_tracking.py", "test_mlflow_faults.py"),
-    "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py"),
+    "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py", "test_s3_block.py"),
     "s3": ("test_s3_store.py", "test_s3_faults.py"),
 }
 """Fixtures that take long to start, and the files whose tests share them, in this order."""

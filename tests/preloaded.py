@@ -2,6 +2,7 @@
 
 import accelerate  # noqa: F401
 import torch
+import torch._dynamo
 
 import diffusion.evaluation.job
 import diffusion.evaluation.measure_reference

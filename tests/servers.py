@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
+from uuid import uuid4
 
 import requests
 from requests.adapters import HTTPAdapter, Retry
@@ -45,6 +47,18 @@ class Servers:
 
     def _mlflow(self, path: str, **asked: Any) -> Any:
         return _answer(f"{self.mlflow}/api/2.0/mlflow/{path}", self.mlflow_login, asked)
+
+    def begin(self, name: str, parameters: dict[str, Any], due: datetime | None = None) -> str:
+        """A new run of the deployment of that name: by hand, or as the scheduler makes one that is due then."""
+        deployment = self._prefect(f"deployments/name/{name}/{name}")["id"]
+        made = self._prefect(
+            f"deployments/{deployment}/create_flow_run",
+            parameters=parameters,
+            tags=["auto-scheduled"] if due else [],
+            state={"type": "SCHEDULED", "state_details": {"scheduled_time": due.isoformat()} if due else {}},
+            idempotency_key=uuid4().hex,  # asked again, it is the same one
+        )
+        return str(made["id"])
 
     def state(self, flow_run: str) -> tuple[str, str]:
         """Type and message of a flow run's state."""

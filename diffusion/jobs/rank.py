@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
@@ -48,6 +50,9 @@ def rank_main(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
 
     An error is written to `error.json` as {"kind", "message", "rank"}, and ends the process with code 1.
     """
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all that was ever imported as it ends, for a second, to free it
     parent = os.getppid()
     end_with_parent()
     if os.getppid() != parent:  # it died before the kernel had been asked

@@ -35,7 +35,9 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         if found is None and not shutil.which(playwright.chromium.executable_path):
             pytest.skip("no Chromium: install your system's, or run playwright install chromium")
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=PAGE_PATIENCE)
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", "--disable-gpu"], timeout=PAGE_PATIENCE
+        )
         yield browser
         browser.close()
 

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ from PIL import Image
 
 from flows.plugins.deployment import name_position
 from tests.conftest import PATIENCE, TINY, free_port
-from tests.faults.flow_runs import FlowRun, process
-from tests.processes import family
+from tests.faults.flow_runs import FlowRun, flow_process, process
+from tests.processes import family, signal_all
 from tests.running import Training, stack_processes
 from tests.security.other_user import listening
 from tests.stack import Project
@@ -487,11 +488,17 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
     # A setting of the worker's differs: it would have to start anew, and end what it runs.
     run = FlowRun.by_hand(stack, TINY | {"data.images": 1_600_000, "evaluation.every_images": 1_600_000})
     run.wait_for_step(1, run.id)
-    refused = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_DETERMINISTIC": "true"})
-    assert refused.returncode != 0
-    assert "A flow run is under way, and would end: what it runs on has to start anew" in refused.stderr
-    assert {process.pid for process in stack_processes(stack)} == before
-    assert stack.shell("prefect", "flow-run", "cancel", run.id).returncode == 0
+    ranks = [one for one in family(flow_process(stack)) if "diffusion.training.job" in " ".join(one.cmdline())]
+    assert ranks
+    signal_all(ranks, signal.SIGSTOP)  # under way all the same, and the cores are free for what is looked at
+    try:
+        refused = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_DETERMINISTIC": "true"})
+        assert refused.returncode != 0
+        assert "A flow run is under way, and would end: what it runs on has to start anew" in refused.stderr
+        assert {process.pid for process in stack_processes(stack)} == before
+        assert stack.shell("prefect", "flow-run", "cancel", run.id).returncode == 0
+    finally:
+        signal_all(ranks, signal.SIGCONT)
     run.wait_for(lambda: run.state()[0] == "CANCELLED")  # it may be called crashed before
     run.wait_for(lambda: not process(stack, "worker").children())
     cleaned = stack.stack("clean")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shlex
 import subprocess
@@ -34,24 +33,6 @@ from tests.processes import family
 from tests.servers import Servers
 from tests.stack import Project
 
-NIGHT = """
-import asyncio, json, sys
-from datetime import datetime
-from prefect import get_client
-from prefect.states import Scheduled
-async def main():
-    name, parameters, due = sys.argv[1:]
-    async with get_client() as client:
-        deployment = await client.read_deployment_by_name(name)
-        run = await client.create_flow_run_from_deployment(
-            deployment.id,
-            parameters=json.loads(parameters),
-            state=Scheduled(scheduled_time=datetime.fromisoformat(due)),
-            tags=["auto-scheduled"],
-        )
-        print(run.id)
-asyncio.run(main())
-"""
 RETRY = """
 import asyncio, sys
 from prefect import get_client
@@ -103,19 +84,14 @@ class FlowRun:
 
     @classmethod
     def by_hand(cls, project: Project, overrides: dict[str, Any]) -> FlowRun:
-        """Of the training, as people start one."""
-        command = ["prefect", "deployment", "run", "train-diffusion", "--params", json.dumps(on_generated(overrides))]
-        done = project.shell(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return cls(project, next(line for line in done.stdout.splitlines() if "UUID" in line).split()[-1])
+        """Of the training, as people start one; their command has imported for three seconds before it asks for the same."""
+        servers = Servers.of(project.servers)
+        return cls(project, servers.begin("train-diffusion", on_generated(overrides)))
 
     @classmethod
     def by_schedule(cls, project: Project, name: str, parameters: dict[str, Any], due: datetime) -> FlowRun:
         """As the scheduler makes one."""
-        arguments = (f"{name}/{name}", json.dumps(parameters), due.isoformat())
-        done = project.shell(sys.executable, "-c", NIGHT, *arguments, env=project.servers)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return cls(project, done.stdout.strip())
+        return cls(project, Servers.of(project.servers).begin(name, parameters, due))
 
     def retry(self) -> None:
         """As the button of the page does it."""

@@ -58,6 +58,7 @@ class Trial:
         recipe = tiny_recipe(
             data__images=16 * STEPS,
             data__lanes=PROCESSES,
+            network__width=8,
             network__multipliers=[1, 2],
             evaluation__every_images=16 * STEPS,
             network__dropout=0.1,

@@ -24,7 +24,6 @@ from diffusion.store.objects import S3Store, open_store
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import steps_with_checkpoint
-from flows.launcher import run_job
 from tests.conftest import PATIENCE, Ingested, S3Server, start_s3, tiny_recipe
 from tests.faults.report import SEED, Kill
 from tests.faults.s3_proxy import Faults, proxy
@@ -121,7 +120,7 @@ def test_training_over_a_bad_network_and_killed_in_mid_upload_ends_with_the_same
     quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every).model_copy(
         update={"store": ingested.store.uri, "run": "quiet-s3"}
     )
-    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 2, threads=1)
+    start(tmp_path / "quiet", quiet, "diffusion.training.job", 1)
 
     puts = 0
     killed: list[int] = []
@@ -209,7 +208,7 @@ def test_the_server_itself_is_killed_at_random_moments(
     away = [moments.uniform(1, 6) for _ in kills]
     quiet = job_on_s3("quiet", ingested.manifest.digest, tmp_path, steps, every)
     quiet = quiet.model_copy(update={"store": ingested.store.uri, "run": "quiet-server"})
-    run_job("diffusion.training.job", quiet, tmp_path / "quiet", 1, threads=1)
+    start(tmp_path / "quiet", quiet, "diffusion.training.job", 1)
 
     (tmp_path / "s3").mkdir()
     server = start_s3(tmp_path / "s3")
@@ -225,7 +224,7 @@ def test_the_server_itself_is_killed_at_random_moments(
         killer.start()
         for attempt in range(12):
             try:
-                run_job("diffusion.training.job", job, folder, 1, threads=1)
+                start(folder, job, "diffusion.training.job", 1)
                 break
             except StoreError:
                 assert attempt < 11

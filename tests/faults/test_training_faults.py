@@ -18,7 +18,7 @@ from tests.jobs import ONE_THREAD, Trainer, digest
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY = 200, 25
+STEPS, EVERY = 150, 25
 
 
 def test_fast_reduction_has_the_same_bits_after_a_resume_on_4_processes(
@@ -40,9 +40,9 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     ingested: Ingested, tmp_path: Path, unique: str
 ) -> None:
     """For checkpoints; and, later in the same training, so full that the journal takes no line."""
-    trainer = Trainer(
-        ingested, tmp_path, tiny_recipe(data__images=16 * STEPS, data__lanes=1, evaluation__every_images=10**6)
-    )
+    small = {"network__width": 8, "network__multipliers": [1, 2]}
+    recipe = tiny_recipe(data__images=16 * STEPS, data__lanes=1, evaluation__every_images=10**6, **small)
+    trainer = Trainer(ingested, tmp_path, recipe)
     expected = trainer.train(f"roomy-{unique}", STEPS, processes=1)
     run = f"full-{unique}"
     where = trainer.folder(run)
