@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from datetime import UTC, datetime, timedelta
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
@@ -20,7 +20,7 @@ from diffusion.errors import UserError
 from diffusion.tracking.run import OWNER_TAG, run_key
 from diffusion.trust.private import read_private, write_private
 from diffusion.trust.redaction import fit_to_leave, shown
-from flows.owner import SILENT_SECONDS, Owner, has_left, is_dead, read_owner, sees_the_folder_of
+from flows.owner import Owner, has_left, is_dead, read_owner, sees_the_folder_of
 from flows.progress import say
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 MOST_TASKS = 200
-ENDS = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)
+LOST_SECONDS = 3600.0
+"""Of silence, after which a run of a machine whose files are not seen from here is gone."""
 
 
 class Ending(BaseModel):
@@ -68,7 +69,7 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
         if owner is None and tag is not None:
             say(f"The MLflow run {run.info.run_id} does not say readably whose it is: it is left alone.")
         key = run_key(run)
-        if owner is None or not (is_dead(owner) or (key and _is_gone(owner, runs / key, flow_run))):
+        if owner is None or not (is_dead(owner) or (key and _is_gone(client, run, owner, runs / key))):
             continue
         dead = f"Its process {owner.pid} on {owner.host} ended without a word; found by flow run {own_flow_run}."
         ending = _noted_ending(run, runs) or Ending(status="FAILED", reason=dead)
@@ -82,25 +83,39 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
         say(f"Closed the MLflow run {shown(str(run.info.run_name))}, {ending.status}. {ending.reason}")
 
 
-def _is_gone(owner: Owner, folder: Path, flow_run: str) -> bool:
-    """Whether a process of another machine has ended: its folder shows it where this machine sees that, else Prefect says so.
+def _is_gone(client: MlflowClient, run: MlflowRun, owner: Owner, folder: Path) -> bool:
+    """Whether a process of another machine has ended: its folder shows it where this machine sees that, else its silence does.
 
-    Prefect hears nothing of a machine that is lost, and calls its run crashed after a while. It might have been cut off alone: so this
-    counts only where nobody was heard of for some minutes more.
+    Prefect hears nothing of a machine that is lost, and calls its run crashed. It might have been cut off from Prefect alone, or go on
+    without its slot: so this counts only where MLflow, too, has heard nothing of the run for an hour.
     """
     if owner.host == socket.gethostname():
         return False
     if sees_the_folder_of(owner, folder):
         return has_left(folder)
+    silent = time.time() - _last_heard_of(client, run)
+    return silent > LOST_SECONDS and _has_crashed(run.data.tags.get("prefect.flow_run_id", ""))
+
+
+def _last_heard_of(client: MlflowClient, run: MlflowRun) -> float:
+    """When MLflow was last told what the machine of a run does, in seconds of the epoch; a run that lives tells it all the time."""
+    names = sorted(name for name in run.data.metrics if name.startswith("system/"))
+    points = client.get_metric_history(run.info.run_id, names[0]) if names else []
+    return max([run.info.start_time, *(point.timestamp for point in points)]) / 1000
+
+
+def _has_crashed(flow_run: str) -> bool:
+    """Whether Prefect calls a flow run crashed; one that ended otherwise has noted how, where it ran."""
     try:
         asked = UUID(flow_run)
         with get_client(sync_client=True) as prefect:
             state = prefect.read_flow_run(asked).state
     except (ObjectNotFound, ValueError):  # of another server, or of a temporary one
         return False
-    if state is None or state.type not in ENDS:
+    except Exception as error:  # of a run that is not ours: no reason to keep this one from starting
+        say(f"Prefect can't be asked about the flow run {shown(flow_run)}: {type(error).__name__}: {shown(str(error))}")
         return False
-    return datetime.now(UTC) - state.timestamp > timedelta(seconds=SILENT_SECONDS)
+    return state is not None and state.type == StateType.CRASHED
 
 
 def close_tasks_of_ended_runs() -> None:

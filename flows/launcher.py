@@ -68,7 +68,9 @@ def run_job(
     SIGTERM, on which the training leaves a checkpoint, then SIGKILL.
     """
     threads = threads or max(1, usable_cores() // processes)
-    run_ranks(module, spec, folder, [rank_environment(rank, processes, threads) for rank in range(processes)], listener)
+    device = {DEVICE: "cuda" if gpus() else "cpu"}
+    environments = [rank_environment(rank, processes, threads) | device for rank in range(processes)]
+    run_ranks(module, spec, folder, environments, listener)
 
 
 def run_ranks(
@@ -120,7 +122,6 @@ def rank_environment(rank: int, processes: int, threads: int) -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_RANKS) and name not in placing
     }
     own = {"RANK": str(rank), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    own[DEVICE] = "cuda" if gpus() else "cpu"
     if processes > 1:  # a single one is no group
         own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return inherited | own | {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}

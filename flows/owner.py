@@ -73,9 +73,13 @@ def is_dead(owner: Owner) -> bool:
 
 
 def sees_the_folder_of(owner: Owner, folder: Path) -> bool:
-    """Whether this run's folder is the one that the owner works in, and not one that another machine, or an earlier try, left here."""
+    """Whether this run's folder is the one that the owner works in, and not one that an earlier try left on this machine alone.
+
+    What earlier versions began does not say whose it is: it is taken for the owner's, as it was then.
+    """
+    note = folder / FLOW_FOLDER / OWNER
     try:
-        return read_owner(read_private(folder / FLOW_FOLDER / OWNER)) == owner
+        return read_owner(read_private(note)) == owner if note.exists() else (folder / FLOW_FOLDER / LOCK).exists()
     except (OSError, UserError):
         return False
 

@@ -94,20 +94,27 @@ def rank_main(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
         raise SystemExit(1) from error
 
 
-def make_accelerator() -> Accelerator:
-    """The accelerator of a rank that has met the others. Raises RuntimeError if it was started for a GPU, and there is none."""
+def on_gpu() -> bool:
+    """Whether this rank computes on a GPU. Raises RuntimeError if it was started for one, and there is none."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
-    if os.environ.get(DEVICE) == "cuda" and not torch.cuda.is_available():
+    wanted, there = os.environ.get(DEVICE), torch.cuda.is_available()
+    if wanted == "cuda" and not there:
         raise RuntimeError(
             "The GPU that this job was started for can't be used any more: nvidia-smi and dmesg may say why."
         )
+    return there and wanted != "cpu"
+
+
+def make_accelerator() -> Accelerator:
+    """The accelerator of a rank that has met the others."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
     # DistributedDataParallel sorts its buckets anew after the first step, unless it must look for unused parameters:
     # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
     same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[same_buckets])
+    return Accelerator(cpu=not on_gpu(), kwargs_handlers=[same_buckets])
 
 
 def use_deterministic_algorithms() -> None:
@@ -120,11 +127,10 @@ def use_deterministic_algorithms() -> None:
 
 def _join(folder: Path, rank: int, ranks: int) -> None:
     """Meet the other ranks, before Accelerate would: it would have rank 0 listen on a port of its own, for everybody."""
-    import torch
     import torch.distributed as dist
 
     if ranks > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if on_gpu() else "gloo"
         store = dist.FileStore(str(folder / os.environ["RENDEZVOUS"]), ranks)
         waits = timedelta(seconds=LINK_SECONDS)  # NCCL's own ten minutes are too few
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waits)

@@ -297,14 +297,13 @@ def _code(error: ClientError) -> str:
     return error.response.get("Error", {}).get("Code", "")
 
 
-def _is_refusal(error: BaseException) -> bool:
-    """Whether a server answered that these credentials may not, or are no longer valid; uploads in parts wrap what it said."""
+def _is_refusal(error: Exception) -> bool:
+    """Whether a server answered that these credentials may not, or are no longer valid."""
     from botocore.exceptions import ClientError
 
     if not isinstance(error, ClientError):
-        return error.__cause__ is not None and _is_refusal(error.__cause__)
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status in (401, 403) or _code(error) in EXPIRED
+        return False
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (401, 403) or _code(error) in EXPIRED
 
 
 def _transfer() -> TransferConfig:

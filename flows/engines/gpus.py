@@ -13,13 +13,9 @@ log = logging.getLogger(__name__)
 
 DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 """What drivers show: NVIDIA's, AMD's, and that of WSL."""
-COUNT = """
-import torch
-found = torch.cuda.is_available()
-if found:
-    torch.cuda.init()
-print(torch.cuda.device_count() if found else 0)
-"""
+COUNT = "import torch; torch.cuda.init(); print(torch.cuda.device_count())"
+SECONDS = 90.0
+"""After which a driver that does not answer is taken for broken."""
 
 
 @cache
@@ -29,9 +25,13 @@ def gpus() -> int:
         return 0
     # A process of its own starts CUDA. Before that torch counts what the driver lists: what it is too old for, too, and whole GPUs in
     # place of their parts (MIG).
-    asked = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True)
-    count = int(asked.stdout) if asked.returncode == 0 else 0
-    if count == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        why = asked.stderr.strip().splitlines()[-1:] or ["torch has no CUDA"]
-        log.warning("This machine has a GPU, and CUDA can't use it (%s): jobs run on CPUs.", why[0].strip())
-    return count
+    try:
+        asked = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, timeout=SECONDS)
+        if asked.returncode == 0:
+            return int(asked.stdout)
+        why = (asked.stderr.strip().splitlines() or [f"code {asked.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        why = f"no answer within {SECONDS:.0f} s"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        log.warning("This machine has a GPU, and CUDA can't use it (%s): jobs run on CPUs.", why)
+    return 0

@@ -22,7 +22,7 @@ import psutil
 import ray
 
 from diffusion.errors import DataError
-from diffusion.jobs.rank import LINK_SECONDS, Rank, make_accelerator, use_deterministic_algorithms
+from diffusion.jobs.rank import DEVICE, LINK_SECONDS, Rank, make_accelerator, on_gpu, use_deterministic_algorithms
 from diffusion.jobs.reports import ProgressFile, RankOutput, report_of
 from diffusion.store.objects import open_store
 from diffusion.tracking.system import SAMPLE_SECONDS, Machine
@@ -95,7 +95,7 @@ class Worker:
         redact_logs()
         os.umask(0o077)
         try:
-            _hide_gpus()
+            _look_for_gpus()
             os.environ.update(ray.get(mailbox.environment.remote(), timeout=PATIENCE_SECONDS))
             spec_type, body = importlib.import_module(told["module"]).JOB
             spec = spec_type.model_validate_json(told["spec"]).model_copy(update={"shard_copies": _cache() / "shards"})
@@ -122,15 +122,20 @@ class Worker:
             raise
 
 
-def _hide_gpus() -> None:
-    """From a rank that Ray has given none: it may show those of the host all the same, which others use."""
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def _look_for_gpus() -> None:
+    """Have a rank use the GPU that Ray has given it. Raises RuntimeError if it can't be used.
+
+    One that was given none sees none: Ray may show it those of the host, which others use.
+    """
+    if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ[DEVICE] = "cuda"
+    else:
+        os.environ |= {DEVICE: "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    on_gpu()
 
 
 def _join(rank: int, ranks: int, meeting: tuple[str, int], door: socket.socket) -> None:
     """Meet the other ranks, if there are any. Each sees one GPU at most."""
-    import torch
     import torch.distributed as dist
 
     if rank > 0 or ranks == 1:
@@ -147,7 +152,7 @@ def _join(rank: int, ranks: int, meeting: tuple[str, int], door: socket.socket) 
     own = [name for name, found in psutil.net_if_addrs().items() if any(one.address == here for one in found)]
     if own:
         os.environ |= {"GLOO_SOCKET_IFNAME": own[0], "NCCL_SOCKET_IFNAME": own[0]}
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if on_gpu() else "gloo"
     waits = timedelta(seconds=LINK_SECONDS)
     # By itself the first rank would open a port of its own, on all of the host's networks.
     first: dict[str, Any] = {"is_master": True, "master_listen_fd": door.detach()} if rank == 0 else {}
@@ -197,25 +202,31 @@ def _cache() -> Path:
 
 @contextmanager
 def _watching(mailbox: Any, rank: int, active: bool) -> Iterator[None]:
-    """A thread that says what this host does, while the body runs."""
+    """A thread that says what this host does, while the body runs, and once more at its end: a job may last seconds."""
     ended = threading.Event()
 
     def watch() -> None:
         machine, wait = Machine(), FIRST_LOOK_SECONDS
-        while not ended.wait(wait):
+        while True:
+            last = ended.wait(wait)
             wait = SAMPLE_SECONDS
             try:
                 seen = {socket.gethostname(): dict(machine.look())}
                 ray.get(mailbox.tell.remote({"rank": rank, "machine": seen}), timeout=PATIENCE_SECONDS)
             except Exception as error:  # no reason to end: a driver's trouble, or the network's
                 print(f"no metrics of this host for a moment ({type(error).__name__})", flush=True)
+            if last:
+                return
 
+    thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
     if active:
-        threading.Thread(target=watch, name="system-metrics", daemon=True).start()
+        thread.start()
     try:
         yield
     finally:
         ended.set()
+        if active:
+            thread.join(PATIENCE_SECONDS)
 
 
 @contextmanager

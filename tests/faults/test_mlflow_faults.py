@@ -123,7 +123,7 @@ def test_the_run_of_a_machine_that_is_gone_is_closed_and_of_one_that_lives_is_no
 ) -> None:
     """As on a cluster, where a job begins again on another node, and sees what the first one wrote.
 
-    Where it sees no such folder, or one that it had itself once, Prefect is asked, which knows nothing of these.
+    Where it sees no such folder, or one that it had itself once, only long silence would tell.
     """
     client = connect(mlflow_server.url)
     experiment = open_experiment(client, None)

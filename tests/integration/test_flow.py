@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from PIL import Image
 from prefect import flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Abort
-from prefect.states import Cancelled, Crashed, Running
+from prefect.states import Cancelled, Completed, Crashed, Running
 
 import mlflow
 from diffusion.data.sources import generated
@@ -387,7 +388,7 @@ def test_of_one_run_that_was_started_twice_the_first_goes_on_and_says_how_it_end
         assert client.read_flow_run(run.id).state_name == "Running"
 
 
-def test_the_run_of_a_machine_that_is_lost_with_its_folder_ends_when_prefect_has_called_it_crashed_for_a_while(
+def test_the_run_of_a_machine_that_is_lost_with_its_folder_ends_when_nobody_has_heard_of_it_for_long(
     prefect_server: None, home_with_mlflow: Path, ingested: Ingested, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.endings import close_abandoned
@@ -397,20 +398,28 @@ def test_the_run_of_a_machine_that_is_lost_with_its_folder_ends_when_prefect_has
     elsewhere = json.dumps(json.loads(this_process()) | {"host": "a machine that is lost"})
     with get_client(sync_client=True) as client:
         flow_run = client.create_flow_run(train_diffusion, state=Running())
-        lineage = Lineage("lost", "lost", "c" * 40, str(flow_run.id), "", elsewhere)
-        run = TrackedRun.open(
-            tracking, experiment, lineage, tiny_recipe(), ingested.manifest, ingested.store.uri
-        ).run_id
+        ids = {"lost": str(flow_run.id), "of-another-server": str(uuid4())}
+        runs = {}
+        for key, flow_run_id in ids.items():
+            lineage = Lineage(key, key, "c" * 40, flow_run_id, "", elsewhere)
+            dataset = ingested.manifest
+            run = TrackedRun.open(tracking, experiment, lineage, tiny_recipe(), dataset, ingested.store.uri)
+            runs[key] = run.run_id
+            two_hours_ago = int(1000 * (time.time() - 7200))
+            tracking.log_metric(run.run_id, "system/cpu_utilization_percentage", 50.0, timestamp=two_hours_ago)
 
-        def status() -> str:
+        def status(key: str = "lost") -> str:
             close_abandoned(tracking, experiment, "another", tmp_path)
-            return str(tracking.get_run(run).info.status)
+            return str(tracking.get_run(runs[key]).info.status)
 
-        assert status() == "RUNNING"
         client.set_flow_run_state(flow_run.id, Crashed(), force=True)
-        assert status() == "RUNNING", "it may still be about to say how it ended"
-        monkeypatch.setattr("flows.endings.SILENT_SECONDS", 0.0)
+        assert status() == "RUNNING", "it has begun just now"
+        monkeypatch.setattr("flows.endings.LOST_SECONDS", 0.0)
+        client.set_flow_run_state(flow_run.id, Completed(), force=True)
+        assert status() == "RUNNING", "its own machine has noted how it ended"
+        client.set_flow_run_state(flow_run.id, Crashed(), force=True)
         assert status() == "FAILED"
+        assert status("of-another-server") == "RUNNING"
 
 
 @flow

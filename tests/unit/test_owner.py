@@ -100,6 +100,7 @@ def test_a_run_that_writes_nothing_for_long_is_seen_to_live_by_other_machines(
     os.utime(lock, (time.time() - 600,) * 2)
     elsewhere = changed(host="another")
     assert has_left(tmp_path)
+    assert sees_the_folder_of(elsewhere, tmp_path), "as an earlier version left it"
     with signs_of_life(tmp_path):
         deadline = time.monotonic() + PATIENCE
         while time.time() - lock.stat().st_mtime > 300:

@@ -157,7 +157,11 @@ def _copy_web(address: str, copy: Path, report: Progress) -> None:
         with asked(address, here, condition) as response:
             if response.status_code == 304:
                 return False
-            etag = response.headers.get("ETag", "" if response.status_code == 200 else etag)
+            if response.status_code == 200:
+                etag = response.headers.get("ETag", "")
+            elif not _is_rest(response, etag, here):
+                part.unlink()
+                raise requests.ConnectionError("it was replaced meanwhile")
             take(response, part, here, _limit(address), report)
         return True
 
@@ -172,6 +176,13 @@ def _copy_web(address: str, copy: Path, report: Progress) -> None:
         raise StoreError(f"{shown(address)} can't be read now: {reason(error)}.") from error
     if changed:
         _keep(part, copy, etag)
+
+
+def _is_rest(response: requests.Response, etag: str, here: int) -> bool:
+    """Whether an answer goes on with the file whose first bytes are here, or says that there are no more: not all heed If-Range."""
+    ends_here = f"bytes */{here}"
+    same = response.headers.get("ETag", etag) == etag
+    return same and (response.status_code == 206 or response.headers.get("Content-Range", ends_here) == ends_here)
 
 
 def _is_copied(copy: Path, etag: str) -> bool:
