@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 MOST_TASKS = 200
+SAMPLED = "cpu_utilization_percentage"
+"""What is told of each machine of a run for as long as it lives."""
 LOST_SECONDS = 3600.0
 """Of silence, after which a run of a machine whose files are not seen from here is gone."""
 
@@ -99,8 +101,9 @@ def _is_gone(client: MlflowClient, run: MlflowRun, owner: Owner, folder: Path) -
 
 def _last_heard_of(client: MlflowClient, run: MlflowRun) -> float:
     """When MLflow was last told what the machine of a run does, in seconds of the epoch; a run that lives tells it all the time."""
-    names = sorted(name for name in run.data.metrics if name.startswith("system/"))
-    points = client.get_metric_history(run.info.run_id, names[0]) if names else []
+    # On a cluster each host has its own.
+    names = [name for name in run.data.metrics if name.startswith("system/") and name.endswith(SAMPLED)]
+    points = [point for name in names for point in client.get_metric_history(run.info.run_id, name)]
     return max([run.info.start_time, *(point.timestamp for point in points)]) / 1000
 
 

@@ -38,9 +38,7 @@ from flows.tasks.report import Report, report
 from flows.tasks.train import train
 
 keep_slots()
-atexit.register(
-    gc.freeze
-)  # else the process ends a second and a half later: Python looks through all that was imported
+atexit.register(gc.freeze)  # as in a rank: a second and a half here
 
 NAME = re.compile(r"[0-9]{4}-[0-9]{6}-")
 """How the name of a run begins: month and day, and the time, UTC."""

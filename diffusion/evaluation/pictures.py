@@ -56,7 +56,7 @@ def class_grid(samples: NDArray[np.uint8], rows: list[str], at_least: int = CELL
 def png(image: Image.Image) -> bytes:
     """The image as PNG."""
     data = io.BytesIO()
-    image.save(data, "PNG")  # `optimize` takes seven times as long, for two hundredths
+    image.save(data, "PNG")  # `optimize` takes seven times as long, and saves 2 %
     return data.getvalue()
 
 

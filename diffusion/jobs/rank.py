@@ -50,9 +50,8 @@ def rank_main(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
 
     An error is written to `error.json` as {"kind", "message", "rank"}, and ends the process with code 1.
     """
-    atexit.register(
-        gc.freeze
-    )  # else Python looks through all that was ever imported as it ends, for a second, to free it
+    # As it ends, Python would look through all that was ever imported, for a second, to free it.
+    atexit.register(gc.freeze)
     parent = os.getppid()
     end_with_parent()
     if os.getppid() != parent:  # it died before the kernel had been asked
