@@ -18,7 +18,7 @@ install: .venv/installed ## What users need, in .venv: wheels whose hashes are k
 
 # No resolution: the locks are complete. Where no GPU is and pip's indexes have it, torch comes in its build without CUDA.
 WHEELS := install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: --no-deps
-.venv/installed: pyproject.toml requirements.lock requirements-torch.lock requirements-torch-cpu.lock
+.venv/installed: pyproject.toml requirements.lock requirements-torch.lock requirements-torch-cpu.lock | var
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	@echo "Installing the packages into .venv: one to three minutes"
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ WHEELS := install --quiet --disable-pip-version-check --no-compile --require-has
 	  infra/moving.sh "torch" $(BIN)/python -m pip $(WHEELS) -r requirements-torch.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+# Private from the start; and Prefect, which makes its folder in it, says so of each command where it can't.
+var:
+	@mkdir -m 700 $@
 
 # And what jobs on a cluster need.
 .venv/installed-ray: .venv/installed requirements-ray.lock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Formats that Pillow decodes, by the extension that they have in a shard."""
 MODES = {"L": 1, "RGB": 3}
 """Pillow's modes of 8-bit images that need no conversion, and their bands."""
+ONE_HEADER = threading.Lock()
+"""NumPy reads an NPY file's header with Python's parser, which in Python 3.11 fails now and then where two threads use it."""
 
 Array = NDArray[Any]
 """An image, [height, width, bands]: uint8, uint16 or float32."""
@@ -199,11 +202,16 @@ def _from_npy(content: bytes) -> Array:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read(file)
-    _check_size(int(np.prod(shape, dtype=object)) * dtype.itemsize)
-    file.seek(0)
-    array: Array = np.lib.format.read_array(file, allow_pickle=False)
-    return array
+    with ONE_HEADER:
+        shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its shape is {shape}")
+    count = int(np.prod(shape, dtype=object))
+    _check_size(count * dtype.itemsize)
+    levels: Array = np.frombuffer(content, dtype, count, offset=file.tell())
+    return levels.reshape(shape, order="F" if fortran else "C").copy()
 
 
 def _usual(array: Array) -> Array:

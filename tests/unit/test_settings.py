@@ -1,6 +1,7 @@
 """Settings: what the environment says is taken as it is meant, or refused with a sentence."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 
 from diffusion.errors import SettingsError
 from diffusion.settings import reach_loopback_directly, settings
+
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +74,22 @@ def test_a_misspelt_setting_ends_a_command_before_it_starts(tmp_path: Path, comm
     assert done.returncode == 1
     assert done.stderr == "error: There is no setting TRAIN_DIFFUSION_NOTIFI: did you mean 'TRAIN_DIFFUSION_NOTIFY'?\n"
     assert not (tmp_path / "var").exists()
+
+
+def test_a_newcomer_s_first_command_says_nothing_of_folders(tmp_path: Path) -> None:
+    """Prefect makes its folder in var/, which `make install` makes, and nobody else may look into."""
+    for path in (PROJECT / "Makefile", PROJECT / "pyproject.toml", *PROJECT.glob("*.lock")):
+        shutil.copy(path, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/installed").touch()
+    subprocess.run(["make", "install"], cwd=tmp_path, check=True)
+    assert (tmp_path / "var").stat().st_mode & 0o777 == 0o700
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", "import prefect"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "var/prefect").is_dir()
 
 
 def test_all_settings_are_printed_and_no_secret(tmp_path: Path) -> None:

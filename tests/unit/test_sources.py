@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import sys
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +238,51 @@ def test_bands_and_dtypes_come_back_as_they_were(tmp_path: Path, bands: int, dty
     assert {image.tobytes() for image in images} < written
     assert manifest.images.display(images).shape == (22, 16, 16, 3)
     assert manifest.images.counted == (dtype != "float32")
+
+
+def test_threads_may_decode_npy_files_side_by_side() -> None:
+    """Python 3.11's parser fails where the collector hands over to another thread in the midst of it."""
+    content = to_npy(np.zeros((8, 8, 13), np.uint16))
+
+    def deeper(frames: int) -> None:
+        decode(content, "x") if frames == 0 else deeper(frames - 1)
+
+    def hand_over(*_: object) -> None:
+        time.sleep(0)
+
+    often, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(20)
+    gc.callbacks.append(hand_over)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(deeper, [0, 7, 14, 21] * 200))
+    finally:
+        gc.set_threshold(*often)
+        gc.callbacks.remove(hand_over)
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8), (9, 7, 2)])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["uint8", "<u2", ">u2", "<f4", ">f4", "<f8", "bool", "<i2"])
+def test_an_npy_file_is_read_as_numpy_reads_it(shape: Any, order: Any, dtype: str) -> None:
+    levels = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 90, shape).astype(dtype, order=order)
+    file = io.BytesIO()
+    np.save(file, levels)
+    image = decode(file.getvalue(), "x").array
+    expected = np.atleast_3d(levels) * (255 if dtype == "bool" else 1)
+    assert np.array_equal(image, expected)
+    with pytest.raises(DataError, match="NPY"):
+        decode(file.getvalue()[:-1], "x")
+
+
+@pytest.mark.parametrize("shape", ["(-1, 8, 8)", "(8, 8, -8)", "(8, 0, 8)", "(1 << 40,)", "(99999, 99999, 9)"])
+def test_an_npy_file_that_lies_about_its_shape_is_refused(shape: str) -> None:
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(1024)
+    with pytest.raises(DataError, match="NPY"):
+        decode(content, "x")
 
 
 @pytest.mark.parametrize("packed", ["deflate", "lzw", "zstd", "packbits"])
