@@ -11,7 +11,6 @@ import pytest
 from diffusion.errors import SettingsError
 from diffusion.settings import reach_loopback_directly, settings
 
-
 PROJECT = Path(__file__).resolve().parents[2]
 
 
