@@ -12,7 +12,7 @@ help: ## What there is
 unexport PYTHONDONTWRITEBYTECODE
 
 # Processes that tests run on, side by side.
-WORKERS := 3
+WORKERS := 4
 
 install: .venv/installed ## What users need, in .venv: wheels whose hashes are known, and nothing else
 

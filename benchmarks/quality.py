@@ -3,7 +3,7 @@
     python -m benchmarks.quality --budget small --seeds 0 1
 
 Same image size, same number of images seen, networks of about the same FLOPs an image (counted, and shown). Each recipe is
-scored at its best: raw or averaged weights. Writes `quality.json`, `quality.md`, `quality.png` and a grid of each recipe
+scored at its best: raw or averaged weights. Writes `quality.json`, `quality-table.md`, `quality.png` and a grid of each recipe
 into the output folder, and keeps its trainings under TRAIN_DIFFUSION_HOME: begun again, it goes on where it was.
 """
 

@@ -4,7 +4,10 @@ from diffusion.trust.redaction import fit_to_leave
 
 
 class UserError(Exception):
-    """Something outside the code is wrong and trying again will not help until the user has changed it."""
+    """Something outside the code is wrong; trying again does not help until it has changed.
+
+    What may change by itself is tried again: `flows/tasks/retrying.py`.
+    """
 
     def __init__(self, message: str = "") -> None:
         # It goes to terminals, logs, pages and mails, and may repeat what the environment or an archive says.

@@ -81,10 +81,10 @@ def train_diffusion(
     """Train a diffusion model, score it as it goes, and register it; it goes live only if it is better.
 
     Args:
-        preset: The recipe to start from. "demo": 32 x 32, 24,576 images, five minutes on two CPU cores. "overnight": 64 x 64, 121,500
-            images, two hours there. "eurosat": 64 x 64, 6 million images, for GPUs, weeks on a CPU. "seed": what this project grew
-            from, 64 x 64, hours on a CPU. Or the path of a file like theirs on the worker's machine: path/to/mine.yaml. Empty: eurosat
-            where there is a GPU, else demo.
+        preset: The recipe to start from. "demo": 32 x 32, 24,576 images, five to ten minutes on two CPU cores. "overnight": 64 x 64,
+            121,500 images, two to three hours there. "eurosat": 64 x 64, 6 million images, for GPUs, weeks on a CPU. "seed": what this
+            project grew from, 64 x 64, hours on a CPU. Or the path of a file like theirs on the worker's machine: path/to/mine.yaml.
+            Empty: eurosat where there is a GPU, else demo.
         overrides: Values of the recipe to replace, by dotted name: {"network.width": 96, "data.images": 1000000,
             "evaluation.every_images": 250000}. The deployment's description leads to a page of all of them.
         seed: Key of all randomness; empty: a scheduled night's is its date, as 20261124 (see nights), and 0 by hand.
