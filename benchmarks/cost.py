@@ -90,7 +90,7 @@ def speed(recipe: Recipe, dataset: Manifest, store: Store, folder: Path, process
         checkpoint_every=10**9,
     )
     where = folder / f"{recipe.reduction}-{processes}"
-    run_job("diffusion.training.job", job, where, processes, threads=1)
+    run_job(job.MODULE, job, where, processes, threads=1)
     rows = records((where / TIMING).read_bytes())
     return float(np.median([row["images_per_second"] for row in rows[len(rows) // 2 :]]))
 

@@ -76,10 +76,10 @@ class Jobs:
         self.own = uuid.uuid4().hex[:8]
         """What its runs are called by: those of an earlier call would be gone on with."""
 
-    def run(self, module: str, spec: JobSpec) -> None:
+    def run(self, spec: JobSpec) -> None:
         """Run a job on one process."""
-        where = self.folder / f"{spec.run}-{module.rpartition('.')[0]}"
-        run_job(module, spec, where, 1, threads=4)
+        where = self.folder / f"{spec.run}-{spec.MODULE.rpartition('.')[0]}"
+        run_job(spec.MODULE, spec, where, 1, threads=4)
 
     def train(self, run: str, recipe: Recipe, until: int, deterministic: bool = False) -> None:
         """Train that run to a step."""
@@ -93,7 +93,7 @@ class Jobs:
             until=until,
             checkpoint_every=10**6,
         )
-        self.run("diffusion.training.job", spec)
+        self.run(spec)
 
     def same_after_resume(self, recipe: Recipe, deterministic: bool) -> dict[str, bool]:
         """Whether a training stopped half way and continued by another process ends like one that was not, by file."""
@@ -166,11 +166,11 @@ def main() -> None:
     }
     began = time.perf_counter()
     size = recipe.data.image_size
-    jobs.run("diffusion.evaluation.measure_reference", ReferenceJob(**common, image_size=size, extractor="eurosat"))
+    jobs.run(ReferenceJob(**common, image_size=size, extractor="eurosat"))
     print(f"reference: {time.perf_counter() - began:.0f} s", flush=True)
     began = time.perf_counter()
     samples = recipe.evaluation.samples
-    jobs.run("diffusion.evaluation.job", EvaluationJob(**common, step=recipe.total_steps, samples=samples))
+    jobs.run(EvaluationJob(**common, step=recipe.total_steps))
     print(f"evaluation of {samples} samples: {time.perf_counter() - began:.0f} s", flush=True)
     for name in store.names(f"runs/{trained}/"):
         print(name)

@@ -144,15 +144,15 @@ class Bench:
         shards = self.environment.shard_copies
         return {"run": run, "store": self.environment.store_uri, "dataset": self.dataset.digest, "shard_copies": shards}
 
-    def _job(self, module: str, spec: JobSpec, name: str, processes: int) -> None:
+    def _job(self, spec: JobSpec, name: str, processes: int) -> None:
         say: Callable[[str], None] = lambda line: print(f"  {line}", flush=True) if "] step " in line else None  # noqa: E731
-        run_job(module, spec, self.environment.runs / "benchmarks" / name, processes, Listener(on_line=say))
+        run_job(spec.MODULE, spec, self.environment.runs / "benchmarks" / name, processes, Listener(on_line=say))
 
     def reference(self, image_size: int) -> None:
         """Measure the real images, once."""
         if not self.store.names(layout.reference(self.dataset.digest, "eurosat", SHIPPED_SHA256, image_size)):
             spec = ReferenceJob(**self._common("reference"), image_size=image_size, extractor="eurosat")
-            self._job("diffusion.evaluation.measure_reference", spec, f"reference-{image_size}", 1)
+            self._job(spec, f"reference-{image_size}", 1)
 
     def score(self, arm: Arm) -> dict[str, Scores]:
         """Train the arm, unless that is done, and score it in each of its ways."""
@@ -160,15 +160,13 @@ class Bench:
         processes, last = usable_processes(arm.recipe, None), arm.recipe.total_steps
         if last not in steps_with_checkpoint(self.store, run):
             spec = TrainingJob(**self._common(run), recipe=arm.recipe, until=last, checkpoint_every=10**9)
-            self._job("diffusion.training.job", spec, run, processes)
+            self._job(spec, run, processes)
         found = {}
         for name, evaluation in arm.evaluations.items():
             scores = find_scores(self.store, run, last, evaluation.samples, name)
             if scores is None:
-                job = EvaluationJob(
-                    **self._common(run), step=last, samples=evaluation.samples, evaluation=evaluation, name=name
-                )
-                self._job("diffusion.evaluation.job", job, f"{run}-{name}", usable_processes(arm.recipe, None))
+                job = EvaluationJob(**self._common(run), step=last, evaluation=evaluation, name=name)
+                self._job(job, f"{run}-{name}", usable_processes(arm.recipe, None))
                 scores = find_scores(self.store, run, last, evaluation.samples, name)
                 assert scores is not None
             found[name] = scores

@@ -23,7 +23,7 @@ from diffusion.process.prediction import to_x0
 from diffusion.process.reverse import Estimate
 from diffusion.process.samplers import SAMPLERS, ddim
 from diffusion.process.schedule import Schedule, noise_to_signal, noise_variance
-from diffusion.randomness import stream
+from diffusion.randomness import normals, stream
 from diffusion.recipe import Process, Recipe
 
 
@@ -136,18 +136,18 @@ class Denoiser:
         """
 
         def noise(k: int) -> Tensor:
-            return self._noise(indices, seed, "sample step", k)
+            return self.noise(indices, seed, "sample step", k)
 
         return self.draw(self.start(indices, seed), labels, noise, plan, watch)
 
     def start(self, indices: Sequence[int], seed: int) -> Tensor:
         """What these samples of `seed` begin as: [len(indices), bands, height, width], of variance one as the data is here."""
-        return self._noise(indices, seed, "sample start", 0)
+        return self.noise(indices, seed, "sample start", 0)
 
-    def _noise(self, indices: Sequence[int], seed: int, purpose: str, step: int) -> Tensor:
+    def noise(self, indices: Sequence[int], seed: int, purpose: str, step: int) -> Tensor:
+        """Standard normal images [len(indices), bands, height, width], each of a stream of its own: see `randomness.stream`."""
         shape = (len(self.pixels.spec.bands), self.recipe.data.image_size, self.recipe.data.image_size)
-        draws = [stream(seed, purpose, index, step).standard_normal(shape, dtype=np.float32) for index in indices]
-        return torch.from_numpy(np.stack(draws)).to(self.device)
+        return torch.from_numpy(normals(seed, purpose, indices, step, shape)).to(self.device)
 
     @torch.inference_mode()
     def draw(

@@ -7,10 +7,13 @@ the position is its counter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def stream(seed: int, purpose: str, position: int = 0, step: int = 0) -> np.random.Generator:
@@ -19,6 +22,13 @@ def stream(seed: int, purpose: str, position: int = 0, step: int = 0) -> np.rand
     Streams of different arguments never overlap: each has 2**128 draws of its own.
     """
     return np.random.Generator(np.random.Philox(key=_key(seed, purpose), counter=[0, 0, step, position]))
+
+
+def normals(
+    seed: int, purpose: str, positions: Iterable[int], step: int, shape: Sequence[int], dtype: Any = np.float32
+) -> NDArray[Any]:
+    """Standard normal numbers, [positions, *shape]: those of each position from a stream of its own."""
+    return np.stack([stream(seed, purpose, position, step).standard_normal(shape, dtype) for position in positions])
 
 
 @lru_cache(maxsize=256)

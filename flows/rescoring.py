@@ -15,8 +15,6 @@ from diffusion.tracking.promotion import Scored
 from diffusion.training.state import CheckpointState
 from flows.run import job_fields
 
-MODULE = "diffusion.evaluation.job"
-
 
 def score_as(
     state: CheckpointState,
@@ -43,7 +41,6 @@ def score_as(
             EvaluationJob(
                 **job_fields(state.run, dataset, settings),
                 step=state.step,
-                samples=evaluation.samples,
                 evaluation=evaluation,
                 name=name,
                 weights=weights,

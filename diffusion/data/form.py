@@ -20,6 +20,8 @@ MEASURED_IMAGES, MEASURED_PIXELS = 2000, 1024
 """Images, and pixels of each, by which levels are measured where they are not given."""
 OUTSIDE, DARK, BRIGHT = 0.0005, 0.02, 0.98
 """Shares of pixels: beyond either end of the levels; below what pictures show as black, and as white."""
+ByBand = NDArray[np.float64]
+"""[bands]"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ def measure(source: Source, training: list[Chosen]) -> tuple[Form, Levels]:
             stop_unless_skipped(source, error)
     if found is None:
         raise DataError(f"None of the images of {source.name} decodes.")
-    first = found.array
+    first, named = found.array, shown(one.image.path)
     height, width, bands = first.shape
     if bands > MOST_BANDS:
-        raise DataError(f"{shown(training[0].image.file_name)} has {bands} bands; {MOST_BANDS} are the most.")
+        raise DataError(f"{named} has {bands} bands; {MOST_BANDS} are the most.")
     if options.bands and len(options.bands) != bands:
         raise DataError(f"The source options name {len(options.bands)} bands, and the images have {bands}.")
     if options.shown and not set(options.shown) <= set(options.bands or band_names(bands)):
@@ -71,7 +73,7 @@ def measure(source: Source, training: list[Chosen]) -> tuple[Form, Levels]:
     size = options.size or height
     if not options.size and (height != width or not SMALLEST <= size <= LARGEST):
         raise DataError(
-            f"{shown(training[0].image.file_name)} has {width} x {height} pixels; square images of {SMALLEST} to {LARGEST} "
+            f"{named} has {width} x {height} pixels; square images of {SMALLEST} to {LARGEST} "
             'can be trained on. Say what to bring them to: -p source_options=\'{"size": 64, "fit": "crop"}\'.'
         )
     encoded = None
@@ -102,7 +104,7 @@ def shown_places(source: Source, form: Form) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _percentiles(source: Source, chosen: list[Chosen], form: Form):  # type: ignore[no-untyped-def]
+def _percentiles(source: Source, chosen: list[Chosen], form: Form) -> tuple[tuple[ByBand, ByBand], ByBand, ByBand]:
     """Of some pixels of the first training images, whose order is that of a hash: ((low, high), dark, bright), each [bands]."""
     places = stream(0, "measured pixels").permutation(form.size**2)[:MEASURED_PIXELS]
     some = []
@@ -133,12 +135,12 @@ def stop_unless_skipped(source: Source, error: DataError, more: str = "") -> Non
 
 def decoded(image: SourceImage, content: bytes) -> codecs.Decoded:
     """The image. Raises DataError with its name."""
-    return codecs.decode(content, f"{image.class_name}/{image.file_name}" if image.class_name else image.file_name)
+    return codecs.decode(content, image.path)
 
 
 def fitted(array: Images, image: SourceImage, source: Source, form: Form) -> Images:
     """The image as its dataset has it. Raises DataError if it is of another kind or shape, and nothing was said about that."""
-    name = shown(f"{image.class_name}/{image.file_name}".lstrip("/"))
+    name = shown(image.path)
     height, width, bands = array.shape
     if bands != form.bands or array.dtype != form.dtype:
         raise DataError(

@@ -71,9 +71,9 @@ class ShardImages:
         samples = self._samples(index)
         return decode_all(samples, self.spec, self.image_size), _labels(samples)
 
-    def labels(self, index: int) -> Labels:
-        """The labels of one shard, without decoding its images."""
-        return _labels(self._samples(index))
+    def labels(self) -> Labels:
+        """The labels of all images in the manifest's order, none of which is decoded."""
+        return np.concatenate([_labels(self._samples(index)) for index in range(len(self.shards))])
 
     def _samples(self, index: int) -> list[Sample]:
         shard = self.shards[index]

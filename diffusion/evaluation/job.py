@@ -24,7 +24,7 @@ from diffusion.evaluation.protocol import PROTOCOL
 from diffusion.evaluation.reference import load_reference
 from diffusion.evaluation.sampling import generate, load_denoiser
 from diffusion.evaluation.scores import BoundTerms, ScoredBy, Scores
-from diffusion.evaluation.sharding import block_sizes, gather_rows
+from diffusion.evaluation.sharding import block_sizes, share_out
 from diffusion.evaluation.showpieces import closest_pairs, pictures
 from diffusion.evaluation.spectrum import Spectra, first_powers, powers
 from diffusion.evaluation.statistics import Moments, frechet_distance
@@ -76,12 +76,12 @@ class Evaluation:
         self.test = ShardImages(self.store, manifest, "test", size, job.shard_copies)
 
     def run(self) -> None:
-        """All of it."""
-        job, accelerator = self.job, self.accelerator
+        """Sample, score and draw: what the module says."""
+        job, accelerator, indices = self.job, self.accelerator, range(self.recipe.evaluation.samples)
         weights, fid_by_weights = self.choose()
         denoiser = self.denoiser(weights)
-        labels = self.labels(range(job.samples))
-        images = self.sample(denoiser, range(job.samples), "sampling")
+        labels = self.labels(indices)
+        images = self.sample(denoiser, indices, "sampling")
         features = [embed_samples(extractor, images, accelerator) for extractor in self.extractors]
         bound, bits_of_images = None, np.zeros(0)
         if self.manifest.images.counted:
@@ -102,7 +102,7 @@ class Evaluation:
         return load_denoiser(self.store, self.state, self.trained_on, weights, self.accelerator.device)
 
     def sample(self, denoiser: Denoiser, indices: range, stage: str) -> Images:
-        """These samples."""
+        """The samples `indices`, of their classes, on every process."""
         return generate(denoiser, indices, self.labels(indices), self.accelerator, self.progress, stage)
 
     def labels(self, indices: range) -> Labels | None:
@@ -116,8 +116,7 @@ class Evaluation:
         """How many training images each class has, [classes]."""
         known = self.references[0].class_counts
         if known is None:
-            shards = [self.train.labels(index) for index in range(len(self.train.shards))]
-            known = np.bincount(np.concatenate(shards), minlength=len(self.manifest.images.classes))
+            known = np.bincount(self.train.labels(), minlength=len(self.manifest.images.classes))
         return known
 
     def choose(self) -> tuple[str, dict[str, float]]:
@@ -127,7 +126,7 @@ class Evaluation:
         if len(candidates) == 1:
             return candidates[0], {}
         # Others than the samples that are scored: a figure must not be of what it was chosen by.
-        spare = range(job.samples, job.samples + recipe.evaluation.choice_samples)
+        spare = range(recipe.evaluation.samples, recipe.evaluation.samples + recipe.evaluation.choice_samples)
         found = {}
         for weights in candidates:
             images = self.sample(self.denoiser(weights), spare, f"sampling {weights}")
@@ -170,7 +169,7 @@ class Evaluation:
             checkpoint=self.state.digest,
             weights=weights,
             fid_by_weights=fid_by_weights,
-            samples=job.samples,
+            samples=self.recipe.evaluation.samples,
             real_samples=len(deciding.real),
             extractors=tuple(ScoredBy(name=one.name, sha256=one.sha256) for one in self.extractors),
             rows=tuple(rows),
@@ -194,13 +193,9 @@ class Evaluation:
 
 
 def embed_samples(extractor: Extractor, images: Images, accelerator: Accelerator) -> NDArray[np.float32]:
-    """Features of all images, on every process; the work is shared out in blocks."""
-    sizes = block_sizes(len(images), EMBEDDING_BATCH)
-    blocks = {
-        block: extractor.embed(images[block * EMBEDDING_BATCH : block * EMBEDDING_BATCH + sizes[block]])
-        for block in range(accelerator.process_index, len(sizes), accelerator.num_processes)
-    }
-    return gather_rows(accelerator, blocks, sizes, extractor.embed(images[:1])[0])
+    """Features of all images, [images, dimensions], on every process; the work is shared out in blocks."""
+    sizes, like = block_sizes(len(images), EMBEDDING_BATCH), extractor.embed(images[:1])[0]
+    return share_out(accelerator, sizes, lambda _, rows: extractor.embed(images[rows.start : rows.stop]), like)
 
 
 JOB = EvaluationJob, score_checkpoint

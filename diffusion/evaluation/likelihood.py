@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from diffusion.data.loader import Labels, ShardImages
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
-from diffusion.evaluation.sharding import block_sizes, gather_rows
+from diffusion.evaluation.sharding import block_sizes, share_out
 from diffusion.jobs.reports import ProgressFile
 from diffusion.process.bound import decoder_term, prior_term, transition_term
 from diffusion.process.levels import stratified_uniforms
 from diffusion.process.prediction import diffuse
 from diffusion.process.reverse import Estimate
 from diffusion.process.schedule import chain
-from diffusion.randomness import stream
+from diffusion.randomness import normals, stream
 
 SEED = 0
 PILOT_BINS = 25  # of the chain, in which the transitions count as alike when their importance is found out
@@ -58,8 +59,8 @@ def bits_per_dim(
     log_snr = chain(denoiser.schedule, recipe.process.steps)
     pixels, labels = (np.concatenate(parts)[:images] for parts in zip(*test.all(), strict=True))
     count = recipe.evaluation.likelihood_timesteps
-    told = labels if recipe.needs_class else None
-    measure = Measurement(denoiser, pixels, told, log_snr.to(accelerator.device), accelerator, progress)
+    given = labels if recipe.needs_class else None
+    measure = Measurement(denoiser, pixels, given, log_snr.to(accelerator.device), accelerator, progress)
     ends = measure.ends()
     if count >= len(log_snr) - 1:
         draws = every_transition(len(log_snr), len(pixels))
@@ -116,17 +117,14 @@ class Measurement:
         return self.denoiser.predict(x_t, log_snr, torch.from_numpy(self.labels[rows.start : rows.stop]).to(x_t.device))
 
     def _blockwise(self, columns: int, of: Callable[[range, Tensor], list[Tensor]]) -> NDArray[np.float64]:
-        batch, accelerator = self.denoiser.recipe.evaluation.batch, self.accelerator
-        sizes = block_sizes(len(self.pixels), batch)
-        mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
-        blocks = {}
-        for done, block in enumerate(mine, start=1):
-            rows = range(block * batch, block * batch + sizes[block])
+        def terms(_: int, rows: range) -> Tensor:
             pixels = self.pixels[rows.start : rows.stop]
-            x0 = self.denoiser.pixels.encode(pixels, torch.float64).to(accelerator.device)
-            blocks[block] = torch.stack(of(rows, x0), dim=1)
-            self.progress.write("likelihood", done, len(mine))
-        return gather_rows(accelerator, blocks, sizes, torch.zeros(columns, dtype=torch.float64))
+            x0 = self.denoiser.pixels.encode(pixels, torch.float64).to(self.accelerator.device)
+            return torch.stack(of(rows, x0), dim=1)
+
+        sizes = block_sizes(len(self.pixels), self.denoiser.recipe.evaluation.batch)
+        like = torch.zeros(columns, dtype=torch.float64)
+        return share_out(self.accelerator, sizes, terms, like, partial(self.progress.write, "likelihood"))
 
 
 def even_in_log_snr(log_snr: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -199,5 +197,4 @@ def summarise(nats: NDArray[np.float64], draws: Draws, log_snr: NDArray[np.float
 
 def _noise(rows: range, draw: int, like: Tensor, purpose: str) -> Tensor:
     """Noise of one draw for the images `rows`: the same for every model, so that they compare."""
-    draws = [stream(SEED, purpose, row, draw).standard_normal(like.shape[1:]) for row in rows]
-    return torch.from_numpy(np.stack(draws)).to(like)
+    return torch.from_numpy(normals(SEED, purpose, rows, draw, like.shape[1:], np.float64)).to(like)

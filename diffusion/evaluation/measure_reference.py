@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import get_args
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from diffusion.data.loader import ShardImages
-from diffusion.data.manifest import require_dataset
+from diffusion.data.manifest import Split, require_dataset
 from diffusion.evaluation.reference import Reference, write_reference
-from diffusion.evaluation.sharding import gather_rows
+from diffusion.evaluation.sharding import share_out
 from diffusion.evaluation.statistics import Moments
 from diffusion.features.extractor import load_extractor
 from diffusion.features.identity import identify
@@ -31,26 +36,26 @@ def measure_reference(job: ReferenceJob, rank: Rank) -> None:
     extractor = load_extractor(known, store, manifest, accelerator.device, job.inception)
     progress = ProgressFile(rank.folder, accelerator.is_main_process)
     blank = extractor.embed(np.zeros((1, *manifest.images.shape(job.image_size)), manifest.images.dtype))[0]
-    features = {}
-    for split in ("train", "test"):
-        images = ShardImages(store, manifest, split, job.image_size, job.shard_copies, memory_bytes=0)
-        mine = range(accelerator.process_index, len(images.shards), accelerator.num_processes)
-        blocks = {}
-        for done, shard in enumerate(mine, start=1):
-            pixels, _ = images.shard(shard)
-            parts = [extractor.embed(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
-            blocks[shard] = torch.cat(parts)
-            progress.write(f"features of real {split} images", done, len(mine))
-        features[split] = gather_rows(accelerator, blocks, [shard.samples for shard in images.shards], blank)
+    images_of: dict[Split, ShardImages] = {
+        split: ShardImages(store, manifest, split, job.image_size, job.shard_copies, memory_bytes=0)
+        for split in get_args(Split)
+    }
+
+    def embedded(split: Split) -> NDArray[np.float32]:
+        images = images_of[split]
+
+        def of_shard(shard: int, _: range) -> Tensor:
+            pixels, _labels = images.shard(shard)
+            return torch.cat([extractor.embed(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
+
+        report = partial(progress.write, f"features of real {split} images")
+        return share_out(accelerator, [shard.samples for shard in images.shards], of_shard, blank, report)
+
+    train, test = embedded("train"), embedded("test")
     if accelerator.is_main_process:
-        train = Moments.of(features["train"])
-        kept = KEPT_BYTES // features["train"][0].nbytes
-        train_images = ShardImages(store, manifest, "train", job.image_size, job.shard_copies, memory_bytes=0)
-        labels = np.concatenate([train_images.labels(index) for index in range(len(train_images.shards))])
+        kept, labels = KEPT_BYTES // train[0].nbytes, images_of["train"].labels()
         counts = np.bincount(labels, minlength=max(1, len(manifest.images.classes)))
-        write_reference(
-            store, name, Reference(train, features["train"][:kept], labels[:kept], features["test"], counts)
-        )
+        write_reference(store, name, Reference(Moments.of(train), train[:kept], labels[:kept], test, counts))
     accelerator.wait_for_everyone()
 
 

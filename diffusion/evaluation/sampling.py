@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from diffusion.data.manifest import Manifest
 from diffusion.data.spec import Images
 from diffusion.denoiser import Denoiser, build_network
 from diffusion.evaluation.labels import Labels
-from diffusion.evaluation.sharding import block_sizes, gather_rows
+from diffusion.evaluation.sharding import block_sizes, share_out
 from diffusion.jobs.reports import ProgressFile
 from diffusion.model.placement import place
 from diffusion.pixels import Pixels
@@ -44,13 +47,12 @@ def generate(
     """These samples of these classes, on every process; from the same noise for every model, so that they compare."""
     recipe, spec = denoiser.recipe, denoiser.pixels.spec
     sizes = block_sizes(len(indices), recipe.evaluation.batch)
-    mine = range(accelerator.process_index, len(sizes), accelerator.num_processes)
-    blocks = {}
-    for done, block in enumerate(mine, start=1):
-        start = block * recipe.evaluation.batch
-        part = slice(start, start + sizes[block])
-        drawn = denoiser.sample(indices[part], None if labels is None else labels[part], SEED)
-        blocks[block] = torch.from_numpy(drawn.astype(SENT_AS[spec.dtype], copy=False))
-        progress.write(stage, done, len(mine))
+
+    def drawn(_: int, rows: range) -> Tensor:
+        part = slice(rows.start, rows.stop)
+        levels = denoiser.sample(indices[part], None if labels is None else labels[part], SEED)
+        return torch.from_numpy(levels.astype(SENT_AS[spec.dtype], copy=False))
+
     like = torch.from_numpy(np.zeros(spec.shape(recipe.data.image_size), SENT_AS[spec.dtype]))
-    return gather_rows(accelerator, blocks, sizes, like).astype(spec.dtype, copy=False)
+    samples = share_out(accelerator, sizes, drawn, like, partial(progress.write, stage))
+    return samples.astype(spec.dtype, copy=False)

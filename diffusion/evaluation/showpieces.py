@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -15,7 +14,6 @@ from diffusion.evaluation.labels import Labels
 from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, row_names
 from diffusion.evaluation.sampling import SEED
 from diffusion.evaluation.statistics import Memorisation
-from diffusion.randomness import stream
 
 
 def pictures(
@@ -69,19 +67,19 @@ def trajectory(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: list[
     def watch(x_t: Tensor, _: Tensor) -> None:
         seen.append(denoiser.pixels.decode(x_t))
 
-    end = denoiser.draw(_noise(denoiser, range(len(rows)), 0), labels, _steps(denoiser, len(rows)), watch=watch)
+    end = denoiser.draw(_noise(denoiser, rows, 0), labels, lambda k: _noise(denoiser, rows, 2 + k), watch=watch)
     moments = np.linspace(0, len(seen) - 1, GRID_COLUMNS - 1).round().astype(int)
     return class_grid(denoiser.pixels.spec.display(np.concatenate([*(seen[k] for k in moments), end])), rows)
 
 
 def interpolation(denoiser: Denoiser, labels: NDArray[np.int64] | None, rows: list[str]) -> Image.Image:
     """A row a pair: GRID_COLUMNS samples whose starting noise lies on the arc between the noise of the two at the ends."""
-    first, last = (_noise(denoiser, range(len(rows)), which) for which in (0, 1))
+    first, last = (_noise(denoiser, rows, which).cpu() for which in (0, 1))
     columns = []
     for share in np.linspace(0, 1, GRID_COLUMNS):
         # Along a quarter of a circle the noise keeps its variance of one.
         start = np.cos(share * np.pi / 2) * first + np.sin(share * np.pi / 2) * last
-        columns.append(denoiser.draw(start.float(), labels, _steps(denoiser, len(rows))))
+        columns.append(denoiser.draw(start.float(), labels, lambda k: _noise(denoiser, rows, 2 + k)))
     return class_grid(denoiser.pixels.spec.display(np.concatenate(columns)), rows)
 
 
@@ -103,13 +101,5 @@ def real_images(images: ShardImages, rows: list[str]) -> Image.Image:
     return class_grid(images.spec.display(pixels), list(shown) if shown else [""] * len(lists))
 
 
-def _noise(denoiser: Denoiser, indices: range, which: int) -> Tensor:
-    size, bands = denoiser.recipe.data.image_size, len(denoiser.pixels.spec.bands)
-    draws = [
-        stream(SEED, "showpiece", index, which).standard_normal((bands, size, size), np.float32) for index in indices
-    ]
-    return torch.from_numpy(np.stack(draws))
-
-
-def _steps(denoiser: Denoiser, count: int):  # type: ignore[no-untyped-def]
-    return lambda k: _noise(denoiser, range(count), 2 + k).to(denoiser.device)
+def _noise(denoiser: Denoiser, rows: list[str], which: int) -> Tensor:
+    return denoiser.noise(range(len(rows)), SEED, "showpiece", which)

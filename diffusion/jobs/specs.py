@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,9 +19,11 @@ class JobSpec(BaseModel):
     """What every job is told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    MODULE: ClassVar[str]
+    """Of the job's body: a rank is `python -m MODULE FOLDER`."""
 
     run: RunName
-    """Name of the run, part of every path."""
+    """Name of the run, part of every path; of a job that belongs to a dataset, what it makes."""
     store: str
     """URI of the store."""
     dataset: Sha256
@@ -35,6 +37,8 @@ class JobSpec(BaseModel):
 class TrainingJob(JobSpec):
     """What the training job is told."""
 
+    MODULE = "diffusion.training.job"
+
     recipe: Recipe
     until: int
     """Step to train to."""
@@ -45,6 +49,8 @@ class TrainingJob(JobSpec):
 class ReferenceJob(JobSpec):
     """What the job that measures the real images is told."""
 
+    MODULE = "diffusion.evaluation.measure_reference"
+
     image_size: int
     extractor: ExtractorName
     inception: InceptionSource | None = None
@@ -53,14 +59,16 @@ class ReferenceJob(JobSpec):
 class ExtractorJob(JobSpec):
     """What the job that trains a dataset's own extractor is told."""
 
+    MODULE = "diffusion.features.train_extractor"
+
 
 class EvaluationJob(JobSpec):
     """What the evaluation job is told."""
 
+    MODULE = "diffusion.evaluation.job"
+
     step: int
     """Step of the checkpoint to score."""
-    samples: int
-    """Images to generate."""
     evaluation: Evaluation | None = None
     """How to score, where it is not as the checkpoint's recipe says."""
     name: RunName | Literal[""] = ""

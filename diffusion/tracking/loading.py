@@ -128,17 +128,13 @@ def load_version(name: str, settings: Settings) -> Model:
     Raises TrackingError if there is no such version, the server does not answer, or the files are others: none of their code is
     run then. A version that was made before versions carried a digest is loaded with a warning.
     """
-    parts = NAME.fullmatch(name)
-    if parts is None:
-        raise TrackingError(
-            f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
-        )
+    _parse(name)
     if settings.database:
         _check_own(settings.database)
     import mlflow.artifacts
     import mlflow.pyfunc
 
-    version = _find(connect(settings.tracking_uri), parts)
+    version = find_version(connect(settings.tracking_uri), name)
     folder = Path(tempfile.mkdtemp(prefix="train-diffusion-model-"))
     os.chmod(folder, 0o700)
     try:
@@ -184,12 +180,23 @@ def _check_own(path: Path) -> None:
             )
 
 
-def _find(client: MlflowClient, parts: re.Match[str]) -> ModelVersion:
+def find_version(client: MlflowClient, name: str) -> ModelVersion:
+    """The version of a name, as `load_version` takes it. Raises TrackingError if it names none, or there is none."""
     from mlflow.exceptions import MlflowException
 
+    parts = _parse(name)
     try:
         if parts["alias"]:
             return client.get_model_version_by_alias(parts["model"], parts["alias"])
         return client.get_model_version(parts["model"], parts["version"])
     except MlflowException as error:
         raise TrackingError(f"MLflow has no model version {parts[0]} ({error.error_code}).") from None
+
+
+def _parse(name: str) -> re.Match[str]:
+    parts = NAME.fullmatch(name)
+    if parts is None:
+        raise TrackingError(
+            f"'{shown(name)}' names no model version: it is like eurosat-ddpm@champion or eurosat-ddpm/3."
+        )
+    return parts

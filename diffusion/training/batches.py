@@ -15,7 +15,7 @@ from diffusion.data.loader import ShardImages
 from diffusion.data.order import Order
 from diffusion.pixels import Pixels
 from diffusion.process.levels import stratified_uniforms
-from diffusion.randomness import stream
+from diffusion.randomness import normals, stream
 from diffusion.recipe import Recipe
 
 
@@ -95,17 +95,14 @@ class Batches:
             for quarters in (1, 2, 3):
                 turned = turns[part] == quarters
                 images[turned] = np.rot90(images[turned], quarters, axes=(1, 2))
-            noise = [
-                stream(recipe.seed, "noise", first + index).standard_normal(shape, dtype=np.float32)
-                for index in range(part.start, part.stop)
-            ]
+            noise = normals(recipe.seed, "noise", range(first + part.start, first + part.stop), 0, shape)
             label = None
             if recipe.network.class_conditional:
                 classes = len(self.images.spec.classes)
                 label = torch.from_numpy(np.where(withheld[part], classes, labels))
             made = Lane(
                 x0=self.pixels.encode(images),
-                epsilon=torch.from_numpy(np.stack(noise)),
+                epsilon=torch.from_numpy(noise),
                 uniform=uniforms[part],
                 label=label,
                 turn=torch.from_numpy(turns[part]) if recipe.data.quarter_turns else None,

@@ -162,7 +162,7 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
                 checkpoint_every=checkpoint_every(recipe),
             )
             run_job(
-                "diffusion.training.job",
+                job.MODULE,
                 job,
                 environment.runs / run,
                 usable_processes(recipe, processes),

@@ -13,30 +13,28 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from mlflow.exceptions import MlflowException
-
 from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Difference, compare, load_evidence
 from diffusion.evaluation.figures import table
-from diffusion.evaluation.reference import Reference, load_reference
+from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Scores, find_scores
-from diffusion.features.identity import identify
-from diffusion.jobs.specs import JobSpec, ReferenceJob
+from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import with_evaluation
 from diffusion.settings import Settings
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 from diffusion.tracking.experiment import open_tracking
+from diffusion.tracking.loading import find_version
 from diffusion.tracking.promotion import Scored
 from diffusion.tracking.version_tags import checkpoint_of
 from diffusion.training.state import CheckpointState, load_state, steps_with_checkpoint
 from flows.commands.command import run_command, take_values, values_of
 from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
-from flows.rescoring import MODULE, score_as
-from flows.run import job_fields
+from flows.references import load_deciding_reference, missing_references
+from flows.rescoring import score_as
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def main() -> int:
             second = scorer.find(arguments.against)
             other = scorer.score(second, recipe, dataset)
             print_figures(second.name, other.scores)
-            scorer.compare((first, scored), (second, other), scorer.reference(recipe, dataset))
+            scorer.compare((first, scored), (second, other), load_deciding_reference(recipe, dataset, environment))
         return 0
 
     return run_command(score)
@@ -91,19 +89,10 @@ class Scorer:
         self.store: Store = open_store(environment.store_uri)
 
     def find(self, name: str) -> Subject:
-        """The model of that name. Raises DataError if there is none."""
+        """The model of that name. Raises TrackingError or DataError if there is none."""
         if "@" in name or "/" in name:
             client, _ = open_tracking(self.environment)
-            model, at, alias = name.partition("@")
-            try:
-                version = (
-                    client.get_model_version_by_alias(model, alias)
-                    if at
-                    else client.get_model_version(*name.rsplit("/", 1))
-                )
-            except MlflowException as error:
-                raise DataError(f"MLflow has no {name}: {error.message}.") from None
-            return Subject(name, checkpoint_of(version, self.store))
+            return Subject(name, checkpoint_of(find_version(client, name), self.store))
         steps = steps_with_checkpoint(self.store, name)
         if not steps:
             raise DataError(
@@ -121,32 +110,14 @@ class Scorer:
 
     def score(self, subject: Subject, recipe: Recipe, dataset: Manifest) -> Scored:
         """The scores of a model by a recipe's evaluation on a dataset: those that are there, or made now."""
-        self._measure(recipe, dataset)
+        for missing in missing_references(recipe, dataset, self.environment):
+            self._run(missing.job, recipe)
         state = subject.state
         own = find_scores(self.store, state.run, state.step, state.recipe.evaluation.samples, checkpoint=state.digest)
         weights = own.weights if own and not self.chooses else None
-        return score_as(state, recipe, dataset, weights, self.environment, lambda job: self._job(MODULE, job, recipe))
+        return score_as(state, recipe, dataset, weights, self.environment, lambda job: self._run(job, recipe))
 
-    def reference(self, recipe: Recipe, dataset: Manifest, at: int = 0) -> Reference:
-        """Real images under one of the extractors, by default the one that decides. Raises DataError if there is none."""
-        known = identify(recipe.evaluation.extractors[at], self.store, dataset, self.environment.inception)
-        name = layout.reference(dataset.digest, known.name, known.sha256, recipe.data.image_size)
-        return load_reference(self.store, name)
-
-    def _measure(self, recipe: Recipe, dataset: Manifest) -> None:
-        for at, kind in enumerate(recipe.evaluation.extractors):
-            try:
-                self.reference(recipe, dataset, at)
-            except DataError:
-                spec = ReferenceJob(
-                    **job_fields("reference", dataset, self.environment),
-                    image_size=recipe.data.image_size,
-                    extractor=kind,
-                    inception=self.environment.inception,
-                )
-                self._job("diffusion.evaluation.measure_reference", spec, recipe)
-
-    def _job(self, module: str, spec: JobSpec, recipe: Recipe) -> None:
+    def _run(self, spec: JobSpec, recipe: Recipe) -> None:
         processes, threads = usable_processes(recipe, self.processes), Local().threads(recipe)
         said: list[str] = []
 
@@ -156,7 +127,7 @@ class Scorer:
                 print(f"{stage} …", file=sys.stderr, flush=True)
 
         folder = self.environment.runs / "scored" / spec.run
-        run_job(module, spec, folder, processes, Listener(on_progress=told), threads)
+        run_job(spec.MODULE, spec, folder, processes, Listener(on_progress=told), threads)
 
     def compare(self, new: tuple[Subject, Scored], old: tuple[Subject, Scored], reference: Reference) -> None:
         """Print by how much the first is off from the second. Raises DataError where one is not at its training's end."""

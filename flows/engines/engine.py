@@ -17,8 +17,6 @@ from flows.launcher import Listener
 class Job:
     """A job as a part of the flow."""
 
-    module: str
-    """Of its body."""
     spec: JobSpec
     folder: Path
     part: str

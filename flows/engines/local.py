@@ -30,7 +30,7 @@ class Local:
         return 1 if recipe.reduction == "exact" and not gpus() else None
 
     def run(self, job: Job, workers: Workers, threads: int | None, listener: Listener) -> None:
-        run_job(job.module, job.spec, job.folder, workers.counts[-1], listener, threads)
+        run_job(job.spec.MODULE, job.spec, job.folder, workers.counts[-1], listener, threads)
 
     def watched(self, folder: Path) -> Machine:
         return Machine()

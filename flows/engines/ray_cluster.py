@@ -42,7 +42,7 @@ class RayCluster:
         return 1
 
     def run(self, job: Job, workers: Workers, threads: int | None, listener: Listener) -> None:
-        placement = Placement(module=job.module, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
+        placement = Placement(module=job.spec.MODULE, counts=workers.counts, gpu=workers.gpu, threads=threads or 1)
         run_on_cluster(placement, job.spec, job.folder, listener)
 
     def watched(self, folder: Path) -> Hosts:

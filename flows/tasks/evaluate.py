@@ -36,10 +36,10 @@ def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
     step, samples = state.step, run.recipe.evaluation.samples
     scores = _found(run, state)
     if scores is None:
-        spec = EvaluationJob(**run.job_fields(), step=step, samples=samples, inception=run.settings.inception)
+        spec = EvaluationJob(**run.job_fields(), step=step, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
         title = f"Evaluating step {step:,} ({samples:,} samples)"
-        job = Job("diffusion.evaluation.job", spec, folder, "evaluation")
+        job = Job(spec, folder, "evaluation")
         run_phase(title, f"evaluate-{step}", job, workers, run.recipe)
         scores = find_scores(run.store, run.key, step, samples, checkpoint=state.digest)
         assert scores is not None

@@ -31,7 +31,7 @@ def _train(dataset: Manifest, recipe: Recipe, workers: Workers) -> None:
     if find_own(store, dataset.digest) is None:
         spec = ExtractorJob(**job_fields("extractor", dataset, environment))
         folder = environment.runs / "extractors" / dataset.digest[:16]
-        job = Job("diffusion.features.train_extractor", spec, folder, "reference")
+        job = Job(spec, folder, "reference")
         alone = Workers(counts=(1,), cores=workers.cores)  # whatever the recipe's other jobs run on
         run_phase("Training an extractor of these images", "extractor", job, alone, recipe, workers.cores)
     own = find_own(store, dataset.digest)

@@ -16,7 +16,7 @@ from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.version_tags import checkpoint_of
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
-from flows.rescoring import MODULE, score_as
+from flows.rescoring import score_as
 from flows.run import Run, run_phase
 from flows.tasks.retrying import RETRIED
 
@@ -63,7 +63,7 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
 
     def start(spec: EvaluationJob) -> None:
         title = f"Scoring version {champion.version}, the champion, as this one was"
-        job = Job(MODULE, spec, run.folder / "champion", "evaluation")
+        job = Job(spec, run.folder / "champion", "evaluation")
         run_phase(title, "score-champion", job, workers, run.recipe)
 
     return score_as(state, run.recipe, run.dataset, before.weights if before else None, run.settings, start)

@@ -29,7 +29,7 @@ def train(run: Run, until: int, workers: Workers) -> CheckpointState:
             **run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=checkpoint_every(run.recipe)
         )
         title = f"Training to step {until:,} of {run.recipe.total_steps:,}"
-        job = Job("diffusion.training.job", spec, run.folder, "training")
+        job = Job(spec, run.folder, "training")
         run_phase(title, f"train-{until}", job, workers, run.recipe)
     state = load_state(run.store, run.key, until)
     if committed_step(run.folder) < until:

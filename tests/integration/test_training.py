@@ -174,13 +174,13 @@ def test_evaluation_gives_the_same_scores_and_grid_on_1_and_2_processes(
     ingested: Ingested, tmp_path: Path, unique: str, preset: dict[str, Any]
 ) -> None:
     run = f"evaluated-{unique}"
-    trainer = Trainer(ingested, tmp_path, tiny_recipe(**preset))
+    trainer = Trainer(ingested, tmp_path, tiny_recipe(**preset, evaluation__samples=90))
     trainer.train(run, 2, processes=1)
     reference = ReferenceJob(**trainer.common(run), image_size=16, extractor="eurosat")
     start(tmp_path / "reference", reference, "diffusion.evaluation.measure_reference", 2)
     results = []
     for processes in (1, 2):
-        spec = EvaluationJob(**trainer.common(run), step=2, samples=90)
+        spec = EvaluationJob(**trainer.common(run), step=2)
         start(tmp_path / f"evaluation{processes}", spec, "diffusion.evaluation.job", processes)
         where = f"runs/{run}/evaluations/{2:09d}"
         results.append([trainer.store.read(f"{where}/{name}") for name in ("scores.json", "grid.png", "closest.png")])

@@ -460,6 +460,17 @@ def test_what_does_not_decode_is_left_out_and_counted_where_that_is_asked_for(fo
     assert len(images) == manifest.splits["train"]
 
 
+def test_the_image_that_is_named_is_the_one_that_was_looked_at(folder: Path, tmp_path: Path) -> None:
+    """One before it in the list does not decode, and is left out."""
+    training = split_by_hash(read(folder))["train"]
+    paths = {f"{path.parent.name}/{path.name}": path for path in folder.rglob("*.png")}
+    first, second = (paths[one.image.path] for one in training[:2])
+    first.write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    second.write_bytes(picture(1, (16, 12)))
+    with pytest.raises(DataError, match=rf"{second.parent.name}/{second.name} has 16 x 12 pixels"):
+        made(folder, tmp_path, on_error="skip", most_skipped=0.5)
+
+
 def test_where_too_few_decode_there_is_no_dataset(folder: Path, tmp_path: Path) -> None:
     """The two test images are among those that do not decode."""
     for one in split_by_hash(read(folder))["test"]:

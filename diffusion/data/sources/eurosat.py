@@ -6,7 +6,6 @@ Classification, IEEE JSTARS 2019.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,4 +127,4 @@ def _images(path: Path) -> Iterator[SourceImage]:
             raise DataError(f"{path} holds {shown('/'.join(key))} twice, under different folders. Keep one copy.")
         seen.add(key)
         content = meter.count(read())
-        yield SourceImage(*key, hashlib.sha256(content).hexdigest(), len(content), read)
+        yield SourceImage.of(*key, content, read)

@@ -6,7 +6,6 @@ A folder directly under the one that holds all images is a class. Where all imag
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import re
@@ -63,7 +62,7 @@ def _images(path: Path) -> Iterator[SourceImage]:
     meter = Meter(path, LIMITS)
     for class_name, file_name, read in labelled:
         content = meter.count(read())
-        yield SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), read)
+        yield SourceImage.of(class_name, file_name, content, read)
 
 
 def _is_used(name: PurePosixPath) -> bool:

@@ -86,6 +86,16 @@ class SourceImage:
     """Of its content, in bytes."""
     read: Callable[[], bytes] = field(compare=False, repr=False)
 
+    @classmethod
+    def of(cls, class_name: str, file_name: str, content: bytes, read: Callable[[], bytes]) -> SourceImage:
+        """The image of this content, which `read` will give again."""
+        return cls(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), read)
+
+    @property
+    def path(self) -> str:
+        """What people know it by: its class, if it has one, and its file's name."""
+        return f"{self.class_name}/{self.file_name}" if self.class_name else self.file_name
+
 
 @dataclass(frozen=True)
 class Source:
@@ -127,13 +137,12 @@ def make_source(
 
 def _check_names(name: str, image: SourceImage) -> None:
     """Names are lines of what the digest is made of: each must be one, in UTF-8."""
-    whole = f"{image.class_name}/{image.file_name}".lstrip("/")
     try:
-        whole.encode()
+        image.path.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{name} holds a name that is not UTF-8: {shown(whole)}. Rename it.") from None
-    if "\n" in whole:
-        raise DataError(f"{name} holds a name with a line break: {shown(whole)}. Rename it.")
+        raise DataError(f"{name} holds a name that is not UTF-8: {shown(image.path)}. Rename it.") from None
+    if "\n" in image.path:
+        raise DataError(f"{name} holds a name with a line break: {shown(image.path)}. Rename it.")
 
 
 def content_digest(images: tuple[SourceImage, ...], options: SourceOptions = AS_IT_IS) -> str:

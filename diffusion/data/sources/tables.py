@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -174,4 +173,4 @@ def _class(value: Any, names: list[str], where: Path) -> str:
 
 
 def _kept(spool: Spool, class_name: str, file_name: str, content: bytes) -> SourceImage:
-    return SourceImage(class_name, file_name, hashlib.sha256(content).hexdigest(), len(content), spool.keep(content))
+    return SourceImage.of(class_name, file_name, content, spool.keep(content))
