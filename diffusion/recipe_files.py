@@ -15,7 +15,7 @@ from diffusion.errors import DataError, RecipeError, nearest
 from diffusion.features.identity import accepts
 from diffusion.recipe import Part, Recipe
 from diffusion.trust.reading import read_file
-from diffusion.trust.redaction import shown
+from diffusion.trust.redaction import first_line, shown
 
 LONGEST_OVERRIDE = 10_000
 """Characters of a value that is typed as text."""
@@ -53,7 +53,7 @@ def load_recipe(preset: str, overrides: dict[str, Any] | None = None, seed: int 
     if is_file_name(preset):
         values = _read(Path(preset).expanduser())
     elif preset in preset_names():
-        values = yaml.safe_load(files("diffusion").joinpath("presets", f"{preset}.yaml").read_text())
+        values = yaml.safe_load(files("diffusion").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8"))
     else:
         raise RecipeError(
             f"There is no preset '{shown(preset)}': {nearest(preset, preset_names())} A recipe of your own is named by its "
@@ -245,7 +245,7 @@ def _as_in_yaml(key: str, text: str) -> Any:
 def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f"{error.problem} in line {error.problem_mark.line + 1}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)
 
 
 def recipe_keys() -> list[str]:

@@ -25,6 +25,7 @@ from diffusion.jobs.rank import DEVICE, RENDEZVOUS
 from diffusion.jobs.reports import ERROR, ProgressFile, error_of
 from diffusion.jobs.specs import SPEC, JobSpec
 from diffusion.jobs.stopping import end_with_parent
+from flows.engines.cores import thread_variables, usable_cores
 from flows.engines.gpus import gpus
 
 POLL_SECONDS = 0.2
@@ -36,6 +37,7 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 NOT_FOR_RANKS = (
     *("PREFECT_", "MLFLOW_", "RAY_"),  # a rank speaks to the store alone: it needs no password of a server
     *("ACCELERATE_", "MASTER_", "PMI_", "OMPI_", "MV2_"),  # what some other launcher says is not meant for it
+    *("OMP_", "MKL_"),  # sums depend on the number of threads, and a shell's own would win over ours
 )
 """Beginnings of the names of variables that ranks do not get."""
 
@@ -80,10 +82,13 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / ERROR, folder / ProgressFile.NAME, *folder.glob(f"{RENDEZVOUS}-*")):
         path.unlink(missing_ok=True)
-    (folder / SPEC).write_text(spec.model_dump_json(indent=1))
+    (folder / SPEC).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     meeting = f"{RENDEZVOUS}-{uuid.uuid4().hex}"
     ranks: list[subprocess.Popen[bytes]] = []
-    with (folder / LOG).open("w") as log, (folder / LOG).open() as output:
+    with (
+        (folder / LOG).open("w", encoding="utf-8") as log,
+        (folder / LOG).open(encoding="utf-8", errors="replace") as output,
+    ):
         try:
             for environment in environments:
                 ranks.append(_start(module, folder, log.fileno(), environment | {"RENDEZVOUS": meeting}))
@@ -99,8 +104,15 @@ def run_ranks(
         _forward(output, listener.on_line)
         _report(folder, listener.on_progress)
     if code != 0:
-        tail = "\n".join((folder / LOG).read_text().splitlines()[-TAIL_LINES:])
-        raise error_of(folder) or RuntimeError(f"{module} ended with code {code}:\n{tail}")
+        raise error_of(folder) or RuntimeError(_last_words(module, code, folder / LOG))
+
+
+def _last_words(module: str, code: int, log: Path) -> str:
+    """What is known of a job that left no error."""
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
+    if code == -signal.SIGKILL:
+        return f"{module} was killed: by somebody, or since the machine's memory was full (dmesg says so). Its last lines:\n{tail}"
+    return f"{module} ended with code {code}:\n{tail}"
 
 
 def _start(module: str, folder: Path, log: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -121,15 +133,10 @@ def rank_environment(rank: int, processes: int, threads: int) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_RANKS) and name not in placing
     }
-    own = {"RANK": str(rank), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    own = {"RANK": str(rank), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"} | thread_variables(threads)
     if processes > 1:  # a single one is no group
         own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return inherited | own | {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -168,4 +175,4 @@ def _forward(output: Any, on_line: Callable[[str], None]) -> None:
 def _report(folder: Path, on_progress: Callable[[dict[str, Any]], None]) -> None:
     path = folder / ProgressFile.NAME
     if path.exists():
-        on_progress(json.loads(path.read_text()))
+        on_progress(json.loads(path.read_text(encoding="utf-8")))

@@ -30,7 +30,7 @@ SILENT_SECONDS, SIGN_SECONDS = 240.0, 30.0
 def boot_id() -> str:
     """What tells this boot of this machine from others: a pid means nothing after the next one."""
     path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else f"{psutil.boot_time():.0f}"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else f"{psutil.boot_time():.0f}"
 
 
 class Owner(BaseModel):

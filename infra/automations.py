@@ -189,7 +189,7 @@ async def tell_edited_schedules() -> None:
 
     file = Path(__file__).resolve().parent.parent / "prefect.yaml"
     async with get_client() as client:
-        for planned in yaml.safe_load(file.read_text())["deployments"]:
+        for planned in yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]:
             try:
                 there = await client.read_deployment_by_name(f"{planned['name']}/{planned['name']}")
             except ObjectNotFound:

@@ -52,7 +52,7 @@ def is_elsewhere(variable: str) -> bool:
 
 def refuse_to_begin_empty() -> None:
     """End with a sentence if this shell doesn't say where the runs, models or images of earlier starts are."""
-    told = ELSEWHERE.read_text().split() if ELSEWHERE.exists() else []
+    told = ELSEWHERE.read_text(encoding="utf-8").split() if ELSEWHERE.exists() else []
     missing = [variable for variable in PLACES if variable in told and not is_elsewhere(variable)]
     if missing and os.environ.get("EMPTY") != "1":
         raise SystemExit(

@@ -34,7 +34,7 @@ def resolve(*extras: str) -> dict[str, dict[str, Any]]:
         command += ["-c", "constraints.txt", "--universal", "--python-version", PYTHON, "--no-build", "--quiet"]
         command += ["--format", "pylock.toml", *(f"--extra={extra}" for extra in extras)]
         subprocess.run(command, cwd=PROJECT, check=True, text=True, input=BUILD)
-        return {package["name"]: package for package in tomllib.loads(lock.read_text())["packages"]}
+        return {package["name"]: package for package in tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]}
 
 
 def line_of(package: dict[str, Any]) -> str:
@@ -61,7 +61,7 @@ def main() -> None:
     written = {lock: [line_of(everybody[name]) for name in sorted(names)] for lock, names in locks.items()}
     written["requirements-torch-cpu.lock"] = [f"torch=={everybody['torch']['version']}+cpu --hash=sha256:{CPU_BUILD}"]
     for lock, lines in written.items():
-        (PROJECT / lock).write_text(HEADER.format(lock) + "\n".join(lines) + "\n")
+        (PROJECT / lock).write_text(HEADER.format(lock) + "\n".join(lines) + "\n", encoding="utf-8")
         print(f"{lock}: {len(lines)} packages")
 
 

@@ -19,7 +19,11 @@ def main() -> None:
         raise SystemExit(
             f"{ENV} is there already: its secrets are in use. Move it away first if you mean to change them all."
         )
-    names = [line.partition("=")[0] for line in EXAMPLE.read_text().splitlines() if line and not line.startswith("#")]
+    names = [
+        line.partition("=")[0]
+        for line in EXAMPLE.read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     write_private(ENV, "".join(f"{name}={_secret(name)}\n" for name in names))
     print(f"wrote {len(names)} secrets to {ENV}")
 

@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).resolve().parents[1] / "mlflow" / "server.ini"
 
 def write_settings(path: Path, database: str) -> None:
     """Write what MLFLOW_AUTH_CONFIG_PATH names."""
-    path.write_text(TEMPLATE.read_text().replace("= DATABASE_URI", f"= {database}"))
+    path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("= DATABASE_URI", f"= {database}"), encoding="utf-8")
 
 
 def open_users(database: str) -> SqlAlchemyStore:

@@ -123,7 +123,7 @@ def find(name: str) -> psutil.Process | None:
     path = STACK / f"{name}.pid"
     if not path.exists():
         return None
-    pid, noted = path.read_text().split()
+    pid, noted = path.read_text(encoding="utf-8").split()
     try:
         process = psutil.Process(int(pid))
         return process if runs(process) and is_same(process.pid, float(noted)) else None
@@ -194,7 +194,7 @@ def wait_until_ready(name: str, address: str, path: str = "") -> None:
             time.sleep(0.3)
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    log = (STACK / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
+    log = (STACK / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     raise NotReady(f"{name} did not become ready at {address}. The end of {STACK / f'{name}.log'}:\n" + "\n".join(log))
 
 

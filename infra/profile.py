@@ -27,7 +27,7 @@ def user_home() -> Path:
 def exists() -> bool:
     """Whether the user has made the profile."""
     path = user_home() / "profiles.toml"
-    return path.exists() and f"[profiles.{NAME}]" in path.read_text()
+    return path.exists() and f"[profiles.{NAME}]" in path.read_text(encoding="utf-8")
 
 
 def main() -> None:

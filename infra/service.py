@@ -88,7 +88,7 @@ def install() -> None:
     """Write the unit, enable it and start it with the settings of this shell."""
     folder, manager = scope()
     unit = folder / UNIT
-    if unit.exists() and f"of {processes.PROJECT}\n".replace("%", "%%") not in unit.read_text():
+    if unit.exists() and f"of {processes.PROJECT}\n".replace("%", "%%") not in unit.read_text(encoding="utf-8"):
         raise SystemExit(f"{unit} keeps another copy of this project. Remove it there first: make no-service")
     stack.refuse_under_a_run("make service", "what it runs on starts anew")
     use_private_home(processes.HOME)
@@ -98,7 +98,7 @@ def install() -> None:
         kept.ELSEWHERE.unlink(missing_ok=True)  # what is kept starts without that word
     kept.keep_settings()
     folder.mkdir(parents=True, exist_ok=True)
-    unit.write_text(page())
+    unit.write_text(page(), encoding="utf-8")
     print(f"written: {unit}")
     for verb in (["daemon-reload"], ["enable", UNIT], ["restart", UNIT]):
         told = manage([*manager, *verb])

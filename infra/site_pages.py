@@ -21,7 +21,7 @@ AT_THE_ROOT = {
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add them, with links that lead where the pages of docs/ are in the site."""
     for path, name in AT_THE_ROOT.items():
-        text = (PROJECT / path).read_text()
+        text = (PROJECT / path).read_text(encoding="utf-8")
         for other, place in AT_THE_ROOT.items():
             text = text.replace(f"]({other})", f"]({place})")
         files.append(File.generated(config, name, content=text.replace("](docs/", "](")))

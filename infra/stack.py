@@ -187,7 +187,7 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
     processes = {name: find(name) for name in NAMES}
     if not all(processes[name] for name in NAMES if name != "ray") or bool(processes["ray"]) != own_cluster:
         return False
-    if not SERVERS.exists() or json.loads(SERVERS.read_text()) != addresses.client_environment():
+    if not SERVERS.exists() or json.loads(SERVERS.read_text(encoding="utf-8")) != addresses.client_environment():
         return False
     asked = OWN_DATABASES | base_environment()
     for name, process in processes.items():
@@ -251,7 +251,7 @@ def password() -> None:
     STACK.mkdir(parents=True, exist_ok=True)
     refuse_under_a_run("make password", "it has the old password")
     if SERVERS.exists():  # on the same ports
-        running = json.loads(SERVERS.read_text())
+        running = json.loads(SERVERS.read_text(encoding="utf-8"))
         for variable, address in (("PREFECT_PORT", "PREFECT_API_URL"), ("MLFLOW_PORT", "MLFLOW_TRACKING_URI")):
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
     for process in filter(None, map(find, NAMES)):  # and with the same settings
@@ -307,7 +307,7 @@ def status() -> None:
         if process is None and name == "ray" and not (STACK / TOKEN).exists():
             continue
         print(f"{name:15} {f'running, pid {process.pid}' if process else 'not running'}")
-    if SERVERS.exists() and "PREFECT_API_AUTH_STRING" not in json.loads(SERVERS.read_text()):
+    if SERVERS.exists() and "PREFECT_API_AUTH_STRING" not in json.loads(SERVERS.read_text(encoding="utf-8")):
         print(OPEN_TO_ALL)
 
 

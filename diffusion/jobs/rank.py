@@ -83,7 +83,7 @@ def rank_main(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
         report = report_of(error, rank)
         # All ranks may fail at once, most of them only because the first did: the first to write is kept.
         part = folder / f"{ERROR}.{rank}"
-        part.write_text(json.dumps(report))
+        part.write_text(json.dumps(report), encoding="utf-8")
         try:
             name_anew(part, folder / ERROR)
         except FileExistsError:

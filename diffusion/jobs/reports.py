@@ -48,7 +48,9 @@ class ProgressFile:
             self._written = now
             part = self._path.with_suffix(".part")
             with contextlib.suppress(OSError):  # a full disk: neither is this
-                part.write_text(json.dumps({"stage": stage, "done": done, "total": total, "note": note}))
+                part.write_text(
+                    json.dumps({"stage": stage, "done": done, "total": total, "note": note}), encoding="utf-8"
+                )
                 part.replace(self._path)
 
 
@@ -64,7 +66,7 @@ def error_of(folder: Path) -> Exception | None:
     path = folder / ERROR
     if not path.exists():
         return None
-    return error_from(json.loads(path.read_text()))
+    return error_from(json.loads(path.read_text(encoding="utf-8")))
 
 
 def error_from(report: dict[str, Any]) -> Exception:

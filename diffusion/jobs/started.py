@@ -17,7 +17,9 @@ def started(pid: int) -> float:
     """
     stat = Path(f"/proc/{pid}/stat")
     try:
-        return int(stat.read_text(errors="replace").rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]) / os.sysconf(
+            "SC_CLK_TCK"
+        )
     except ProcessLookupError:
         raise psutil.NoSuchProcess(pid) from None
     except FileNotFoundError:  # it has ended; or this is no Linux

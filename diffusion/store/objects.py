@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from diffusion.errors import DataError, StoreError, StoreRefuses
 from diffusion.trust.identifiers import check_object_path, is_object_path
@@ -72,6 +72,8 @@ def open_store(uri: str) -> Store:
 
     S3 takes its endpoint and credentials the AWS way (environment, profile, instance role).
     """
+    if "://" not in uri:  # a path, in which no character means more than itself
+        return FolderStore(Path(uri).expanduser())
     parts = urlsplit(uri)
     if "@" in parts.netloc:
         raise StoreError(
@@ -80,8 +82,8 @@ def open_store(uri: str) -> Store:
         )
     if parts.scheme == "s3":
         return S3Store(parts.netloc, parts.path.strip("/"))
-    if parts.scheme in ("", "file"):
-        return FolderStore(Path(parts.path))
+    if parts.scheme == "file" and not (parts.netloc or parts.query or parts.fragment):
+        return FolderStore(Path(unquote(parts.path)))
     raise StoreError(f"The store '{uri}' is neither a folder nor s3://bucket/prefix. Set TRAIN_DIFFUSION_STORE to one.")
 
 

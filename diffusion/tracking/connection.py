@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from diffusion.errors import TrackingError
 from diffusion.settings import DATABASE, reach_loopback_directly, settings
 from diffusion.tracking.database import make_mlflow_current
-from diffusion.trust.redaction import fit_to_leave
+from diffusion.trust.redaction import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,7 +56,7 @@ def when_it_answers(call: Callable[[], T]) -> T:
         except Exception as error:
             if _is_an_answer(error):
                 raise
-            said = fit_to_leave((str(error).splitlines() or [type(error).__name__])[0][:300])
+            said = first_line(error)
             if time.monotonic() > deadline:
                 raise TrackingError(
                     f"MLflow has not answered for {PATIENCE_SECONDS / 60:.0f} minutes: {said}"
@@ -89,6 +89,10 @@ def connect(uri: str) -> MlflowClient:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
         )
     if scheme == "sqlite":
+        if "?" in uri:
+            raise TrackingError(
+                f"The path of MLflow's database has a ?, behind which it would read options: {uri}. Move it."
+            )
         _use_database(Path(uri.split("///", 1)[-1]))
     elif scheme not in ("http", "https"):
         raise TrackingError(f"MLFLOW_TRACKING_URI '{uri}' is neither http(s)://… nor sqlite:////absolute/path.")
@@ -106,9 +110,8 @@ def connect(uri: str) -> MlflowClient:
         try:
             client.search_experiments(max_results=1)
         except Exception as error:  # MLflow lets the errors of requests, urllib3 and SQLAlchemy through
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise Unreachable(
-                f"The MLflow server at {uri} does not answer as it should ({reason}). "
+                f"The MLflow server at {uri} does not answer as it should ({first_line(error)}). "
                 "Start it (make up), or correct MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             ) from None
     return client

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from diffusion.data.manifest import find_dataset
 from diffusion.errors import DataError, TrackingError
@@ -34,7 +33,7 @@ from diffusion.tracking.gates import DEFAULT_MARGINS, Gate, Margins, gates_again
 from diffusion.tracking.promotion_log import Promotion, is_applied, read_log
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.version_tags import tags_of
-from diffusion.trust.identifiers import RunName
+from diffusion.trust.identifiers import run_name
 from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
@@ -208,8 +207,8 @@ def _comparable(
             raise DataError(f"{why} {error}") from None
     assert old is not None
     try:
-        return opening, Scored(TypeAdapter(RunName).validate_python(tags_of(champion).get("run")), old)
-    except ValidationError:
+        return opening, Scored(run_name(tags_of(champion).get("run")), old)
+    except ValueError:
         raise DataError(f"The tag 'run' of version {champion.version}, the champion, names no run.") from None
 
 

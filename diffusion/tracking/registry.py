@@ -152,7 +152,9 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
             pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in made.pictures)
             lasting = card.text(ASSETS, "The version's description in the registry has it.")
             recipe = f"## Recipe\n\n```json\n{state.recipe.model_dump_json(indent=1)}\n```\n"
-            Path(model_folder, "README.md").write_text(f"{lasting}\n## Pictures\n\n{pictures_of}{recipe}")
+            Path(model_folder, "README.md").write_text(
+                f"{lasting}\n## Pictures\n\n{pictures_of}{recipe}", encoding="utf-8"
+            )
             close_to_others(model_folder)  # what MLflow has copied is as open as its original
             files = files_digest(model_folder)
             client.log_model_artifacts(logged.model_id, str(model_folder))

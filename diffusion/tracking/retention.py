@@ -12,11 +12,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from diffusion.recipe import Start
 from diffusion.tracking.run import RUN_KEY, START_TAG
-from diffusion.trust.identifiers import RunName
+from diffusion.trust.identifiers import run_name
 from diffusion.trust.redaction import shown
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _read(run: Any) -> _Said | None:
         return None
     try:
         start = Start.model_validate_json(tags[START_TAG]) if tags.get(START_TAG) else None
-        return _Said(TypeAdapter(RunName).validate_python(tags[RUN_KEY]), start)
+        return _Said(run_name(tags[RUN_KEY]), start)
     except ValidationError:
         log.warning(
             "The MLflow run %s (%s) is passed over: its tags can't be ours.", run.info.run_id, shown(tags[RUN_KEY])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from diffusion.data.manifest import Manifest
 from diffusion.evaluation.figures import metrics, table, telling_metrics
@@ -24,7 +24,7 @@ from diffusion.tracking.experiment import NOTE, show_columns
 from diffusion.tracking.pages import run_page, runs_page
 from diffusion.tracking.promotion import Decision
 from diffusion.tracking.version_tags import EARLIER_COMMITS
-from diffusion.trust.identifiers import RunName
+from diffusion.trust.identifiers import run_name
 from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import fit_to_leave
 
@@ -278,8 +278,8 @@ def _earlier_commits(run: MlflowRun, commit: str) -> str:
 def run_key(run: MlflowRun) -> str | None:
     """The run's key, which becomes a path; None if it says none that is ours."""
     try:
-        return TypeAdapter(RunName).validate_python(run.data.tags.get(RUN_KEY))
-    except ValidationError:
+        return run_name(run.data.tags.get(RUN_KEY))
+    except ValueError:
         log.warning("The MLflow run %s is passed over: its tag %s can't be ours.", run.info.run_id, RUN_KEY)
         return None
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter, ValidationError
-
 from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.store.objects import Store
 from diffusion.tracking.version_tags import tags_of
-from diffusion.trust.identifiers import RunName
+from diffusion.trust.identifiers import run_name
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -34,7 +32,7 @@ def scores_of(version: ModelVersion, store: Store) -> Scores | None:
         scores = Scores.model_validate_json(version.tags[TAG])
         if ELSEWHERE not in version.tags:
             return scores
-        run = TypeAdapter(RunName).validate_python(tags_of(version)["run"])
-    except (KeyError, ValidationError):
+        run = run_name(tags_of(version)["run"])
+    except (KeyError, ValueError):
         return None
     return find_scores(store, run, scores.step, scores.samples, checkpoint=scores.checkpoint)

@@ -15,7 +15,7 @@ from typing import Any
 from diffusion.tracking.connection import when_it_answers
 from diffusion.tracking.run import TrackedRun
 from diffusion.training.journal import JOURNAL, TIMING, committed_step, records
-from diffusion.trust.redaction import fit_to_leave
+from diffusion.trust.redaction import first_line
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,7 @@ class MetricsSender:
         try:  # once more, for what a failed or cancelled training has left
             self.send_committed()
         except Exception as error:
-            log.warning("MLflow did not take the last metrics (%s).", self._said(error))
-
-    @staticmethod
-    def _said(error: Exception) -> str:
-        """The error's first line."""
-        return fit_to_leave((str(error).splitlines() or [type(error).__name__])[0][:300])
+            log.warning("MLflow did not take the last metrics (%s).", first_line(error))
 
     def _loop(self) -> None:
         while not self._stop.is_set():
@@ -57,7 +52,7 @@ class MetricsSender:
                 self.send_committed()
             except Exception as error:  # whatever the server's trouble is, training must not notice
                 log.warning(
-                    "MLflow does not take the metrics (%s); trying again in %.0f s.", self._said(error), RETRY_SECONDS
+                    "MLflow does not take the metrics (%s); trying again in %.0f s.", first_line(error), RETRY_SECONDS
                 )
                 wait = RETRY_SECONDS
             self._stop.wait(wait)

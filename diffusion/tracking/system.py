@@ -77,7 +77,7 @@ class Hosts:
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
         if newest is None or time.time() - newest.stat().st_mtime > FRESH_SECONDS:
             return {}
-        hosts: dict[str, dict[str, float]] = json.loads(newest.read_text())
+        hosts: dict[str, dict[str, float]] = json.loads(newest.read_text(encoding="utf-8"))
         return {f"{host}/{name}": value for host, seen in hosts.items() for name, value in seen.items()}
 
 

@@ -92,5 +92,5 @@ def committed_step(folder: Path) -> int:
 def commit(folder: Path, step: int) -> None:
     """Note that the journal is final up to a step: its checkpoint is safely in the store."""
     part = folder / f"{COMMITTED}.part"
-    part.write_text(json.dumps({"step": step}))
+    part.write_text(json.dumps({"step": step}), encoding="utf-8")
     part.replace(folder / COMMITTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import StringConstraints, TypeAdapter
 
 from diffusion.errors import StoreError
 from diffusion.trust.redaction import shown
@@ -18,7 +18,14 @@ ObjectName = Annotated[str, StringConstraints(pattern=_NAME)]
 """Last part of an object's name in the store: a shard, a file of a checkpoint."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A digest."""
-LongestName = 1024
+LONGEST_NAME = 1024
+
+_RUN_NAME = TypeAdapter[str](RunName)
+
+
+def run_name(text: object) -> RunName:
+    """What somebody else calls a run, if it can be one's key. Raises ValueError if it can't."""
+    return _RUN_NAME.validate_python(text)
 
 
 def check_object_path(name: str) -> str:
@@ -32,4 +39,4 @@ def check_object_path(name: str) -> str:
 def is_object_path(name: str) -> bool:
     """Whether an object in a store of ours can have this name: what others put there may have any."""
     inside = not any(part in ("", ".", "..") for part in name.split("/"))
-    return inside and name.isprintable() and "\\" not in name and len(name) <= LongestName
+    return inside and name.isprintable() and "\\" not in name and len(name) <= LONGEST_NAME

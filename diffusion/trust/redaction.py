@@ -55,6 +55,12 @@ def fit_to_leave(text: str) -> str:
     return printable(redacted(text))
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What an error says first, fit to leave; its kind where it says nothing."""
+    lines = fit_to_leave(str(error)).strip().splitlines()  # first: of a secret that is cut, half would stay
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 def redact_logs() -> None:
     """Have all log records of this process, with their tracebacks, made fit to leave. Calling it again changes nothing."""
     make = logging.getLogRecordFactory()

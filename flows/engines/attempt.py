@@ -98,7 +98,7 @@ class Attempt:
         self, folder: Path, placement: Placement, store: Store, marker: str, place: Place, stop: StopRequest
     ) -> None:
         self.folder, self.store, self.place = folder, store, place
-        self.run_name: str = json.loads((folder / SPEC).read_text())["run"]
+        self.run_name: str = json.loads((folder / SPEC).read_text(encoding="utf-8"))["run"]
         self.reports: list[dict[str, Any]] = []
         self.failure: Exception | None = None
         self.listens = False
@@ -114,7 +114,7 @@ class Attempt:
         ray.get(self.mailbox.prepare.remote(secrets))
         told = {
             "module": placement.module,
-            "spec": (folder / SPEC).read_text(),
+            "spec": (folder / SPEC).read_text(encoding="utf-8"),
             "mailbox": self.mailbox,
             "marker": marker,
             "committed": committed_step(folder),

@@ -34,8 +34,9 @@ from diffusion.store import layout
 from diffusion.store.objects import open_store
 from diffusion.training.journal import committed_step
 from diffusion.trust.private import put
-from diffusion.trust.redaction import redact_logs
+from diffusion.trust.redaction import first_line, redact_logs
 from flows.engines.attempt import POLL_SECONDS, Attempt, capacity, growth, reserve
+from flows.engines.cores import thread_variables
 from flows.engines.placement import PLACEMENT, Placement
 
 PACKAGES = [str(Path(package.__path__[0]).resolve()) for package in (diffusion, flows)]
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 def connected(threads: int | None = None) -> Iterator[None]:
     """A connection to the cluster. Raises ClusterError with what to do."""
     address = os.environ.get("RAY_ADDRESS", "auto")
-    variables = {"OMP_NUM_THREADS": str(threads or 1), "PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    variables = thread_variables(threads or 1) | {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     try:
         if ":" in address:  # Ray itself would try for minutes
             host, _, port = address.rpartition(":")
@@ -63,11 +64,10 @@ def connected(threads: int | None = None) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     except Exception as error:  # of many kinds
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ClusterError(
-            f"The Ray cluster at {address} can't be used: {reason}. Start one (ray start --head) with this machine as one of its "
-            f"hosts, Ray {ray.__version__} and Python {sys.version_info.major}.{sys.version_info.minor} on all of them, name it in "
-            "RAY_ADDRESS as host:6379, and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as it has them."
+            f"The Ray cluster at {address} can't be used: {first_line(error)}. Start one (ray start --head) with this machine "
+            f"as one of its hosts, Ray {ray.__version__} and Python {sys.version_info.major}.{sys.version_info.minor} on all of "
+            "them, name it in RAY_ADDRESS as host:6379, and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as it has them."
         ) from error
     try:
         yield
@@ -78,7 +78,7 @@ def connected(threads: int | None = None) -> Iterator[None]:
 def run(folder: Path, stop: StopRequest) -> bool:
     """Run the folder's job; returns whether it came to its end, and was not asked to stop. Raises what it failed with."""
     placement = Placement.model_validate_json((folder / PLACEMENT).read_bytes())
-    spec = json.loads((folder / SPEC).read_text())
+    spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     store, marker = open_store(spec["store"]), layout.marker(spec["run"], uuid.uuid4().hex)
     store.write(marker, b"")
     try:

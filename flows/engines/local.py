@@ -8,10 +8,11 @@ from pathlib import Path
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe
 from diffusion.tracking.system import Machine
+from flows.engines.cores import usable_cores
 from flows.engines.engine import Job
 from flows.engines.gpus import gpus
 from flows.engines.placement import Workers, parse_range, sharing
-from flows.launcher import Listener, run_job, usable_cores
+from flows.launcher import Listener, run_job
 
 PROCESSES_A_CORE = 4
 """More than one are slower than one; so many more are a slip of the keyboard."""

@@ -15,9 +15,10 @@ from diffusion.errors import ClusterError
 from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
 from diffusion.tracking.system import Hosts
+from flows.engines.cores import usable_cores
 from flows.engines.engine import Job
 from flows.engines.placement import PLACEMENT, Capacity, Placement, Workers, parse_range, sharing
-from flows.launcher import Listener, rank_environment, run_ranks, usable_cores
+from flows.launcher import Listener, rank_environment, run_ranks
 
 DRIVER = "flows.engines.driver"
 CAPACITY_SECONDS = 90.0
@@ -56,7 +57,7 @@ class RayCluster:
 def run_on_cluster(placement: Placement, spec: JobSpec, folder: Path, listener: Listener) -> None:
     """Run a job there. Raises the error that it left if it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLACEMENT).write_text(placement.model_dump_json())
+    (folder / PLACEMENT).write_text(placement.model_dump_json(), encoding="utf-8")
     run_ranks(DRIVER, spec, folder, [driver_environment()], listener)
 
 

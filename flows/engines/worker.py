@@ -241,7 +241,7 @@ def _messenger(mailbox: Any, rank: int, folder: Path) -> Iterator[Callable[[], C
     def news() -> dict[str, Any]:
         found: dict[str, Any] = {"listens": listening.is_set()}
         with contextlib.suppress(FileNotFoundError):
-            found["progress"] = json.loads((folder / ProgressFile.NAME).read_text())
+            found["progress"] = json.loads((folder / ProgressFile.NAME).read_text(encoding="utf-8"))
         if rank == 0:
             found["committed"] = committed_step(folder)
         return found
@@ -253,7 +253,7 @@ def _messenger(mailbox: Any, rank: int, folder: Path) -> Iterator[Callable[[], C
             message = {key: value for key, value in news().items() if sent.get(key) != value}
             timing = {}
             if "committed" in message and (folder / TIMING).exists():
-                timing["timing"] = (folder / TIMING).read_text()
+                timing["timing"] = (folder / TIMING).read_text(encoding="utf-8")
             try:
                 if ray.get(mailbox.tell.remote({"rank": rank, **message, **timing}), timeout=PATIENCE_SECONDS):
                     asked.set()

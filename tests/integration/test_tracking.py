@@ -642,6 +642,7 @@ def test_a_silent_server_is_said_before_its_user_gives_up(monkeypatch: pytest.Mo
     [
         ("sqlite:///relative.db", "absolute"),
         ("sqlite:////dev/null/mlflow.db", "can't be used"),
+        ("sqlite:////tmp/what?/mlflow.db", "has a [?]"),
         ("file:///somewhere", "neither"),
         ("http://user:secret@127.0.0.1:9", "user or password in its address"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from diffusion.data.sources.eurosat import read_archive
 from diffusion.errors import DataError
 from diffusion.jobs.reports import RankOutput
-from diffusion.trust.redaction import fit_to_leave, redact_logs, redacted, shown
+from diffusion.trust.redaction import first_line, fit_to_leave, redact_logs, redacted, shown
 
 MARKER = "s3cr3t-of-the-tests"
 ADDRESSES = {
@@ -160,3 +160,12 @@ def test_a_name_in_an_archive_writes_no_line_of_its_own(archive: Path, tmp_path:
     text = str(error.value)
     assert "\n" not in text
     assert text.isprintable()
+
+
+def test_of_a_secret_at_the_cut_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MARKER)
+    for before in range(280, 301):
+        said = first_line(ValueError(f"{'x' * before}{MARKER}\nmore"))
+        assert MARKER[:3] not in said
+        assert len(said) <= 300
+    assert first_line(KeyError()) == "KeyError"

@@ -86,3 +86,17 @@ def test_what_the_page_names_is_there() -> None:
     named = re.findall(r"`((?:diffusion|flows|infra|mlflow|tests)/[\w/.]*)`", PAGE)
     assert len(named) > 30
     assert [name for name in named if not (PROJECT / name).exists()] == []
+
+
+def test_text_is_utf_8_whatever_the_locale_says() -> None:
+    """Recipes, cards and paths have letters that others' locales write otherwise, and another host may read them."""
+    unsaid = []
+    for module in (
+        path for room in ("diffusion", "flows", "infra", "mlflow") for path in (PROJECT / room).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                said = any(keyword.arg == "encoding" for keyword in node.keywords)
+                if node.func.attr in ("read_text", "write_text") and not said:
+                    unsaid.append(f"{module.relative_to(PROJECT)}:{node.lineno}")
+    assert not unsaid

@@ -149,7 +149,7 @@ def _copy_s3(address: str, copy: Path, report: Progress) -> None:
 
 def _copy_web(address: str, copy: Path, report: Progress) -> None:
     tag, part = copy.with_suffix(".etag"), copy.with_suffix(".part")
-    same, etag = tag.read_text() if copy.exists() and tag.exists() else None, ""
+    same, etag = tag.read_text(encoding="utf-8") if copy.exists() and tag.exists() else None, ""
 
     def fetch(here: int) -> bool:
         nonlocal etag
@@ -187,7 +187,7 @@ def _is_rest(response: requests.Response, etag: str, here: int) -> bool:
 
 def _is_copied(copy: Path, etag: str) -> bool:
     tag = copy.with_suffix(".etag")
-    return copy.exists() and tag.exists() and tag.read_text() == etag
+    return copy.exists() and tag.exists() and tag.read_text(encoding="utf-8") == etag
 
 
 def _keep(part: Path, copy: Path, etag: str) -> None:
@@ -195,7 +195,7 @@ def _keep(part: Path, copy: Path, etag: str) -> None:
     copy.with_suffix(".etag").unlink(missing_ok=True)
     part.replace(copy)
     if etag:
-        copy.with_suffix(".etag").write_text(etag)
+        copy.with_suffix(".etag").write_text(etag, encoding="utf-8")
 
 
 def _limit(address: str) -> Limit:

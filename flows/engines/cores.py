@@ -1,0 +1,42 @@
+"""How many cores this process may compute on, and how its children learn with how many threads they do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: those that it is bound to, and no more than its container or unit has the time of."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(bound, granted_cores(CGROUPS, OWN_CGROUP) or bound)
+
+
+def granted_cores(cgroups: Path, own: Path) -> int | None:
+    """The whole cores that control groups (version 2) grant this process the time of, one at least; None: no limit is known.
+
+    Args:
+        cgroups: where their file system is.
+        own: the file that names this process's group.
+    """
+    try:
+        named = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = [Path(line.removeprefix("0::/")) for line in named if line.startswith("0::/")]
+    limits = []
+    for group in {parent for path in paths for parent in (path, *path.parents)}:
+        try:
+            quota, period = (cgroups / group / "cpu.max").read_text(encoding="utf-8").split()
+        except (OSError, ValueError):  # the root has none
+            continue
+        if quota != "max":
+            limits.append(max(1, int(quota) // int(period)))
+    return min(limits, default=None)
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """What says to a process, before it imports torch, with how many threads it computes: torch asks MKL's first."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

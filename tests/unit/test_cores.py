@@ -1,0 +1,53 @@
+"""Cores: what a container or a unit is granted counts, whatever the machine has; threads are what the launcher says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.engines.cores import granted_cores, usable_cores
+from flows.launcher import rank_environment
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "cores"),
+    [
+        ("/", {"": "200000 100000"}, 2),  # in a container
+        ("/system.slice/td.service", {"system.slice/td.service": "350000 100000"}, 3),
+        ("/a/b", {"a": "400000 100000", "a/b": "max 100000"}, 4),
+        ("/a/b", {"a": "400000 100000", "a/b": "50000 100000"}, 1),
+        ("/a/b", {"a/b": "max 100000"}, None),
+        ("/a", {}, None),
+        ("/a", {"a": "unlimited"}, None),
+    ],
+)
+def test_the_tightest_of_a_group_s_limits_counts(
+    tmp_path: Path, group: str, limits: dict[str, str], cores: int | None
+) -> None:
+    own = tmp_path / "self"
+    own.write_text(f"0::{group}\n")
+    for name, limit in limits.items():
+        (tmp_path / "cgroups" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroups" / name / "cpu.max").write_text(f"{limit}\n")
+    assert granted_cores(tmp_path / "cgroups", own) == cores
+
+
+def test_of_other_control_groups_no_limit_is_known(tmp_path: Path) -> None:
+    assert granted_cores(tmp_path, tmp_path / "none") is None
+    (tmp_path / "self").write_text("12:cpu,cpuacct:/docker/abc\n")
+    assert granted_cores(tmp_path, tmp_path / "self") is None
+    assert usable_cores() >= 1
+
+
+def test_a_rank_computes_with_the_threads_that_it_was_told_whatever_the_shell_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other threads are other sums: MKL's variable, as HPC and conda shells set it, would win."""
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_DYNAMIC"):
+        monkeypatch.setenv(name, "2")
+    code = "import torch; print(torch.get_num_threads())"
+    env = rank_environment(0, 1, 1)
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "1"
