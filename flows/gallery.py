@@ -87,7 +87,7 @@ def gallery(title: str, run: Run, state: CheckpointState, scores: Scores, decisi
     recipe = run.recipe
     pixels = f"{recipe.data.image_size} x {recipe.data.image_size} pixels"
     digests = {
-        "code": run.lineage.commit,
+        "code": run.tracked.commit,
         "dataset": run.dataset.digest,
         "recipe": recipe.digest,
         "checkpoint": state.digest,

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion.data.sources.find import EUROSAT
 from diffusion.data.sources.source import SourceOptions, parse_options
+from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.tracking.gates import DEFAULT_MARGINS, Margins
@@ -20,8 +21,18 @@ StartFrom = Literal["scratch", "champion"]
 
 
 def usual_preset() -> str:
-    """Where none is asked for: the recipe for GPUs where there is one, else the one that a CPU trains in minutes."""
-    return "eurosat" if engine().gpus() else "demo"
+    """Where none is asked for: the recipe for GPUs where there is one, else the one that a CPU trains in minutes.
+
+    Raises RecipeError for a GPU that can't be used: night after night another model would be trained, and nobody would know.
+    """
+    if engine().gpus():
+        return "eurosat"
+    if why := engine().broken_gpu():
+        raise RecipeError(
+            f"This machine has a GPU that CUDA can't use ({why}). Mend it (nvidia-smi and dmesg may say what it lacks), or say what "
+            "is trained without it: preset=demo, here or under `parameters:` in prefect.yaml."
+        )
+    return "demo"
 
 
 class TrainingRequest(BaseModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from diffusion.tracking.run import Lineage, TrackedRun, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.trust.redaction import fit_to_leave
+from flows.code import git_commit, this_code
 from flows.endings import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending
 from flows.engines.engine import Job
 from flows.engines.known import engine
@@ -35,8 +35,6 @@ from flows.owner import FLOW_FOLDER, signs_of_life, this_process
 from flows.progress import Phase, attended, say
 from flows.request import TrainingRequest
 from flows.stopwatch import stopwatch
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,12 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
         close_tasks_of_ended_runs()
     except Exception as error:  # what a page shows of other runs is no reason to end this one
         say(f"Tasks of ended runs may still say that they run: {type(error).__name__}: {error}")
-    commit = git_commit()
+    commit, why = this_code()
+    if why:
+        say(
+            f"The commit of this code is not known ({why}): models won't lead back to it, no new run goes on with this one, and no "
+            "night is skipped. TRAIN_DIFFUSION_COMMIT names it."
+        )
     # The flow run's name is made anew by a retry; its id is not.
     key, lock = f"{recipe.name}-seed{recipe.seed}-{flow_run_id}", None
     unfinished = when_it_answers(partial(unfinished_run, client, experiment_id, recipe, dataset, commit))
@@ -158,6 +161,13 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
     close(tracked, folder, Ending(status="FINISHED"))
 
 
+def note_code(run: Run) -> None:
+    """To be called before each job of a run: by now other code may lie here than it was begun by, and the job runs that."""
+    commit, before = git_commit(), run.tracked.commit
+    if when_it_answers(partial(run.tracked.goes_on_by, commit)):
+        say(f"The code here was {before}, and is {commit} now: the run goes on by it, and its version will name both.")
+
+
 def _take_name(name: str) -> None:
     """Have the flow run called like the run that it goes on with."""
     if name != str(runtime.flow_run.name):
@@ -177,18 +187,3 @@ def close(tracked: TrackedRun, folder: Path, ending: Ending) -> None:
         say(
             f"MLflow could not be told that its run {tracked.run_id} is {ending.status} ({reason}): the next start tells it."
         )
-
-
-def git_commit() -> str:
-    """The commit of the code, with `-dirty` if files differ from it; TRAIN_DIFFUSION_COMMIT where there is no repository."""
-    given = settings().commit
-    if given:
-        return given
-    git = ["git", "-C", str(PROJECT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        dirty = subprocess.run(status, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}-dirty" if dirty else commit

@@ -64,8 +64,8 @@ class TrackedRun:
         self.client, self.run_id, self.experiment_id, self.started = client, run_id, experiment_id, started
         self.name = name
         """As it was begun: a flow run that goes on with it takes it too."""
-        self.earlier_commits = ""
-        """Of the code that it ran on before, with commas between; empty where that was today's."""
+        self.commit, self.earlier_commits = "", ""
+        """Of the code that it runs on; and of that which it ran on before, with commas between, empty where that was the same."""
 
     @classmethod
     def open(
@@ -95,7 +95,8 @@ class TrackedRun:
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{lineage.key}'", max_results=1)
         if found:
             run = found[0]
-            if earlier := _earlier_commits(run, lineage.commit):
+            known = run.data.tags
+            if earlier := _joined([known.get(EARLIER_COMMITS, ""), known.get("git.commit", "")], lineage.commit):
                 tags[EARLIER_COMMITS] = earlier
             client.update_run(run.info.run_id, "RUNNING")
             if "failure" in run.data.tags:
@@ -105,7 +106,7 @@ class TrackedRun:
             start = {START_TAG: recipe.start.model_dump_json()} if recipe.start else {}
             run = client.create_run(experiment_id, run_name=lineage.name, tags={**tags, RUN_KEY: lineage.key, **start})
         self = cls(client, run.info.run_id, experiment_id, run.info.start_time, run.info.run_name or lineage.name)
-        self.earlier_commits = tags.get(EARLIER_COMMITS, "")
+        self.commit, self.earlier_commits = lineage.commit, tags.get(EARLIER_COMMITS, "")
         client.log_batch(
             self.run_id,
             params=[Param(key, value) for key, value in flatten(recipe).items()],
@@ -114,6 +115,18 @@ class TrackedRun:
         self.log_text(recipe.model_dump_json(indent=1) + "\n", "recipe.json")
         self._log_dataset(dataset, store_uri)
         return self
+
+    def goes_on_by(self, commit: str) -> bool:
+        """Have it, and what is made of it from now on, say what code it goes on by. Returns whether that is another one."""
+        from mlflow.entities import RunTag
+
+        if commit == self.commit:
+            return False
+        earlier = _joined([self.earlier_commits, self.commit], commit)
+        tags = {"mlflow.source.git.commit": commit, "git.commit": commit, EARLIER_COMMITS: earlier}
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.commit, self.earlier_commits = commit, earlier
+        return True
 
     def _log_dataset(self, dataset: Manifest, store_uri: str) -> None:
         import numpy as np
@@ -269,10 +282,9 @@ def finished_run(
     return run_key(newest) if newest else None
 
 
-def _earlier_commits(run: MlflowRun, commit: str) -> str:
-    tags = run.data.tags
-    known = [*tags.get(EARLIER_COMMITS, "").split(","), tags.get("git.commit", "")]
-    return ",".join(dict.fromkeys(one for one in known if one not in ("", commit)))
+def _joined(before: list[str], commit: str) -> str:
+    """The commits that came before one, in their order, each once, with commas between."""
+    return ",".join(dict.fromkeys(one for one in ",".join(before).split(",") if one not in ("", commit)))
 
 
 def run_key(run: MlflowRun) -> str | None:

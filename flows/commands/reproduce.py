@@ -34,11 +34,12 @@ from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.version_tags import EARLIER_COMMITS, tags_of
 from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
 from diffusion.trust.reading import parse_json, read_file
+from flows.code import git_commit
 from flows.commands.command import run_command
 from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
 from flows.request import checkpoint_every
-from flows.run import git_commit, job_fields
+from flows.run import job_fields
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

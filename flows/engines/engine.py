@@ -30,6 +30,10 @@ class Engine(Protocol):
         """How many GPUs it has. Raises ClusterError if it can't be asked."""
         ...
 
+    def broken_gpu(self) -> str:
+        """Why it has no GPU although there is one, as far as it can tell; else empty."""
+        ...
+
     def workers(self, recipe: Recipe, asked: int | str | None) -> Workers:
         """What a recipe's jobs may run on, of the processes that were asked for: a number, a range (`2-8`), or None.
 

@@ -10,7 +10,7 @@ from diffusion.recipe import Recipe
 from diffusion.tracking.system import Machine
 from flows.engines.cores import usable_cores
 from flows.engines.engine import Job
-from flows.engines.gpus import gpus
+from flows.engines.gpus import broken_gpu, gpus
 from flows.engines.placement import Workers, parse_range, sharing
 from flows.launcher import Listener, run_job
 
@@ -23,6 +23,9 @@ class Local:
 
     def gpus(self) -> int:
         return gpus()
+
+    def broken_gpu(self) -> str:
+        return broken_gpu()
 
     def workers(self, recipe: Recipe, asked: int | str | None) -> Workers:
         return Workers(counts=(usable_processes(recipe, asked),), cores=usable_cores())

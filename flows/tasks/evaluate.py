@@ -19,7 +19,7 @@ from diffusion.training.state import CheckpointState
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.progress import show
-from flows.run import Run, run_phase
+from flows.run import Run, note_code, run_phase
 from flows.tasks.retrying import RETRIED
 
 GRID_PIXELS = 700  # in Prefect, which keeps pictures in its database
@@ -36,6 +36,7 @@ def evaluate(run: Run, state: CheckpointState, workers: Workers) -> Scores:
     step, samples = state.step, run.recipe.evaluation.samples
     scores = _found(run, state)
     if scores is None:
+        note_code(run)
         spec = EvaluationJob(**run.job_fields(), step=step, inception=run.settings.inception)
         folder = run.folder / f"evaluation-{step:09d}"
         title = f"Evaluating step {step:,} ({samples:,} samples)"

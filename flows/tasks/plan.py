@@ -19,9 +19,9 @@ from diffusion.tracking.registry import model_name
 from diffusion.tracking.run import finished_run, recorded_start
 from diffusion.tracking.version_tags import start_at
 from diffusion.training.state import load_state
+from flows.code import git_commit
 from flows.progress import say
 from flows.request import TrainingRequest
-from flows.run import git_commit
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:

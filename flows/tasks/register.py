@@ -27,7 +27,7 @@ from flows.tasks.retrying import RETRIED
 def register(run: Run, state: CheckpointState, scores: Scores, workers: Workers) -> tuple[str, str]:
     """Make a model version of the checkpoint, with its lineage, and return the model's name and the version's number."""
     tags = {
-        "git.commit": run.lineage.commit,
+        "git.commit": run.tracked.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,
     }
     if run.tracked.earlier_commits:

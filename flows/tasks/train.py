@@ -12,7 +12,7 @@ from diffusion.training.state import CheckpointState, checkpoint_file, is_whole,
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.request import checkpoint_every
-from flows.run import Run, run_phase
+from flows.run import Run, note_code, run_phase
 from flows.tasks.retrying import RETRIED
 
 
@@ -25,6 +25,7 @@ from flows.tasks.retrying import RETRIED
 def train(run: Run, until: int, workers: Workers) -> CheckpointState:
     """Train to step `until`, from the run's newest checkpoint."""
     if not is_whole(run.store, run.key, until):
+        note_code(run)
         spec = TrainingJob(
             **run.job_fields(), recipe=run.recipe, until=until, checkpoint_every=checkpoint_every(run.recipe)
         )

@@ -191,6 +191,12 @@ def test_a_retry_finds_the_run_of_its_flow_run(
     assert again.earlier_commits == ""
     mended = [open_run(run.client, ingested, request.node.name, commit) for commit in ("d" * 40, "e" * 40, "e" * 40)]
     assert [one.earlier_commits for one in mended] == ["c" * 40, f"{'c' * 40},{'d' * 40}", f"{'c' * 40},{'d' * 40}"]
+    # And of code that is changed while it runs.
+    assert not mended[-1].goes_on_by("e" * 40)
+    assert mended[-1].goes_on_by("f" * 40)
+    tags = run.client.get_run(run.run_id).data.tags
+    assert tags["git.commit"] == tags["mlflow.source.git.commit"] == mended[-1].commit == "f" * 40
+    assert tags["git.commit.earlier"] == mended[-1].earlier_commits == ",".join(letter * 40 for letter in "cde")
 
 
 def test_points_arrive_once_however_often_they_are_sent(run: TrackedRun, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.errors import RecipeError
 from diffusion.jobs.rank import DEVICE, make_accelerator
 from diffusion.training import trainer
 from flows.engines import gpus as module
 from flows.engines.gpus import gpus
+from flows.request import usual_preset
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch can use GPUs here")
 
@@ -19,10 +21,11 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch ca
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A driver shows a device."""
     (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(module, "NVIDIA", str(tmp_path / "nvidia*"))
     monkeypatch.setattr(module, "DEVICES", (str(tmp_path / "nvidia*"),))
-    gpus.cache_clear()
+    module._asked.cache_clear()
     yield
-    gpus.cache_clear()
+    module._asked.cache_clear()
 
 
 def test_a_gpu_that_cuda_can_t_use_is_none_and_that_is_said(
@@ -31,7 +34,8 @@ def test_a_gpu_that_cuda_can_t_use_is_none_and_that_is_said(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with caplog.at_level(logging.WARNING):
         assert gpus() == 0
-    assert "has a GPU, and CUDA can't use it (AssertionError: Torch not compiled with CUDA" in caplog.text
+    assert "has a GPU, and CUDA can't use it (this torch is built without CUDA)" in caplog.text
+    assert usual_preset() == "demo", "a choice of who installed it"
 
 
 def test_one_that_the_user_has_hidden_is_passed_over(
@@ -56,6 +60,18 @@ def test_a_driver_that_does_not_answer_is_not_waited_for(
     monkeypatch.setattr(module, "COUNT", "import time; time.sleep(600)")
     assert gpus() == 0
     assert "no answer within 0 s" in caplog.text
+
+
+def test_where_a_driver_is_broken_no_other_model_is_trained_in_its_place(
+    driver: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(module, "COUNT", "raise SystemExit('CUDA unknown error')")
+    with pytest.raises(RecipeError, match=r"GPU that CUDA can't use .CUDA unknown error.*preset=demo"):
+        usual_preset()
+    module._asked.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert usual_preset() == "demo"
 
 
 def test_what_the_compiler_lacks_is_said_before_it_fails(
