@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,15 +85,15 @@ def close_abandoned(client: MlflowClient, experiment_id: str, own_flow_run: str,
 
 
 def _is_gone(client: MlflowClient, run: MlflowRun, owner: Owner, folder: Path) -> bool:
-    """Whether a process of another machine has ended: its folder shows it where this machine sees that, else its silence does.
+    """Whether a process that is not seen from here has ended: its folder shows it where this machine sees that, else its silence does.
 
     Prefect hears nothing of a machine that is lost, and calls its run crashed. It might have been cut off from Prefect alone, or go on
     without its slot: so this counts only where MLflow, too, has heard nothing of the run for an hour.
     """
-    if owner.host == socket.gethostname():
+    if owner.is_seen:
         return False
     if sees_the_folder_of(owner, folder):
-        return has_left(folder)
+        return has_left(owner, folder)
     silent = time.time() - _last_heard_of(client, run)
     return silent > LOST_SECONDS and _has_crashed(run.data.tags.get("prefect.flow_run_id", ""))
 

@@ -33,6 +33,22 @@ def boot_id() -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else f"{psutil.boot_time():.0f}"
 
 
+def machine_id() -> str:
+    """What tells this installation of a system from others, which may have its host's name; empty where it has none."""
+    try:
+        return Path("/etc/machine-id").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def pid_space() -> str:
+    """What tells the numbers of this container's processes from others of its machine; empty where there are none such."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 class Owner(BaseModel):
     """A process, so that it is told from all others."""
 
@@ -43,11 +59,31 @@ class Owner(BaseModel):
     pid: int = Field(gt=0, lt=2**31)
     started: float
     """Seconds after the machine's start."""
+    machine: str | None = None
+    space: str | None = None
+    """As `machine_id` and `pid_space`; earlier versions did not say."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.host == socket.gethostname() and self.machine in (None, machine_id())
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether its number says something here: it may be of another container of this machine."""
+        return self.is_here and (self.boot != boot_id() or self.space in (None, pid_space()))
 
 
 def this_process() -> str:
     """This process, as text."""
-    known = Owner(host=socket.gethostname(), boot=boot_id(), pid=os.getpid(), started=started(os.getpid()))
+    known = Owner(
+        host=socket.gethostname(),
+        boot=boot_id(),
+        pid=os.getpid(),
+        started=started(os.getpid()),
+        machine=machine_id(),
+        space=pid_space(),
+    )
     return json.dumps(known.model_dump(), sort_keys=True)
 
 
@@ -60,8 +96,8 @@ def read_owner(text: str | None) -> Owner | None:
 
 
 def is_dead(owner: Owner) -> bool:
-    """Whether a process is known to have ended: one of another machine never is."""
-    if owner.host != socket.gethostname():
+    """Whether a process is known to have ended: one of another machine, or of another container, never is."""
+    if not owner.is_seen:
         return False
     if owner.boot != boot_id():
         return True
@@ -69,7 +105,18 @@ def is_dead(owner: Owner) -> bool:
         ended = psutil.Process(owner.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         return ended or not is_same(owner.pid, owner.started)
     except psutil.NoSuchProcess:
+        return not _is_hidden(owner.pid)
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is a process of another user's which this one may not look at (`hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
         return True
+    except OSError:
+        return False
+    return False
 
 
 def sees_the_folder_of(owner: Owner, folder: Path) -> bool:
@@ -84,11 +131,11 @@ def sees_the_folder_of(owner: Owner, folder: Path) -> bool:
         return False
 
 
-def has_left(folder: Path) -> bool:
+def has_left(owner: Owner, folder: Path) -> bool:
     """Whether the process that ran a run is known to have left its folder, which this machine sees as well.
 
     Nobody holds the folder's lock then, and for some minutes nothing was written there. The lock alone would not do: some file systems
-    keep locks to one machine.
+    keep locks to one machine. Of another container of this machine it does.
     """
     lock, now = folder / FLOW_FOLDER / LOCK, folder / FLOW_FOLDER / f"now-{os.getpid()}"
     if not lock.exists():
@@ -98,7 +145,7 @@ def has_left(folder: Path) -> bool:
         now.touch()
         asked = now.stat().st_mtime  # by the clock of whatever keeps the files
         now.unlink()
-        if asked - newest < SILENT_SECONDS:
+        if asked - newest < SILENT_SECONDS and not (owner.is_here and owner.boot == boot_id()):
             return False
         with lock.open("r+b") as file:  # NFS locks only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

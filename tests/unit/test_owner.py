@@ -75,6 +75,47 @@ def test_another_process_under_the_same_number_is_not_the_owner() -> None:
     assert is_dead(changed(started=json.loads(this_process())["started"] - 3600))
 
 
+@pytest.mark.parametrize("other", [{"machine": "of a clone with this host's name"}, {"space": "pid:[1]"}])
+def test_what_only_has_this_host_s_name_is_never_known_to_be_dead(other: dict[str, str]) -> None:
+    """Clones of a machine, and containers with its name: the number of one's process is another's, or nobody's, here."""
+    assert not is_dead(changed(**other, started=0))
+    assert is_dead(changed(space="pid:[1]", boot="another boot")), "whatever container it was in"
+
+
+def test_as_earlier_versions_wrote_it_an_owner_is_still_known() -> None:
+    known = {key: value for key, value in json.loads(this_process()).items() if key not in ("machine", "space")}
+    owner = read_owner(json.dumps(known))
+    assert owner is not None
+    assert not is_dead(owner)
+    assert is_dead(owner.model_copy(update={"started": 0.0}))
+
+
+def test_of_another_container_of_this_machine_the_lock_tells(tmp_path: Path) -> None:
+    """A worker's container is started again: it has to go on at once, not in four minutes."""
+    other = changed(space="pid:[1]")
+    lock = lock_folder(tmp_path / FLOW_FOLDER)
+    assert not has_left(other, tmp_path)
+    lock.close()
+    assert has_left(other, tmp_path)
+    assert not has_left(changed(space="pid:[1]", machine="another"), tmp_path), "written to just now"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run something as another user")
+def test_a_process_that_may_not_be_looked_at_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc mounted with hidepid, and an owner of another user."""
+    owner = changed(pid=1)
+    monkeypatch.setattr(psutil.Process, "__init__", lambda self, pid: (_ for _ in ()).throw(psutil.NoSuchProcess(pid)))
+    assert is_dead(changed(pid=2**30)), "nobody has that number"
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        os.write(write, b"dead" if is_dead(owner) else b"alive")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 10) == b"alive"
+
+
 def test_nothing_outlives_a_reboot() -> None:
     assert is_dead(changed(boot="another boot"))
 
@@ -99,14 +140,14 @@ def test_a_run_that_writes_nothing_for_long_is_seen_to_live_by_other_machines(
     lock = tmp_path / FLOW_FOLDER / LOCK
     os.utime(lock, (time.time() - 600,) * 2)
     elsewhere = changed(host="another")
-    assert has_left(tmp_path)
+    assert has_left(elsewhere, tmp_path)
     assert sees_the_folder_of(elsewhere, tmp_path), "as an earlier version left it"
     with signs_of_life(tmp_path):
         deadline = time.monotonic() + PATIENCE
         while time.time() - lock.stat().st_mtime > 300:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    assert not has_left(tmp_path)
+    assert not has_left(elsewhere, tmp_path)
     assert {path.name for path in lock.parent.iterdir()} == {LOCK, OWNER}, "nothing of the question is left"
     assert sees_the_folder_of(changed(), tmp_path)
     assert not sees_the_folder_of(elsewhere, tmp_path), "what this machine left here says nothing of another's process"
