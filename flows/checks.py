@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
-from diffusion.errors import ClusterError, StoreError
+from diffusion.errors import StoreError
 from diffusion.features.identity import required_inception
+from diffusion.features.inception import read_inception
 from diffusion.recipe import Recipe
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore, check_writable, open_store
-from diffusion.tracking.connection import Unreachable
 from diffusion.tracking.experiment import open_tracking
 from flows.engines.known import engine
 from flows.engines.placement import Workers
-from flows.progress import say
 from flows.request import TrainingRequest
-from flows.tasks.retrying import DELAYS
+from flows.tasks.retrying import DELAYS, patiently
 
 LEAST_FREE = 1_000_000_000
 """Bytes."""
@@ -39,24 +37,20 @@ def check_before_compute(request: TrainingRequest, patient: bool = False) -> tup
     Args:
         patient: whether servers that are away for some minutes are waited for: where nobody is, who would start the run again.
     """
-    for delay in [*(DELAYS if patient else ()), None]:
-        try:
-            checked = check_request(request)
-            open_tracking(settings())
-            return checked
-        except (StoreError, Unreachable, ClusterError) as error:
-            if delay is None:
-                raise
-            say(f"{error} Looking again in {delay:.0f} s.")
-            time.sleep(delay)
-    raise AssertionError("the last try returns or raises")
+
+    def check() -> tuple[Recipe, Workers]:
+        checked = check_request(request)
+        open_tracking(settings())
+        return checked
+
+    return patiently(check, DELAYS if patient else ())
 
 
 def check_request(request: TrainingRequest) -> tuple[Recipe, Workers]:
     """The recipe of a request, and what its jobs may run on.
 
     Raises RecipeError if there is no such recipe, it can't be trained here, or an extractor is not set up; StoreError if
-    the store can't be written, or a disk here is all but full.
+    the store can't be written, a network can't be fetched, or a disk here is all but full.
     """
     environment, recipe = settings(), request.recipe()
     workers = engine().workers(recipe, request.processes)
@@ -65,6 +59,6 @@ def check_request(request: TrainingRequest) -> tuple[Recipe, Workers]:
     for folder in [environment.home, *([store.folder] if isinstance(store, FolderStore) else [])]:
         check_free(folder)
     if "inception" in recipe.evaluation.extractors:
-        required_inception(environment.inception)
+        read_inception(required_inception(environment.inception), environment.shard_copies)
     request.options()
     return recipe, workers

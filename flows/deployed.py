@@ -26,6 +26,8 @@ from flows.progress import say
 
 log = logging.getLogger(__name__)
 
+WORKER = "FLOW_RUN_WORKER"
+"""The variable in which a worker gives its flow runs its pid: infra/patient_worker.py."""
 ONLY_RUN = "stack/only-run"
 """In the home, what a deployed run locks."""
 WATCH_SECONDS = 1.0
@@ -80,7 +82,8 @@ def end_with_worker() -> None:
 
     Prefect is told, if it answers soon. Call it in a deployed flow run only.
     """
-    parent, flow_run = os.getppid(), str(runtime.flow_run.id)
+    # A worker of ours says who it is: it may have died while this process was starting.
+    parent, flow_run = int(os.environ.get(WORKER, os.getppid())), str(runtime.flow_run.id)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -24,7 +24,7 @@ from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.run import Lineage, TrackedRun, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
-from diffusion.trust.redaction import fit_to_leave
+from diffusion.trust.redaction import first_line, fit_to_leave
 from flows.code import git_commit, this_code
 from flows.endings import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending
 from flows.engines.engine import Job
@@ -170,9 +170,13 @@ def note_code(run: Run) -> None:
 
 def _take_name(name: str) -> None:
     """Have the flow run called like the run that it goes on with."""
-    if name != str(runtime.flow_run.name):
+    if name == str(runtime.flow_run.name):
+        return
+    try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(UUID(str(runtime.flow_run.id)), name=name)
+    except Exception as error:  # what a page calls it is no reason to end it
+        say(f"Prefect goes on calling this run {runtime.flow_run.name}, which is {name}: {first_line(error)}")
 
 
 def close(tracked: TrackedRun, folder: Path, ending: Ending) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ async def patient_loop(workload: Callable[..., Awaitable[Any]], **options: Any) 
 
 
 if __name__ == "__main__":
+    os.environ["FLOW_RUN_WORKER"] = str(os.getpid())  # flows/deployed.py watches whether it lives
     base.critical_service_loop = patient_loop  # type: ignore[assignment]
     observers.critical_service_loop = patient_loop  # type: ignore[assignment]  # by which it hears of cancellations
     app()

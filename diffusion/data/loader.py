@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class ShardImages:
-    """Decoded shards of one split, the least recently used dropped beyond `memory_bytes`. For one thread at a time.
+    """Decoded shards of one split; beyond `memory_bytes` those read longest ago are dropped. For one thread at a time.
 
     Args:
         image_size: size to which the images are averaged down.
@@ -50,19 +50,29 @@ class ShardImages:
         self._decoded: OrderedDict[int, tuple[Images, Labels]] = OrderedDict()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-window")
         self._pending: dict[int, Future[tuple[Images, Labels]]] = {}
+        self._in_use: frozenset[int] = frozenset()
 
     def shard(self, index: int) -> tuple[Images, Labels]:
         """All images and labels of one shard. Raises DataError or StoreError if its bytes are not the manifest's."""
         if index not in self._decoded:
             pending = self._pending.pop(index, None)
             self._decoded[index] = pending.result() if pending else self._decode(index)
-            while len(self._decoded) > 1 and sum(i.nbytes for i, _ in self._decoded.values()) > self.memory_bytes:
-                self._decoded.popitem(last=False)
+            self._drop({index, *self._in_use})
         self._decoded.move_to_end(index)
         return self._decoded[index]
 
-    def prepare(self, indices: list[int]) -> None:
-        """Begin to read and decode shards that will be asked for, in the background and in this order."""
+    def _drop(self, needed: set[int]) -> None:
+        for index in [index for index in self._decoded if index not in needed]:
+            if sum(images.nbytes for images, _ in self._decoded.values()) <= self.memory_bytes:
+                return
+            del self._decoded[index]
+
+    def prepare(self, indices: list[int], in_use: Iterable[int]) -> None:
+        """Begin to read and decode shards that will be asked for, in the background and in this order.
+
+        Those `in_use` are not dropped until the next call, whatever their size: each would be decoded anew for every batch.
+        """
+        self._in_use = frozenset(in_use)
         for index in indices:
             if index not in self._decoded and index not in self._pending:
                 self._pending[index] = self._pool.submit(self._decode, index)

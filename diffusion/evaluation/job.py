@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cached_property
 
 import numpy as np
@@ -66,7 +67,9 @@ class Evaluation:
         self.progress = ProgressFile(rank.folder, self.accelerator.is_main_process)
         known = [identify(name, self.store, manifest, job.inception) for name in state.recipe.evaluation.extractors]
         device = self.accelerator.device
-        self.extractors = [load_extractor(one, self.store, manifest, device, job.inception) for one in known]
+        self.extractors = [
+            load_extractor(one, self.store, manifest, device, job.inception, job.shard_copies) for one in known
+        ]
         size = state.recipe.data.image_size
         self.references = [
             load_reference(self.store, layout.reference(job.dataset, one.name, one.sha256, size))
@@ -94,6 +97,7 @@ class Evaluation:
             self.draw(denoiser, images, labels)
         accelerator.wait_for_everyone()
         if scores is not None:
+            check_finite(scores)
             self.store.write(layout.scores(job.run, job.step, job.name), seal(scores))
         accelerator.wait_for_everyone()
 
@@ -190,6 +194,18 @@ class Evaluation:
         final = self.ended and not job.name
         for name, picture in pictures(denoiser, images, labels, self.test, with_noise, final).items():
             self.store.write(layout.picture(job.run, job.step, name, job.name), png(picture))
+
+
+def check_finite(scores: Scores) -> None:
+    """Raises DataError if a figure is no finite number: it would be refused as it is read, and nobody would know why."""
+    values = [(row.figure, row.value) for row in scores.rows]
+    values += [("bits_per_dim", value) for value in (scores.bound.transitions if scores.bound else ())]
+    lost = sorted({name for name, value in values if not math.isfinite(value)})
+    if lost:
+        raise DataError(
+            f"Of step {scores.step:,} these figures came out as no finite numbers: {', '.join(lost)}. The network draws nothing that "
+            "can be scored: lower optimizer.learning_rate, or look at the loss and the gradients' norm in MLflow."
+        )
 
 
 def embed_samples(extractor: Extractor, images: Images, accelerator: Accelerator) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ def measure_reference(job: ReferenceJob, rank: Rank) -> None:
     manifest = require_dataset(store, job.dataset)
     known = identify(job.extractor, store, manifest, job.inception)
     name = layout.reference(job.dataset, known.name, known.sha256, job.image_size)
-    extractor = load_extractor(known, store, manifest, accelerator.device, job.inception)
+    extractor = load_extractor(known, store, manifest, accelerator.device, job.inception, job.shard_copies)
     progress = ProgressFile(rank.folder, accelerator.is_main_process)
     blank = extractor.embed(np.zeros((1, *manifest.images.shape(job.image_size)), manifest.images.dtype))[0]
     images_of: dict[Split, ShardImages] = {

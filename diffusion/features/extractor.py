@@ -18,20 +18,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.sources.download import download
 from diffusion.data.spec import Images
-from diffusion.errors import DataError, RecipeError
+from diffusion.errors import RecipeError
 from diffusion.features.classifier import Classifier
 from diffusion.features.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS, Known, find_own, required_inception
+from diffusion.features.inception import read_inception
 from diffusion.model.placement import place
 from diffusion.pixels import Pixels
 from diffusion.settings import InceptionSource
 from diffusion.store import layout
 from diffusion.store.objects import Store
-from diffusion.trust.reading import read_file
-
-MAX_BYTES = 512 << 20
-"""The Inception network has 95 MB."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +44,23 @@ class Extractor:
 
 
 def load_extractor(
-    known: Known, store: Store, dataset: Manifest, device: torch.device, inception: InceptionSource | None
+    known: Known,
+    store: Store,
+    dataset: Manifest,
+    device: torch.device,
+    inception: InceptionSource | None,
+    copies: Path,
 ) -> Extractor:
-    """That extractor. Raises RecipeError if it is not to be had or is not the file that it should be."""
+    """That extractor. Raises RecipeError if it is not to be had or is not the file that it should be.
+
+    Args:
+        copies: folder for local copies of what is fetched.
+    """
     if known.kind == "eurosat":
         return shipped(device)
     if known.kind == "own":
         return _own(known, store, dataset, device)
-    return load_inception(inception, device)
+    return load_inception(inception, device, copies)
 
 
 def shipped(device: torch.device) -> Extractor:
@@ -140,10 +145,10 @@ def _extractor(
     return Extractor(known.name, known.sha256, embed, classify if knows_classes else None)
 
 
-def load_inception(inception: InceptionSource | None, device: torch.device) -> Extractor:
-    """The Inception network that the user names. Raises RecipeError if none is named, or it is not that file."""
+def load_inception(inception: InceptionSource | None, device: torch.device, copies: Path) -> Extractor:
+    """The Inception network that the user names. Raises RecipeError if none is named, or as `read_inception` does."""
     source = required_inception(inception)
-    network = torch.jit.load(io.BytesIO(_verified(_content(source.location), source.sha256, source.location)), device)
+    network = torch.jit.load(io.BytesIO(read_inception(source, copies)), device)
     network.eval()
 
     @torch.inference_mode()
@@ -151,15 +156,6 @@ def load_inception(inception: InceptionSource | None, device: torch.device) -> E
         return network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), return_features=True).float()
 
     return Extractor("inception", source.sha256, embed, None)
-
-
-def _content(location: str) -> bytes:
-    try:
-        if location.startswith("https://"):
-            return download(location, MAX_BYTES)
-        return read_file(Path(location), MAX_BYTES)
-    except DataError as error:
-        raise RecipeError(f"The extractor is not to be had: {error}") from error
 
 
 def _verified(content: bytes, sha256: str, where: str) -> bytes:

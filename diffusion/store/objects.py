@@ -318,6 +318,14 @@ class StoreDamage(StoreError):
     """An object does not have the bytes that were promised."""
 
 
+class Readable(Protocol):
+    """What copies are made of."""
+
+    uri: str
+
+    def read(self, name: str) -> bytes: ...
+
+
 class LocalCopy:
     """Reads objects whose sha256 is known, keeping copies in a local folder where the store itself is remote.
 
@@ -325,7 +333,7 @@ class LocalCopy:
         limit_bytes: beyond this the copies that were read longest ago are deleted.
     """
 
-    def __init__(self, store: Store, folder: Path, limit_bytes: int = COPIES_BYTES) -> None:
+    def __init__(self, store: Readable, folder: Path, limit_bytes: int = COPIES_BYTES) -> None:
         self.store, self.folder, self.limit_bytes = store, folder, limit_bytes
 
     def read(self, name: str, sha256: str) -> bytes:

@@ -77,8 +77,8 @@ class Batches:
         micro = batch_size // recipe.data.lanes
         first = step * batch_size
         if first >= self._prepared_at:
-            self._prepared_at, _ = self.order.window(first)
-            self.images.prepare(self.order.window(self._prepared_at)[1])
+            self._prepared_at, in_use = self.order.window(first)
+            self.images.prepare(self.order.window(self._prepared_at)[1], in_use)
         # The draws of the whole batch are cheap: each process makes all of them and takes its part.
         uniforms = torch.from_numpy(stratified_uniforms(stream(recipe.seed, "noise level", step), batch_size))
         mirrored = stream(recipe.seed, "mirror", step).random(batch_size) < 0.5

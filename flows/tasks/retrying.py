@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from prefect import Task
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from diffusion.errors import RunBusy, StoreError, TrackingError, UserError
+from diffusion.errors import ClusterError, RunBusy, StoreError, TrackingError, UserError
+from diffusion.tracking.connection import Unreachable
+from flows.progress import say
+
+T = TypeVar("T")
 
 
 async def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -32,3 +38,16 @@ RETRIED: dict[str, Any] = {
     "retry_condition_fn": worth_retrying,
 }
 """Options of every task of the flow."""
+
+
+def patiently(call: Callable[[], T], delays: Sequence[float] = DELAYS) -> T:
+    """What a call outside of tasks returns, made again while a server does not answer. Raises the last such error, and all others."""
+    for delay in [*delays, None]:
+        try:
+            return call()
+        except (StoreError, Unreachable, ClusterError) as error:
+            if delay is None:
+                raise
+            say(f"{error} Looking again in {delay:.0f} s.")
+            time.sleep(delay)
+    raise AssertionError("the last try returns or raises")

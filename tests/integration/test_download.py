@@ -16,7 +16,9 @@ import pytest
 from diffusion.data.sources import download, transfer
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import Mirror
-from diffusion.errors import DataError
+from diffusion.errors import DataError, StoreError
+from diffusion.features.inception import Web
+from diffusion.store.objects import LocalCopy
 from tests.certificates import certificate, server_side
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
@@ -135,8 +137,17 @@ def test_an_extractor_s_network_comes_as_well_through_breaks_and_from_a_busy_ser
     mirror.busy.extend([(503, None), (429, "0")])  # type: ignore[attr-defined]
     assert download.download(mirror("/busy").url, len(CONTENT)) == CONTENT
     mirror.busy.extend([(503, "0")] * transfer.BUSY_TIMES)  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match="HTTP 503, busy"):
+    with pytest.raises(StoreError, match="HTTP 503, busy"):
         download.download(mirror("/busy").url, len(CONTENT))
+
+
+def test_it_is_fetched_once(tmp_path: Path, serve: Serve) -> None:
+    """Every evaluation of a night asks for it: the network may be away then."""
+    mirror, requests = serve
+    for _ in range(2):
+        url, sha256 = mirror("/pieces").url, hashlib.sha256(CONTENT).hexdigest()
+        assert LocalCopy(Web(), tmp_path).read(url, sha256) == CONTENT
+    assert len(requests) == 6, "1 MB each time"
 
 
 def test_the_rest_of_another_file_is_noticed_in_the_same_start(tmp_path: Path, serve: Serve) -> None:

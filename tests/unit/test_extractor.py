@@ -83,21 +83,21 @@ def inception_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_inception_is_a_torchscript_file_of_a_known_digest(inception_file: Path, random_images) -> None:  # type: ignore[no-untyped-def]
+def test_inception_is_a_torchscript_file_of_a_known_digest(tmp_path: Path, inception_file: Path, random_images) -> None:  # type: ignore[no-untyped-def]
     sha256 = hashlib.sha256(inception_file.read_bytes()).hexdigest()
-    extractor = load_inception(InceptionSource(location=str(inception_file), sha256=sha256), CPU)
+    extractor = load_inception(InceptionSource(location=str(inception_file), sha256=sha256), CPU, tmp_path)
     images = random_images(4, 32)
     np.testing.assert_allclose(extractor.embed(images).numpy(), images.mean(axis=(1, 2)), rtol=1e-5)
     assert (extractor.name, extractor.sha256, extractor.classify) == ("inception", sha256, None)
 
 
-def test_inception_of_another_digest_is_not_loaded(inception_file: Path) -> None:
+def test_inception_of_another_digest_is_not_loaded(tmp_path: Path, inception_file: Path) -> None:
     with pytest.raises(RecipeError, match="It was not loaded"):
-        load_inception(InceptionSource(location=str(inception_file), sha256="0" * 64), CPU)
+        load_inception(InceptionSource(location=str(inception_file), sha256="0" * 64), CPU, tmp_path)
     with pytest.raises(RecipeError, match="can't be read"):
-        load_inception(InceptionSource(location="/no/such/file.pt", sha256="0" * 64), CPU)
+        load_inception(InceptionSource(location="/no/such/file.pt", sha256="0" * 64), CPU, tmp_path)
     with pytest.raises(RecipeError, match="TRAIN_DIFFUSION_INCEPTION"):
-        load_inception(None, CPU)
+        load_inception(None, CPU, tmp_path)
 
 
 def test_views_of_one_image_are_drawn_together() -> None:

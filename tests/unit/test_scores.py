@@ -1,9 +1,14 @@
 """Scores: what becomes of them in MLflow, and what an older form of them counts as."""
 
 import json
+import math
 from pathlib import Path
 
+import pytest
+
+from diffusion.errors import DataError
 from diffusion.evaluation.figures import metrics
+from diffusion.evaluation.job import check_finite
 from diffusion.evaluation.scores import find_scores
 from diffusion.presentation.legend import METRICS, legend
 from diffusion.store import layout
@@ -24,6 +29,17 @@ def test_every_metric_has_its_meaning_in_the_legend() -> None:
     known = {f"{section}/{name}" for section, known in METRICS.items() for name in known if section != "system"}
     assert logged | scored - beside | {"score_detail/…_error", "score_detail/…_floor"} == known
     assert all(f"| {name} | " in legend() for name in known)
+
+
+def test_what_could_not_be_read_again_is_not_written() -> None:
+    """JSON has no NaN: an evaluation would be made again and again, and nobody would know why."""
+    scores = made()
+    check_finite(scores)
+    rows = tuple(
+        row.model_copy(update={"value": math.nan if row.figure == "kid" else row.value}) for row in scores.rows
+    )
+    with pytest.raises(DataError, match="step 1 these figures came out as no finite numbers: kid"):
+        check_finite(scores.model_copy(update={"rows": rows}))
 
 
 def test_scores_of_an_older_form_are_made_anew(tmp_path: Path) -> None:

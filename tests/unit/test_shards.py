@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion.data.ingest import ingest
-from diffusion.data.loader import ShardImages, prefetch
+from diffusion.data.loader import Labels, ShardImages, prefetch
 from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.data.order import Order
 from diffusion.data.shards import Sample, bytes_in_shard, decode, read_shard, write_shard
 from diffusion.data.sources.source import Source
+from diffusion.data.spec import Images
 from diffusion.data.split import split_by_hash
 from diffusion.errors import DataError, StoreError
 from diffusion.store import layout
@@ -190,6 +191,30 @@ def test_the_loader_keeps_no_more_than_its_bound(ingested: Ingested, tmp_path: P
     everything = ShardImages(ingested.store, ingested.manifest, "train", 64, tmp_path)
     assert all(np.array_equal(everything.shard(i)[0], images) for i, images in enumerate(shards))
     assert len(everything._decoded) == len(shards)
+
+
+def test_what_is_in_use_is_decoded_once_however_large_it_is(
+    ingested: Ingested, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ShardImages(ingested.store, ingested.manifest, "train", 64, tmp_path, memory_bytes=1)
+    decoded: list[int] = []
+    decode_shard = images._decode
+
+    def counted(index: int) -> tuple[Images, Labels]:
+        decoded.append(index)
+        return decode_shard(index)
+
+    monkeypatch.setattr(images, "_decode", counted)
+    assert len(images.shards) >= 3
+    images.prepare([2], in_use=[0, 1])
+    for _ in range(3):
+        images.take(np.array([0, 1, 0]), np.array([0, 1, 2]))
+    images.prepare([0], in_use=[2])
+    images.take(np.array([2]), np.array([0]))
+    assert sorted(decoded) == [0, 1, 2] or sorted(decoded) == [0, 0, 1, 2], (
+        "and what is prepared next, in the background"
+    )
+    assert list(images._decoded) == [2]
 
 
 def test_prefetching_keeps_the_order_and_passes_errors_on() -> None:

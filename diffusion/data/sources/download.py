@@ -24,7 +24,7 @@ from diffusion.data.sources.transfer import (
     take,
     when_ready,
 )
-from diffusion.errors import DataError
+from diffusion.errors import DataError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def download_eurosat(folder: Path, mirrors: Sequence[Mirror] = MIRRORS, progress
 
 
 def download(url: str, most_bytes: int) -> bytes:
-    """The content of an https address. Raises DataError with the reason if it is not to be had, or has more bytes.
+    """The content of an https address. Raises StoreError with the reason if it can't be had now, DataError if it has more bytes.
 
     A broken transfer is continued where it stopped, as long as it moves on; a busy server is asked again when it says.
     """
@@ -85,7 +85,7 @@ def download(url: str, most_bytes: int) -> bytes:
         try:
             when_ready(lambda: _bring(url, part, most_bytes), url)
         except ERRORS as error:
-            raise DataError(f"{url} can't be downloaded: {reason(error)}") from error
+            raise StoreError(f"{url} can't be downloaded: {reason(error)}") from error
         return part.read_bytes()
 
 
