@@ -19,10 +19,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 import hypothesis
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from diffusion.data.sources.source import Source
 from diffusion.recipe import Recipe
 from diffusion.recipe_files import load_recipe
 from diffusion.store.objects import FolderStore
+from diffusion.tracking import connection
 from tests.faults.report import SEED, Kill, table
 from tests.postgres import programs, running_postgres
 
@@ -44,6 +47,9 @@ UMASK = 0o022
 os.umask(UMASK)
 PATIENCE = 900.0
 """Seconds: what takes ten of them on a quiet machine takes minutes where others keep it busy."""
+ANSWERS = "/api/2.0/mlflow/experiments/search?max_results=1"
+"""What an MLflow server answers once it has looked at its database, which is after it says that it is well."""
+connection.ANSWER_SECONDS = 60
 
 # No test is about time: a busy machine must not fail one.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -276,7 +282,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with running_postgres(free_port()) if programs() else nullcontext(f"sqlite:///{folder / 'mlflow.db'}") as database:
         env["MLFLOW_BACKEND_STORE_URI"] = database
-        server = start_server(command, url, f"{url}/health", folder, env)
+        server = start_server(command, url, f"{url}{ANSWERS}", folder, env)
         yield server
         stop_server(server)
 
@@ -359,7 +365,11 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     made = home / "database"
     make_prefect_current(made / "prefect-test.db")  # where the harness looks for it
+    patient = partial(
+        httpx.Client, timeout=PATIENCE
+    )  # it gives up at the first answer that takes longer than five seconds
     with (
+        mock.patch("prefect.server.api.server.httpx.Client", patient),
         mock.patch("prefect.testing.utilities.mkdtemp", return_value=str(made)),
         prefect_test_harness(server_startup_timeout=int(PATIENCE)),
     ):

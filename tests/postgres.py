@@ -40,6 +40,7 @@ def running_postgres(port: int) -> Iterator[str]:
     try:
         where = ["-D", str(data)]
         initdb = [f"{programs()}/initdb", *where, "-U", "tests", f"--pwfile={told}", "-A", "scram-sha-256", "--no-sync"]
+        initdb += ["--no-locale", "-E", "UTF8"]  # whatever LANG says, of which the machine may have nothing
         subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **who)
         server = [f"{programs()}/postgres", *where, "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
         server += ["-c", "unix_socket_directories=", "-c", "fsync=off"]

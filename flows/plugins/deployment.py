@@ -34,7 +34,7 @@ KEYS = (
 )
 """All that is taken from that file."""
 FLAGS = {"--watch", "--no-watch", "--help", "-h"}  # the options of `deployment run` that take no value
-SECONDS = 5
+SECONDS = 30
 
 
 @register_hook

@@ -25,7 +25,7 @@ import diffusion
 import mlflow
 from diffusion.errors import TrackingError
 from tests.conftest import PATIENCE, free_port
-from tests.processes import family
+from tests.processes import family, wait_until_ended
 from tests.running import Training
 from tests.stack import Project
 from tests.typed import blocks
@@ -152,15 +152,14 @@ def test_a_server_of_a_model_answers_and_can_be_ended_while_it_draws_for_somebod
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"
             client.sendall(head.encode() + asked)
-            working = processes[-1].cpu_times().user + 1
-            while processes[-1].cpu_times().user < working:
+            began = sum(process.cpu_times().user for process in processes)
+            while sum(process.cpu_times().user for process in processes) < began + 1:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
-        assert alive == []
+        assert wait_until_ended(processes, time.monotonic() + PATIENCE) == []
     finally:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):

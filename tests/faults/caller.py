@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusion.data.manifest import require_dataset
 from diffusion.jobs.specs import TrainingJob
 from diffusion.store.objects import open_store
+from diffusion.tracking import connection
 from diffusion.tracking.connection import connect
 from diffusion.tracking.experiment import open_experiment
 from diffusion.tracking.run import Lineage, TrackedRun
@@ -25,6 +26,7 @@ def main(folder: Path) -> None:
     job = TrainingJob.model_validate(told["job"])
     manifest = require_dataset(open_store(job.store), job.dataset)
     lineage = Lineage(key=job.run, name=job.run, commit="c" * 40, flow_run_id=job.run, flow_run_url="", owner="{}")
+    connection.ANSWER_SECONDS = 60  # as in conftest.py
     client = connect(told["tracking_uri"])
     run = TrackedRun.open(client, open_experiment(client, None), lineage, job.recipe, manifest, job.store)
     (folder / "mlflow_run").write_text(run.run_id)

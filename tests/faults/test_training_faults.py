@@ -50,7 +50,7 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_save_is_tried(
     (where / SPEC).write_text(trainer.spec(run, STEPS, every=EVERY).model_dump_json())
     job = subprocess.Popen(
         [sys.executable, "-u", "-m", "diffusion.training.job", str(where)],
-        env={**os.environ, **ONE_THREAD},
+        env={**os.environ, **ONE_THREAD, "PYTHONDONTWRITEBYTECODE": "1"},  # it would be cut, too, and stay so
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: limit_files(0, 50_000),

@@ -18,6 +18,7 @@ from diffusion.errors import DataError
 from diffusion.jobs.specs import JobSpec
 from flows.launcher import Listener, run_job
 from tests.conftest import PATIENCE
+from tests.processes import wait_until_ended
 
 pytestmark = pytest.mark.slow
 
@@ -130,8 +131,7 @@ def test_kill_9_of_the_caller_takes_the_whole_tree_along(job_module: str, tmp_pa
     assert len(tree) == 2  # the ranks
     caller.send_signal(signal.SIGKILL)
     caller.wait()
-    _, alive = psutil.wait_procs(tree, timeout=PATIENCE)
-    assert alive == []
+    assert wait_until_ended(tree, time.monotonic() + PATIENCE) == []
 
 
 def assert_gone(folder: Path) -> None:

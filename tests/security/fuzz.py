@@ -241,8 +241,15 @@ def _give_up(*_: object) -> None:
 
 def fuzz(target: Target, rng: random.Random, goes_on: Callable[[int], bool], kept: Path) -> tuple[int, int]:
     """Try until told to end. Returns how many were tried, and how many refused. Raises whatever is no UserError, and what hangs."""
+    before = signal.signal(signal.SIGALRM, _give_up)
+    try:
+        return _fuzz(target, rng, goes_on, kept)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def _fuzz(target: Target, rng: random.Random, goes_on: Callable[[int], bool], kept: Path) -> tuple[int, int]:
     tried = refused = 0
-    signal.signal(signal.SIGALRM, _give_up)
     while goes_on(tried):
         content = mutate(target, rng)
         signal.alarm(LONGEST)

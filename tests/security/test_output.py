@@ -48,7 +48,7 @@ def demo(home: Path, **env: str) -> str:
     environment |= {"AWS_DEFAULT_REGION": "us-east-1"} | env
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
+    assert any(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
     left = [path.read_text(errors="replace") for path in home.rglob("*") if path.is_file()]
     return "\n".join([done.stdout, done.stderr, *left])
 

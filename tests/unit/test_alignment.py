@@ -68,6 +68,7 @@ def test_the_network_says_the_same_with_a_head_and_without(ingested: Ingested) -
 
 
 def test_the_middle_learns_what_the_teacher_sees_and_the_teacher_does_not(ingested: Ingested) -> None:
+    torch.manual_seed(0)
     images = torch.randn(4, 3, 16, 16)
     teacher = load_teacher(EUROSAT, ingested.store, ingested.manifest, CPU)
     assert not teacher.see(images).requires_grad

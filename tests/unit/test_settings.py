@@ -68,6 +68,7 @@ def test_blocks_to_notify_have_commas_between(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("command", ["diffusion.settings", "flows.commands.demo", "flows.commands.reproduce"])
 def test_a_misspelt_setting_ends_a_command_before_it_starts(tmp_path: Path, command: str) -> None:
     env = {"PATH": os.environ["PATH"], "TRAIN_DIFFUSION_HOME": str(tmp_path / "var"), "TRAIN_DIFFUSION_NOTIFI": "x"}
+    env["PREFECT_HOME"] = str(tmp_path)  # else that of the checkout
     more = ["--version", "1"] if command == "flows.commands.reproduce" else []
     done = subprocess.run([sys.executable, "-m", command, *more], env=env, capture_output=True, text=True)
     assert done.returncode == 1
