@@ -46,6 +46,18 @@ def password(stack: Project) -> str:
     return stack.servers["MLFLOW_TRACKING_PASSWORD"]
 
 
+STILL = """
+new MutationObserver((_, watch) => {
+  if (!document.head) return
+  const still = document.createElement('style')
+  still.textContent = '*, ::before, ::after { animation: none !important; transition: none !important }'
+  document.head.append(still)
+  watch.disconnect()
+}).observe(document, {childList: true, subtree: true})
+"""
+"""Without a GPU whatever moves is drawn by the processor, all the time that is waited."""
+
+
 @pytest.fixture
 def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(
@@ -53,6 +65,7 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
         reduced_motion="reduce",
         http_credentials={"username": "admin", "password": password(stack)},
     )
+    context.add_init_script(STILL)
     context.set_default_timeout(PAGE_PATIENCE)
     yield context.new_page()
     context.close()
@@ -61,6 +74,7 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
 @pytest.fixture
 def prefect_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1440, "height": 1400}, reduced_motion="reduce")
+    context.add_init_script(STILL)
     context.set_default_timeout(PAGE_PATIENCE)
     # What the login form keeps, before the page's own code runs: whenever an answer without it comes late, it throws it away.
     secret = json.dumps(f"admin:{password(stack)}")
@@ -124,6 +138,7 @@ def test_the_run_page_of_mlflow(mlflow_page: Page, stack: Project, run: dict[str
         shown.append(grid.evaluate("async one => { await one.decode(); return one.naturalWidth }"))
         slider.press("ArrowRight")
     assert min(shown) > 300
+    mlflow_page.set_viewport_size({"width": 1440, "height": 1100})
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/system-metrics")
     mlflow_page.get_by_text("cpu_utilization_percentage").first.wait_for()
     mlflow_page.goto(f"{experiment}/runs/{run['run_id']}/artifacts/gallery.html")

@@ -84,17 +84,17 @@ def test_other_bands_and_levels_are_trained_to_the_same_bits_on_1_and_2_processe
 
 
 def test_fast_reduction_gives_the_same_training_to_rounding(ingested: Ingested, tmp_path: Path, unique: str) -> None:
-    sizes = {"data__images": 960, "data__lanes": 4, "evaluation__every_images": 960}
+    sizes = {"data__images": 480, "data__lanes": 4, "evaluation__every_images": 480}
     recipe = tiny_recipe(reduction="fast", **sizes, **ALIGNED)
     trainer = Trainer(ingested, tmp_path, recipe)
     losses, weights = {}, {}
     for processes in (1, 4):
         run = f"fast{processes}-{unique}"
-        trainer.train(run, 60, processes)
+        trainer.train(run, 30, processes)
         losses[processes] = [record["loss"] for record in records((tmp_path / run / "journal.jsonl").read_bytes())]
-        loaded = load_checkpoint(trainer.store, run, 60)[1].model
+        loaded = load_checkpoint(trainer.store, run, 30)[1].model
         weights[processes] = torch.cat([loaded[name].flatten() for name in sorted(loaded)])
-    assert len(losses[1]) == 60
+    assert len(losses[1]) == 30
     # Rounding grows with the steps: it starts at a float32's and stays below these bounds.
     assert losses[1][:20] == pytest.approx(losses[4][:20], rel=1e-4)
     assert losses[1] == pytest.approx(losses[4], rel=0.02)

@@ -66,7 +66,7 @@ def little_memory(megabytes: int) -> Iterator[None]:
     ],
 )
 def test_a_small_zip_that_becomes_gigabytes(tmp_path: Path, compression: int, said: str) -> None:
-    bomb, size = tmp_path / "bomb.zip", 120 << 20
+    bomb, size = tmp_path / "bomb.zip", (120 if compression == zipfile.ZIP_DEFLATED else 1) << 20
     with zipfile.ZipFile(bomb, "w", compression) as file, file.open(MEMBER, "w") as member:
         for _ in range(size >> 20):
             member.write(bytes(1 << 20))
