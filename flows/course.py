@@ -23,7 +23,7 @@ JUDGED_WITHIN = 1800.0
 
 
 @dataclass(frozen=True)
-class Part:
+class Leg:
     """One job of the run."""
 
     key: str
@@ -31,19 +31,19 @@ class Part:
     passes: float
 
 
-def parts_of(recipe: Recipe) -> tuple[Part, ...]:
+def legs_of(recipe: Recipe) -> tuple[Leg, ...]:
     """The training to each milestone, and the evaluation there."""
-    evaluation, parts, before = recipe.evaluation, [], recipe.first_step
+    evaluation, legs, before = recipe.evaluation, [], recipe.first_step
     a_sample = evaluation.sampler_steps * (2 if recipe.network.class_conditional and evaluation.guidance != 1 else 1)
     likelihood = evaluation.likelihood_images * evaluation.likelihood_timesteps
     for step in recipe.milestones:
         images = (step - before) * recipe.data.batch_size
         tried = len(weights_to_try(recipe, step))
         samples = evaluation.samples + (evaluation.choice_samples * tried if tried > 1 else 0)
-        parts.append(Part(f"train-{step}", "training", TRAINING_PASSES * images))
-        parts.append(Part(f"evaluate-{step}", "evaluation", float(samples * a_sample + likelihood)))
+        legs.append(Leg(f"train-{step}", "training", TRAINING_PASSES * images))
+        legs.append(Leg(f"evaluate-{step}", "evaluation", float(samples * a_sample + likelihood)))
         before = step
-    return tuple(parts)
+    return tuple(legs)
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     extractors = recipe.evaluation.extractors
     own = ("extractor",) if "own" in extractors else ()
     references = (f"reference-{extractor}" for extractor in extractors)
-    return ("download", "ingest", *own, *references, *(part.key for part in parts_of(recipe)))
+    return ("download", "ingest", *own, *references, *(leg.key for leg in legs_of(recipe)))
 
 
 class Course:
@@ -62,7 +62,7 @@ class Course:
         self._began, self._limit = clock(), float("inf")
         self._recipe: Recipe | None = None
         self._stages: tuple[str, ...] = ()
-        self._parts: tuple[Part, ...] = ()
+        self._legs: tuple[Leg, ...] = ()
         self._seconds_a_pass: dict[str, float] = {}
         # The stage, its begin, and its share when it first told one.
         self._now: tuple[str, float, float | None] = ("", 0.0, None)
@@ -70,7 +70,7 @@ class Course:
 
     def begin(self, recipe: Recipe, limit_seconds: float | None = None) -> None:
         """Say what is to be done. Called again with the recipe that comes of the dataset, it goes on."""
-        self._recipe, self._stages, self._parts = recipe, stages_of(recipe), parts_of(recipe)
+        self._recipe, self._stages, self._legs = recipe, stages_of(recipe), legs_of(recipe)
         if limit_seconds is not None:
             self._limit = limit_seconds
 
@@ -85,9 +85,9 @@ class Course:
 
     def leave(self) -> None:
         """It has ended: an evaluation is measured by all of it."""
-        part = self._part()
-        if part is not None and part.kind == "evaluation":
-            self._seconds_a_pass["evaluation"] = (self._clock() - self._now[1]) / part.passes
+        leg = self._leg()
+        if leg is not None and leg.kind == "evaluation":
+            self._seconds_a_pass["evaluation"] = (self._clock() - self._now[1]) / leg.passes
 
     def advance(self, share: float) -> None:
         """So much of the stage is done. Raises RecipeError if the run would take longer than its limit, or has."""
@@ -97,8 +97,8 @@ class Course:
                 "recipe, goes on from the newest checkpoint for as long again."
             )
         stage, began, first = self._now
-        part = self._part()
-        if part is None or part.kind != "training":
+        leg = self._leg()
+        if leg is None or leg.kind != "training":
             return
         if first is None:  # what it goes on from was done before
             self._now = (stage, self._clock(), share)
@@ -107,7 +107,7 @@ class Course:
         assert self._trains_since is not None
         took = self._clock() - began
         if share > first and took > 0:
-            self._seconds_a_pass["training"] = took / (part.passes * (share - first))
+            self._seconds_a_pass["training"] = took / (leg.passes * (share - first))
             if took >= SURE_AFTER and self._clock() - self._trains_since <= JUDGED_WITHIN:
                 self._check(share)
 
@@ -117,20 +117,20 @@ class Course:
         Args:
             share: how much of the present stage is done, from 0 to 1.
         """
-        part = self._part()
-        if part is None or not self._seconds_a_pass:
+        leg = self._leg()
+        if leg is None or not self._seconds_a_pass:
             return None
-        ahead = self._parts[self._parts.index(part) + 1 :]
-        own = self._seconds(part)
-        rest = own * (1 - share) if part.kind == "training" else max(0.0, own - (self._clock() - self._now[1]))
+        ahead = self._legs[self._legs.index(leg) + 1 :]
+        own = self._seconds(leg)
+        rest = own * (1 - share) if leg.kind == "training" else max(0.0, own - (self._clock() - self._now[1]))
         return rest + sum(map(self._seconds, ahead))
 
-    def _part(self) -> Part | None:
-        return next((part for part in self._parts if part.key == self._now[0]), None)
+    def _leg(self) -> Leg | None:
+        return next((leg for leg in self._legs if leg.key == self._now[0]), None)
 
-    def _seconds(self, part: Part) -> float:
+    def _seconds(self, leg: Leg) -> float:
         known = self._seconds_a_pass
-        return part.passes * known.get(part.kind, next(iter(known.values())))
+        return leg.passes * known.get(leg.kind, next(iter(known.values())))
 
     def _check(self, share: float) -> None:
         left = self.left(share)

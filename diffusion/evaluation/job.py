@@ -19,7 +19,7 @@ from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.figures import Features, measured
 from diffusion.evaluation.labels import Labels, in_proportion
-from diffusion.evaluation.likelihood import bits_per_dim
+from diffusion.evaluation.likelihood import measure_bound
 from diffusion.evaluation.pictures import png
 from diffusion.evaluation.protocol import PROTOCOL
 from diffusion.evaluation.reference import load_reference
@@ -43,10 +43,10 @@ EMBEDDING_BATCH = 250
 
 def score_checkpoint(job: EvaluationJob, rank: Rank) -> None:
     """Score a checkpoint and store its pictures and, last, `scores.json`. The work is shared out in blocks of images."""
-    Evaluation(job, rank).run()
+    Scoring(job, rank).run()
 
 
-class Evaluation:
+class Scoring:
     """An evaluation under way. Every rank has all samples and features; the first one scores, the last one draws."""
 
     def __init__(self, job: EvaluationJob, rank: Rank) -> None:
@@ -89,7 +89,7 @@ class Evaluation:
         bound, bits_of_images = None, np.zeros(0)
         if self.manifest.images.counted:
             count = self.recipe.evaluation.likelihood_images
-            bound, bits_of_images = bits_per_dim(denoiser, self.test, count, accelerator, self.progress)
+            bound, bits_of_images = measure_bound(denoiser, self.test, count, accelerator, self.progress)
         scores = None
         if accelerator.is_main_process:
             scores = self.score(images, labels, features, bound, bits_of_images, weights, fid_by_weights)

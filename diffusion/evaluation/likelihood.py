@@ -43,7 +43,7 @@ class Draws:
 
 
 @torch.inference_mode()
-def bits_per_dim(
+def measure_bound(
     denoiser: Denoiser, test: ShardImages, images: int, accelerator: Accelerator, progress: ProgressFile
 ) -> tuple[BoundTerms, NDArray[np.float64]]:
     """The bound of the first `images` images, and that of each in bits a subpixel, [images].

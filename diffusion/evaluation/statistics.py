@@ -1,4 +1,4 @@
-"""Statistics of features in float64: mergeable moments, the Fréchet distance, the kernel distance."""
+"""Statistics of features in float64: mergeable moments, the Fréchet and the kernel distance, what lies near what."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from diffusion.evaluation.labels import Labels, resampled, shuffled
 from diffusion.randomness import stream
 
-Features = NDArray[np.floating]
-"""[samples, dimensions]"""
+Vectors = NDArray[np.floating]
+"""Features, [samples, dimensions]."""
+Floats = NDArray[np.float64]
 
 SEED = 0
 KID_SAMPLES = 2000
@@ -36,7 +37,7 @@ class Moments:
     scatter: NDArray[np.float64]
 
     @classmethod
-    def of(cls, features: Features) -> Moments:
+    def of(cls, features: Vectors) -> Moments:
         """The moments of features, computed in float64 a block at a time."""
         total = None
         for start in range(0, len(features), MOMENT_ROWS):
@@ -84,7 +85,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def kernel_distance(
-    first: Features, second: Features, samples: int = KID_SAMPLES, labels: Labels | None = None
+    first: Vectors, second: Vectors, samples: int = KID_SAMPLES, labels: Labels | None = None
 ) -> tuple[float, float]:
     """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
@@ -110,14 +111,14 @@ def kernel_distance(
     return once, float(np.std(draws, ddof=1))
 
 
-def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
+def _kernel(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _squared_mmd(xx: Features, yy: Features, xy: Features, times_x: Features, times_y: Features) -> float:
+def _squared_mmd(xx: Floats, yy: Floats, xy: Floats, times_x: Floats, times_y: Floats) -> float:
     """From the kernels, each point counted as often as it was drawn; a point is never paired with itself or its copies."""
 
-    def within(kernel: Features, times: Features) -> float:
+    def within(kernel: Floats, times: Floats) -> float:
         pairs = times.sum() ** 2 - np.square(times).sum()
         return float((times @ kernel @ times - np.square(times) @ np.diag(kernel)) / pairs)
 
@@ -125,7 +126,7 @@ def _squared_mmd(xx: Features, yy: Features, xy: Features, times_x: Features, ti
     return float(within(xx, times_x) + within(yy, times_y) - 2 * between)
 
 
-def frechet_error(features: Features, reference: Moments, labels: Labels | None = None) -> float:
+def frechet_error(features: Vectors, reference: Moments, labels: Labels | None = None) -> float:
     """Standard deviation of the Fréchet distance over bootstrap draws of the samples, of each class as many as it has.
 
     A draw repeats samples, which shifts the distance upwards; its spread is what is wanted, not its mean.
@@ -138,7 +139,7 @@ def frechet_error(features: Features, reference: Moments, labels: Labels | None 
 
 
 def frechet_extrapolated(
-    features: Features, reference: Moments, labels: Labels | None = None, seed: int = SEED
+    features: Vectors, reference: Moments, labels: Labels | None = None, seed: int = SEED
 ) -> float:
     """The Fréchet distance of infinitely many samples: it is linear in 1 / n to first order, so a line is fitted to
     random subsets from a third of the samples up to all (Chong & Forsyth 2020, arXiv:1911.07023), each with all classes in their
@@ -171,7 +172,7 @@ class Manifold:
     """Share of real images with a sample in their neighbourhood."""
 
 
-def manifold(real: Features, samples: Features) -> Manifold:
+def manifold(real: Vectors, samples: Vectors) -> Manifold:
     """Precision, recall, density and coverage with the `NEIGHBOURS`-th neighbour's distance, over as many of each set."""
     count = min(MANIFOLD_SAMPLES, len(real), len(samples))
     real, samples = real[:count].astype(np.float64), samples[:count].astype(np.float64)
@@ -213,7 +214,7 @@ class Memorisation:
     """Which samples the ratio counts: those closer than all but 5 % of the held-out images."""
 
 
-def nearest_copies(train: Features, held_out: Features, samples: Features) -> Memorisation:
+def nearest_copies(train: Vectors, held_out: Vectors, samples: Vectors) -> Memorisation:
     """Compare how near to a training image samples and held-out real images lie.
 
     A distance is taken relative to the one from that training image to its own neighbours: else the classes whose images are
@@ -237,7 +238,7 @@ def nearest_copies(train: Features, held_out: Features, samples: Features) -> Me
     return Memorisation(float(close.mean()) / HELD_OUT_QUANTILE, error, nearest[0], relative[0], close)
 
 
-def _distances(a: Features, b: Features) -> NDArray[np.float64]:
+def _distances(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     # In place: a matrix of this size is slower to make than to compute.
     squared = np.add.outer(np.square(a).sum(1), np.square(b).sum(1))
     squared -= 2 * a @ b.T
@@ -245,7 +246,7 @@ def _distances(a: Features, b: Features) -> NDArray[np.float64]:
     return np.sqrt(squared, out=squared)
 
 
-def _nearest(queries: Features, points: Features, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _nearest(queries: Vectors, points: Vectors, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Distances and indices of the `count` nearest points of each query, nearest first: [queries, count] each."""
     distances, indices = [], []
     for start in range(0, len(queries), ROWS):

@@ -40,7 +40,7 @@ SHOWN = (
 log = logging.getLogger(__name__)
 
 
-class Source(Protocol):
+class Watched(Protocol):
     """What can be asked what machines do."""
 
     def look(self) -> Mapping[str, float]:
@@ -95,7 +95,7 @@ class SystemMetrics:
     """
 
     def __init__(
-        self, run: TrackedRun, source: Callable[[], Source] = Machine, sample_seconds: float = SAMPLE_SECONDS
+        self, run: TrackedRun, source: Callable[[], Watched] = Machine, sample_seconds: float = SAMPLE_SECONDS
     ) -> None:
         self.run, self.source, self.sample_seconds = run, source, sample_seconds
         self._stop = threading.Event()
@@ -121,7 +121,7 @@ class SystemMetrics:
                 log.info("no system metrics for a moment (%s)", type(error).__name__)
                 self._rows = self._rows[-KEPT_POINTS * len(SHOWN) :]
 
-    def _sample(self, source: Source) -> None:
+    def _sample(self, source: Watched) -> None:
         """Look for a while, and add one point."""
         seen: dict[str, list[float]] = {}
         for _ in range(SAMPLES):

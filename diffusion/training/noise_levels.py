@@ -23,7 +23,7 @@ BOUND_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Levels:
+class DrawnLevels:
     """The noise levels of a micro-batch."""
 
     log_snr: Tensor
@@ -74,17 +74,17 @@ class LevelSource:
         important = self.second_moment.sqrt()[self.group]
         return (1 - UNIFORM_SHARE) * important / important.sum() + UNIFORM_SHARE * uniform
 
-    def draw(self, uniforms: Tensor) -> Levels:
+    def draw(self, uniforms: Tensor) -> DrawnLevels:
         """Noise levels from numbers in (0, 1), [micro-batch], float64."""
         objective = self.objective
         if self.on_chain:
             shares, device = self.shares(), uniforms.device
             position = torch.searchsorted(shares.cumsum(0), uniforms.cpu(), right=True).clamp(max=self.steps - 1)
-            return Levels(self.chain[position].to(device), position.to(device), shares[position].to(device))
+            return DrawnLevels(self.chain[position].to(device), position.to(device), shares[position].to(device))
         if objective.noise_levels == "uniform":
-            return Levels(self.schedule.log_snr(uniforms), None, None)
+            return DrawnLevels(self.schedule.log_snr(uniforms), None, None)
         ends = self.schedule.log_snr(torch.tensor([1.0, 1e-12], dtype=torch.float64)).tolist()
-        return Levels(log_normal(uniforms, objective.log_snr_mean, objective.log_snr_std, *ends), None, None)
+        return DrawnLevels(log_normal(uniforms, objective.log_snr_mean, objective.log_snr_std, *ends), None, None)
 
     def observe(self, positions: Tensor, losses: Tensor) -> None:
         """Take in the losses of a whole batch, before they were weighted for how they were drawn: [batch] each.

@@ -17,7 +17,7 @@ MOMENTUM = 0.95
 EPSILON = 1e-8
 
 
-class Optimizer(ABC):
+class UpdateRule(ABC):
     """Moves parameters along their gradients.
 
     Not PyTorch's class of that name, only its formulas: that class' first step imports the compiler, which costs each rank two
@@ -34,7 +34,7 @@ class Optimizer(ABC):
         """One step of all parameters that have a gradient."""
 
 
-class AdamW(Optimizer):
+class AdamW(UpdateRule):
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, by PyTorch's fused kernel."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float, betas: tuple[float, float]) -> None:
@@ -73,7 +73,7 @@ class AdamW(Optimizer):
         )
 
 
-class Muon(Optimizer):
+class Muon(UpdateRule):
     """Steps by the orthogonalised momentum of each weight, a convolution's taken as a matrix [outputs, inputs x squares].
 
     The step is scaled by 0.2 sqrt(the larger side), which gives it the size of Adam's, so that both share a learning rate
@@ -101,7 +101,7 @@ class Muon(Optimizer):
         return gradient.lerp(state["momentum"], MOMENTUM).movedim(1, -1)
 
 
-def make_optimizers(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> list[Optimizer]:
+def make_optimizers(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> list[UpdateRule]:
     """The optimisers of these parameters, by their names in the network, each parameter in one of them."""
     options = recipe.optimizer
     by_muon: list[nn.Parameter] = []
@@ -109,7 +109,7 @@ def make_optimizers(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> list
     for name, parameter in parameters.items():
         of_a_block = name.startswith(BLOCKS) and parameter.dim() >= 2
         (by_muon if options.kind == "muon" and of_a_block else by_adam).append(parameter)
-    optimizers: list[Optimizer] = [AdamW(by_adam, options.weight_decay, options.betas)]
+    optimizers: list[UpdateRule] = [AdamW(by_adam, options.weight_decay, options.betas)]
     if by_muon:
         optimizers.append(Muon(by_muon, options.weight_decay))
     return optimizers

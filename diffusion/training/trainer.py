@@ -33,7 +33,7 @@ from diffusion.store.objects import Store
 from diffusion.training.alignment import Aligned
 from diffusion.training.batches import Lane
 from diffusion.training.checkpoint import Checkpoint
-from diffusion.training.noise_levels import Levels, LevelSource
+from diffusion.training.noise_levels import DrawnLevels, LevelSource
 from diffusion.training.optimizer import make_optimizers
 from diffusion.training.reduction import GradientBuffer, Tree, sum_over_processes
 from diffusion.training.state import average_name
@@ -152,7 +152,7 @@ class Trainer:
             average.update(self.network, self.images_seen, recipe.data.batch_size)
         return StepReport(losses, [level.log_snr for level in levels], norm, rate)
 
-    def _loss(self, lane: Lane, levels: Levels) -> Losses:
+    def _loss(self, lane: Lane, levels: DrawnLevels) -> Losses:
         recipe, objective = self.recipe, self.recipe.objective
         x_t = diffuse(lane.x0, lane.epsilon, levels.log_snr).contiguous(memory_format=torch.channels_last)
         if recipe.network.dropout:
@@ -168,7 +168,7 @@ class Trainer:
             misalignment = misalignment / (self.levels.steps * levels.share)
         return replace(losses, weighted=losses.weighted + objective.alignment * misalignment)
 
-    def _losses_of(self, output: Tensor, lane: Lane, x_t: Tensor, levels: Levels) -> Losses:
+    def _losses_of(self, output: Tensor, lane: Lane, x_t: Tensor, levels: DrawnLevels) -> Losses:
         recipe, objective = self.recipe, self.recipe.objective
         prediction, mix = read_output(recipe, output)
         kind, weighting = recipe.process.prediction, objective.weighting
@@ -190,13 +190,13 @@ class Trainer:
             unweight_simple=self.levels.learns,
         )
 
-    def _observe(self, levels: list[Levels], losses: list[Tensor]) -> None:
+    def _observe(self, levels: list[DrawnLevels], losses: list[Tensor]) -> None:
         """Have the noise levels learn from the losses of all lanes: in lane order, the same on every process."""
         positions = torch.stack([level.position for level in levels if level.position is not None])
         positions, gathered = self.accelerator.gather((positions, torch.stack(losses)))
         self.levels.observe(positions.flatten(), gathered.flatten())
 
-    def _exact_gradients(self, lanes: list[Lane], levels: list[Levels]) -> list[Tensor]:
+    def _exact_gradients(self, lanes: list[Lane], levels: list[DrawnLevels]) -> list[Tensor]:
         assert self.gradients is not None
         flat, tree, losses = self.gradients.flat, Tree(), []
         for lane, level in zip(lanes, levels, strict=True):
@@ -210,7 +210,7 @@ class Trainer:
         flat.copy_(total / self.recipe.data.lanes)
         return losses
 
-    def _fast_gradients(self, lanes: list[Lane], levels: list[Levels]) -> list[Tensor]:
+    def _fast_gradients(self, lanes: list[Lane], levels: list[DrawnLevels]) -> list[Tensor]:
         self.trained.zero_grad()
         losses = []
         for index, (lane, level) in enumerate(zip(lanes, levels, strict=True)):

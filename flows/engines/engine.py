@@ -8,7 +8,7 @@ from typing import Protocol
 
 from diffusion.jobs.specs import JobSpec
 from diffusion.recipe import Recipe
-from diffusion.tracking.system import Source
+from diffusion.tracking.system import Watched
 from flows.engines.placement import Workers
 from flows.launcher import Listener
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
         """Run a job to its end. Raises the error that it left if it failed; ended early, it ends the job first."""
         ...
 
-    def watched(self, folder: Path) -> Source:
+    def watched(self, folder: Path) -> Watched:
         """The machines that the jobs of the run in this folder run on, for the metrics of what they do meanwhile."""
         ...
 

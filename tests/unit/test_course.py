@@ -16,7 +16,7 @@ from diffusion.recipe import Recipe, Start
 from diffusion.recipe_files import load_recipe
 from diffusion.training.recorder import Recorder
 from diffusion.training.trainer import StepReport
-from flows.course import Course, duration, parts_of, stages_of
+from flows.course import Course, duration, legs_of, stages_of
 from tests.conftest import tiny_recipe
 
 
@@ -29,11 +29,11 @@ class Clock:
 
 def test_the_parts_of_a_run_are_weighed_by_what_the_network_does() -> None:
     demo = load_recipe("demo", {"evaluation.guidance": 2.0, "evaluation.sampler_steps": 10})
-    train, evaluate, *_ = parts_of(demo)
+    train, evaluate, *_ = legs_of(demo)
     assert (train.key, train.passes) == ("train-768", 3 * 12288)
     assert (evaluate.key, evaluate.passes) == ("evaluate-768", 750 * 10 * 2 + 200 * 8)
     unguided = load_recipe("demo", {"evaluation.guidance": 1.0, "evaluation.sampler_steps": 10})
-    assert parts_of(unguided)[1].passes == 750 * 10 + 200 * 8
+    assert legs_of(unguided)[1].passes == 750 * 10 + 200 * 8
 
 
 def test_stages_are_numbered_in_their_order() -> None:
@@ -53,7 +53,7 @@ def test_what_is_left_is_right_where_the_speeds_are_what_was_measured(training: 
     clock, recipe = Clock(), tiny_recipe()
     course = Course(clock)
     course.begin(recipe)
-    parts = parts_of(recipe)
+    parts = legs_of(recipe)
     seconds = [part.passes * (training if part.kind == "training" else evaluation) for part in parts]
     for part, took in list(zip(parts, seconds, strict=True))[:2]:
         course.enter(part.key)
@@ -85,7 +85,7 @@ def test_each_stretch_of_a_training_tells_of_itself_also_one_that_goes_on_from_a
     for run in (recipe, recipe.continued(start, recipe)):
         clock, second_a_pass = Clock(), 1e-3
         course = Course(clock)
-        seconds = [part.passes * second_a_pass for part in parts_of(run)]
+        seconds = [part.passes * second_a_pass for part in legs_of(run)]
         course.begin(run, limit_seconds=sum(seconds) + 60)
         ends = dict(zip(run.milestones, range(0, 100, 2), strict=False))
         for until, index in ends.items():
@@ -171,7 +171,7 @@ def test_a_run_is_ended_when_its_time_is_over_whatever_it_does(stage: int) -> No
     clock, recipe = Clock(), tiny_recipe()
     course = Course(clock)
     course.begin(recipe, limit_seconds=20 * 3600)
-    course.enter(parts_of(recipe)[stage].key)
+    course.enter(legs_of(recipe)[stage].key)
     clock.now = 20 * 3600
     course.advance(0.0)
     clock.now += 1
@@ -189,9 +189,7 @@ def test_a_run_that_goes_on_is_measured_by_what_it_does_now() -> None:
     course.advance(0.75)
     left = course.left(0.75)
     assert left is not None
-    assert left == pytest.approx(
-        10 + 40 + 2 * parts_of(tiny_recipe())[1].passes * 40 / parts_of(tiny_recipe())[0].passes
-    )
+    assert left == pytest.approx(10 + 40 + 2 * legs_of(tiny_recipe())[1].passes * 40 / legs_of(tiny_recipe())[0].passes)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from diffusion.data.loader import ShardImages
 from diffusion.denoiser import Denoiser, build_network
 from diffusion.evaluation.likelihood import (
     Draws,
-    bits_per_dim,
     choose_transitions,
     even_in_log_snr,
     every_transition,
     important,
+    measure_bound,
     summarise,
 )
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
@@ -86,7 +86,7 @@ def test_a_network_that_was_told_every_class_is_told_it_here(
 
     denoiser = Listening(recipe, build_network(recipe, RGB_SPEC).eval(), Pixels(ingested.manifest.images))
     images = ShardImages(ingested.store, ingested.manifest, "test", 16, tmp_path)
-    bits_per_dim(denoiser, images, 10, Accelerator(cpu=True), ProgressFile(tmp_path, False))
+    measure_bound(denoiser, images, 10, Accelerator(cpu=True), ProgressFile(tmp_path, False))
     labels = np.concatenate([labels for _, labels in images.all()])[:10].tolist()
     batch = recipe.evaluation.batch
     assert told == ({None} if dropout else {tuple(labels[at : at + batch]) for at in range(0, 10, batch)})
@@ -106,7 +106,7 @@ def test_the_sampled_bound_of_a_network_agrees_with_the_exact_sum(ingested: Inge
         images = ShardImages(ingested.store, ingested.manifest, "test", 16, tmp_path)
         accelerator = Accelerator(cpu=True)
         denoiser, progress = Denoiser(recipe, network, pixels), ProgressFile(tmp_path, False)
-        bound, of_each = bits_per_dim(denoiser, images, 10, accelerator, progress)
+        bound, of_each = measure_bound(denoiser, images, 10, accelerator, progress)
         assert len(of_each) == 10
         assert of_each.mean() == pytest.approx(bound.total)
         return bound
