@@ -111,7 +111,7 @@ secrets: install ## The secrets of infra/compose.yaml, drawn at random, in infra
 	@$(BIN)/python infra/make_secrets.py
 
 profile: install ## Add a Prefect profile train-diffusion to your home, so that the commands work from any folder
-	@$(BIN)/python infra/profile.py
+	@$(BIN)/python infra/prefect_profile.py
 
 reproduce: install ## Train a model version again and compare the weights; make reproduce VERSION=3, or RUN=<MLflow run id>
 	@$(BIN)/python -m flows.commands.reproduce $(if $(RUN),--run $(RUN),--version $(or $(VERSION),$(error VERSION=n or RUN=id is needed))) \

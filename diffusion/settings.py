@@ -23,13 +23,11 @@ DATABASE = Path("mlflow", "mlflow.db")
 LOOPBACK = ("127.0.0.1", "localhost")
 OF_TESTS = ("TRAIN_DIFFUSION_TEST_INSTALL",)
 SECRETS = (
-    *(
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "MLFLOW_TRACKING_PASSWORD",
-        "PREFECT_API_AUTH_STRING",
-        "RAY_AUTH_TOKEN",
-    ),
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "PREFECT_API_AUTH_STRING",
+    "RAY_AUTH_TOKEN",
 )
 """What other programs read and this one passes on; `make settings` says whether they are there."""
 

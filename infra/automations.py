@@ -99,10 +99,8 @@ def zombies() -> list[AutomationCore]:
 
 def notifications(block: str, block_id: UUID) -> list[AutomationCore]:
     """The automations that tell a block of failures, of runs that were left out or that nobody takes, and of promotions."""
-    of_the_flows, night = (
-        ResourceSpecification(OF_THE_FLOWS),
-        ResourceSpecification({"prefect.resource.id": f"prefect.tag.{BY_SCHEDULE}"}),
-    )
+    of_the_flows = ResourceSpecification(OF_THE_FLOWS)
+    night = ResourceSpecification({"prefect.resource.id": f"prefect.tag.{BY_SCHEDULE}"})
     failure = EventTrigger(
         expect=events("Failed", "Crashed"), match_related=of_the_flows, for_each={"prefect.resource.id"}, within=ONCE
     )

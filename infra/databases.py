@@ -22,9 +22,13 @@ OWN_DATABASES = {
 }
 
 
+PLACES = OWN_DATABASES | {"TRAIN_DIFFUSION_STORE": str(HOME / "store")}
+"""What is kept where these variables say, and here by default."""
+
+
 def is_own(variable: str) -> bool:
-    """Whether the database that this variable names is that of this installation: a user's may be shared, and has its own key."""
-    return (os.environ.get(variable) or OWN_DATABASES[variable]) == OWN_DATABASES[variable]
+    """Whether what this variable names is this installation's: a user's own may be shared, and its database has its own key."""
+    return (os.environ.get(variable) or PLACES[variable]) == PLACES[variable]
 
 
 def make_databases_current() -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 
-from databases import OWN_DATABASES
+from databases import PLACES, is_own
 from processes import HOME, STACK
 
 from diffusion.trust.private import write_private
 
 ELSEWHERE = STACK / "kept-elsewhere"
 """Names of the variables by which the last start was told to keep things outside `var/`."""
-PLACES = OWN_DATABASES | {"TRAIN_DIFFUSION_STORE": str(HOME / "store")}
-"""What these variables name by default."""
 KEPT = (
     "AWS_",
     "RAY_",
@@ -23,7 +21,7 @@ KEPT = (
     "PREFECT_SERVER_DATABASE_CONNECTION_URL",
     "MLFLOW_BACKEND_STORE_URI",
 )
-"""Settings that a new start takes over from what runs."""
+"""Beginnings of the names of settings that a new start takes over from what runs."""
 SETTINGS = STACK / "service.json"
 NETWORK = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
@@ -42,18 +40,18 @@ def keep_settings() -> None:
 
 def note_places() -> None:
     """Note which of these lie outside `var/`: the next start must be told as well."""
-    write_private(ELSEWHERE, "\n".join(filter(is_elsewhere, PLACES)))
+    write_private(ELSEWHERE, "\n".join(place for place in PLACES if not is_own(place)))
 
 
-def is_elsewhere(variable: str) -> bool:
-    """Whether this shell's variable names a place outside `var/`."""
-    return (os.environ.get(variable) or PLACES[variable]) != PLACES[variable]
+def is_kept(variable: str) -> bool:
+    """Whether a new start takes this variable over from what runs."""
+    return variable.startswith(KEPT) or variable in NETWORK
 
 
 def refuse_to_begin_empty() -> None:
     """End with a sentence if this shell doesn't say where the runs, models or images of earlier starts are."""
     told = ELSEWHERE.read_text(encoding="utf-8").split() if ELSEWHERE.exists() else []
-    missing = [variable for variable in PLACES if variable in told and not is_elsewhere(variable)]
+    missing = [variable for variable in PLACES if variable in told and is_own(variable)]
     if missing and os.environ.get("EMPTY") != "1":
         raise SystemExit(
             f"The servers here were last started with {' and '.join(missing)}, which this shell does not set: without, they would "

@@ -1,8 +1,8 @@
 """Prefect's worker, which does not give up while the server is away: `python -P infra/patient_worker.py worker start …`, as `prefect`.
 
 Prefect's own ends after a dozen polls without an answer, a minute and a half where the server answers that it is ill. Its runs, which
-need the server least of all, would end with it, and where nothing starts it again, so would all nights. -P: this folder's profile.py
-would hide Python's own.
+need the server least of all, would end with it, and where nothing starts it again, so would all nights. -P: nothing of this folder
+is imported.
 """
 
 from __future__ import annotations

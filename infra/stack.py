@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 from databases import OWN_DATABASES, make_databases_current
-from kept import KEPT, NETWORK, SETTINGS, keep_settings, note_places, refuse_to_begin_empty
+from kept import SETTINGS, is_kept, keep_settings, note_places, refuse_to_begin_empty
 from processes import (
     BIN,
     HOME,
@@ -192,20 +192,20 @@ def runs_as_asked(addresses: Addresses, own_cluster: bool) -> bool:
     asked = OWN_DATABASES | base_environment()
     for name, process in processes.items():
         begun = environment_of(process) if process is not None else asked
-        for variable in {*begun, *asked}:
-            # Of a cluster started here the worker has the address and the token; blocks to notify are the automations' alone.
-            decides = (variable.startswith(KEPT) or variable in NETWORK) and not (
-                own_cluster and variable.startswith(CLUSTER)
-            )
-            given_to_it = not variable.startswith(WITHHELD[name])
-            if (
-                decides
-                and given_to_it
-                and variable != "TRAIN_DIFFUSION_NOTIFY"
-                and begun.get(variable) != asked.get(variable)
-            ):
-                return False
+        if any(begun.get(one) != asked.get(one) for one in {*begun, *asked} if _must_agree(name, one, own_cluster)):
+            return False
     return True
+
+
+def _must_agree(process: str, variable: str, own_cluster: bool) -> bool:
+    """Whether a process that has another value of this variable than the shell has to start anew."""
+    if variable == "TRAIN_DIFFUSION_NOTIFY":  # of the automations alone
+        return False
+    if own_cluster and variable.startswith(
+        CLUSTER
+    ):  # the worker has the address and the token of what was started here
+        return False
+    return is_kept(variable) and not variable.startswith(WITHHELD[process])
 
 
 def refuse_under_a_run(command: str, why: str) -> None:
@@ -240,7 +240,9 @@ def down() -> None:
 
 def profile(verb: str) -> None:
     """Have the user's Prefect profile, if there is one, follow what the servers do."""
-    done = subprocess.run([sys.executable, str(PROJECT / "infra" / "profile.py"), verb], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "infra" / "prefect_profile.py"), verb], capture_output=True, text=True
+    )
     if done.returncode != 0:
         print(f"The Prefect profile was left as it was: {done.stderr.strip().splitlines()[-1:]}")
 
@@ -256,7 +258,7 @@ def password() -> None:
             os.environ.setdefault(variable, str(urlsplit(running[address]).port))
     for process in filter(None, map(find, NAMES)):  # and with the same settings
         for variable, value in environment_of(process).items():
-            if variable.startswith(KEPT) or variable in NETWORK:
+            if is_kept(variable):
                 os.environ.setdefault(variable, value)
     refuse_to_begin_empty()  # before anything is changed
     made = new_password(STACK)
@@ -286,7 +288,7 @@ def clean() -> None:
 def env() -> None:
     """Print lines for a shell: the programs of .venv, and where MLflow and Prefect are. Without servers, MLflow's database here."""
     from flows.plugins.deployment import (
-        KEYS,  # which imports Prefect: profile.py, which imports this file, has to come before that
+        KEYS,  # which imports Prefect: prefect_profile.py, which imports this file, has to come before that
     )
 
     here = {"MLFLOW_TRACKING_URI": OWN_DATABASES["MLFLOW_BACKEND_STORE_URI"]}

@@ -142,7 +142,7 @@ LOAD = "from prefect.blocks.system import Secret; print(Secret.load('of-the-test
 @pytest.mark.last(1)
 def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_names_of_a_proxy(stack: Project) -> None:
     """Both take a start of the servers."""
-    made = stack.watched("infra/profile.py")
+    made = stack.watched("infra/prefect_profile.py")
     assert made.returncode == 0, made.stderr
     home = Path(stack.env["HOME"])
     profiles = home / ".prefect" / "profiles.toml"
@@ -170,7 +170,7 @@ def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_nam
     assert "Completed" in ran.stdout, ran.stdout + ran.stderr
     assert stack.shell(sys.executable, "-c", LOAD).stdout.strip() == "kept", "blocks have lost their key"
     # What `up`, `profile` and `password` started was looked at meanwhile.
-    for words in ("prefect\0server", "mlflow\0server", "infra/profile.py"):
+    for words in ("prefect\0server", "mlflow\0server", "infra/prefect_profile.py"):
         assert [line for line in stack.arguments if words in line], words
     assert not [line for line in stack.arguments if old in line or new in line]
 

@@ -551,7 +551,7 @@ def test_who_looks_where_a_process_is_while_it_is_started_again_reads_a_whole_an
 
 @pytest.mark.last(2)
 def test_down_stops_all_of_it_and_only_it_and_nobody_else_is_told_the_password(stack: Project) -> None:
-    made = stack.shell(sys.executable, "infra/profile.py")
+    made = stack.shell(sys.executable, "infra/prefect_profile.py")
     assert made.returncode == 0, made.stderr
     servers, home = stack.servers, Path(stack.env["HOME"])
     roots = stack_processes(stack)

@@ -1,4 +1,4 @@
-"""The Prefect profile `train-diffusion` in the user's own Prefect home: `python infra/profile.py [follow | withdraw]`.
+"""The Prefect profile `train-diffusion` in the user's own Prefect home: `python infra/prefect_profile.py [follow | withdraw]`.
 
 Without a word it is made, or made anew, and becomes the active one: on demand only. `make up` has one that is there follow the
 servers, and `make down` withdraws their address and password from it: without them nobody is asked, whoever listens there next.
