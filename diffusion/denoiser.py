@@ -61,7 +61,10 @@ def build_network(recipe: Recipe, spec: ImageSpec) -> nn.Module:
 
 
 def read_output(recipe: Recipe, output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A network's output as its prediction and, where variances are learned, their mix (`reverse.Estimate.mix`)."""
+    """A network's output [batch, bands or twice as many, height, width] as its prediction and, where variances are learned, their mix.
+
+    Both [batch, bands, height, width]; what the mix means: `reverse.Estimate.mix`.
+    """
     if not recipe.learned_variance:
         return output, None
     prediction, variance = output.chunk(2, dim=1)

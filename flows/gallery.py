@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffusion.evaluation.figures import table, with_error
+from diffusion.evaluation.figures import number, table, with_error
 from diffusion.evaluation.pictures import thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.presentation.page import Picture, Section, page
@@ -51,8 +51,7 @@ def gallery(title: str, run: Run, state: CheckpointState, scores: Scores, decisi
         )
         for one in reversed(shown)
     ]
-    text = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
-    figures_table = [(name, *map(text, values)) for name, *values in table(scores)]
+    figures_table = [(name, *map(number, values)) for name, *values in table(scores)]
     sections = [
         Section(
             "Samples and real images",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -54,7 +54,7 @@ class Run:
         """What it is called in the store and on disk; for people it has another name."""
         return self.lineage.key
 
-    @property
+    @cached_property
     def store(self) -> Store:
         """Where checkpoints and evaluations go."""
         return open_store(self.settings.store_uri)

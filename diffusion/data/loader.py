@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 
 from diffusion.data.manifest import Manifest, Shard, Split
 from diffusion.data.shards import Sample, decode_all, read_shard
-from diffusion.data.spec import Images
+from diffusion.data.spec import Images, Labels
 from diffusion.errors import DataError
 from diffusion.store import layout
 from diffusion.store.objects import LocalCopy, Store, StoreDamage
 
 MEMORY_BYTES = 1 << 30
-
-Labels = NDArray[np.int64]
-"""[samples], indices of the spec's classes; zeros where there are none"""
 
 T = TypeVar("T")
 

@@ -104,7 +104,7 @@ def find_dataset(store: Store, digest: str) -> Manifest | None:
 
 
 def require_dataset(store: Store, digest: str) -> Manifest:
-    """The same. Raises DataError if the store does not hold it."""
+    """The manifest of a dataset. Raises DataError if the store does not hold it."""
     found = find_dataset(store, digest)
     if found is None:
         raise DataError(f"The store {store.uri} has no dataset {digest}. Ingest it first.")

@@ -19,6 +19,8 @@ SMALLEST, LARGEST, MOST_BANDS = 8, 256, 16
 DType = Literal["uint8", "uint16", "float32"]
 Images = NDArray[Any]
 """[images, height, width, bands], of the spec's dtype."""
+Labels = NDArray[np.int64]
+"""[samples], indices of a dataset's classes; zeros where there are none."""
 
 Band = Annotated[str, Field(min_length=1, max_length=40)]
 RGB = ("red", "green", "blue")

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from diffusion.data.spec import Labels
 from diffusion.errors import DataError
-from diffusion.evaluation.labels import Labels, resampled
+from diffusion.evaluation.labels import resampled
 from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Scores
 from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance

@@ -301,6 +301,11 @@ def telling_metrics(scores: Scores) -> list[str]:
     return names
 
 
+def number(value: float | None) -> str:
+    """A figure for people; nothing for None."""
+    return "" if value is None else f"{value:.4g}"
+
+
 def table(scores: Scores) -> list[tuple[str, float, float | None, float | None]]:
     """All figures: name, value, standard error, and what real test images have. None where there is none."""
     rows = []

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import find_dataset
 from diffusion.data.sealed import seal
-from diffusion.data.spec import Images
+from diffusion.data.spec import Images, Labels
 from diffusion.denoiser import Denoiser
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.figures import Features, measured
-from diffusion.evaluation.labels import Labels, in_proportion
+from diffusion.evaluation.labels import in_proportion
 from diffusion.evaluation.likelihood import measure_bound
 from diffusion.evaluation.pictures import png
 from diffusion.evaluation.protocol import PROTOCOL

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Labels = NDArray[np.int64]
+from diffusion.data.spec import Labels
+
 FEWEST_ALONE = 5
 """Samples of a class that are drawn anew by themselves."""
 
 
-def in_proportion(counts: Labels, number: int) -> Labels:
+def in_proportion(counts: NDArray[np.int64], number: int) -> Labels:
     """The classes of the first `number` samples: in the proportions of the real images, and nothing random about it.
 
     Samples are held against all real images: of other proportions, a perfect model would seem far off. Each sample is of the class

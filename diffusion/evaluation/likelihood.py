@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.loader import Labels, ShardImages
-from diffusion.data.spec import Images
+from diffusion.data.loader import ShardImages
+from diffusion.data.spec import Images, Labels
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.scores import BOUND_BINS, BoundTerms
 from diffusion.evaluation.sharding import block_sizes, share_out

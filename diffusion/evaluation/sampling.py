@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion.data.manifest import Manifest
-from diffusion.data.spec import Images
+from diffusion.data.spec import Images, Labels
 from diffusion.denoiser import Denoiser, build_network
-from diffusion.evaluation.labels import Labels
 from diffusion.evaluation.sharding import block_sizes, share_out
 from diffusion.jobs.reports import ProgressFile
 from diffusion.model.placement import place

@@ -8,12 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.data.loader import ShardImages
-from diffusion.data.spec import Images
+from diffusion.data.spec import Images, Labels
 from diffusion.denoiser import Denoiser
-from diffusion.evaluation.labels import Labels
 from diffusion.evaluation.pictures import GRID_COLUMNS, class_grid, row_names
 from diffusion.evaluation.sampling import SEED
 from diffusion.evaluation.statistics import Memorisation
+
+PAIRS = 10
+"""Of a sample and the training image that is nearest to it."""
 
 
 def pictures(
@@ -49,9 +51,9 @@ def first_of_each(labels: Labels, names: list[str]) -> tuple[list[int], list[str
     return [int(found[column % len(found)]) for column in range(columns) for found in own.values()], [*own]
 
 
-def closest_pairs(images: Images, copies: Memorisation, train: ShardImages, count: int = 10) -> Image.Image:
+def closest_pairs(images: Images, copies: Memorisation, train: ShardImages) -> Image.Image:
     """The samples that lie nearest to a training image, above these images."""
-    chosen = np.argsort(copies.distances)[:count]
+    chosen = np.argsort(copies.distances)[:PAIRS]
     starts = np.cumsum([0, *(shard.samples for shard in train.shards)])
     nearest = copies.nearest[chosen]
     shards = np.searchsorted(starts, nearest, side="right") - 1

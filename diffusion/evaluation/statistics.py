@@ -8,7 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.evaluation.labels import Labels, resampled, shuffled
+from diffusion.data.spec import Labels
+from diffusion.evaluation.labels import resampled, shuffled
 from diffusion.randomness import stream
 
 Vectors = NDArray[np.floating]

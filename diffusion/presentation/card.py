@@ -19,6 +19,9 @@ from diffusion.trust.redaction import shown
 
 TEMPLATE = "model_card.md"
 
+MOST_CLASSES = 40
+"""That a card lists by name."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -77,10 +80,10 @@ def _real(one: Figure, row: Row) -> str:
     return "" if row.real is None else f"{row.real:.{one.digits}f}"
 
 
-def _listed(classes: tuple[str, ...], most: int = 40) -> str:
+def _listed(classes: tuple[str, ...]) -> str:
     """Class names, made by somebody else, as text of a page."""
-    names = ", ".join(plain(shown(name, 60)).replace("|", "/").replace("`", "'") for name in classes[:most])
-    return f"{names} and {len(classes) - most:,} more" if len(classes) > most else names
+    names = ", ".join(plain(shown(name, 60)).replace("|", "/").replace("`", "'") for name in classes[:MOST_CLASSES])
+    return f"{names} and {len(classes) - MOST_CLASSES:,} more" if len(classes) > MOST_CLASSES else names
 
 
 def _about(extractor: str, own: OwnExtractor | None) -> str:

@@ -18,7 +18,7 @@ from diffusion.process.reverse import Estimate, decoder_log_variance, reverse
 
 @dataclass(frozen=True)
 class PixelBins:
-    """The bins of images' levels in the space that the process runs in. Tensors of shape [channels, 1, 1], float64."""
+    """The bins of images' levels in the space that the process runs in. Tensors of shape [bands, 1, 1], float64."""
 
     width: Tensor
     low: Tensor

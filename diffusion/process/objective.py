@@ -32,7 +32,7 @@ def weight(weighting: Weighting, prediction: Prediction, log_snr: Tensor, gamma:
 
 
 def simple_loss(output: Tensor, aim: Tensor, weights: Tensor, error: Error = "squared") -> Tensor:
-    """The error of the network's output, averaged over channels and pixels and weighted: [batch], float32 or better.
+    """The error of the network's output, averaged over bands and pixels and weighted: [batch], float32 or better.
 
     Ho et al. 2020, eq. 14, for any prediction: `aim` is what `prediction.target` gives, and `weights`, [batch], what `weight` does.
     """

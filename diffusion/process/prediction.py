@@ -30,7 +30,7 @@ def diffuse(x0: Tensor, epsilon: Tensor, log_snr: Tensor) -> Tensor:
 
 
 def target(prediction: Prediction, x0: Tensor, epsilon: Tensor, log_snr: Tensor) -> Tensor:
-    """What a perfect network would give."""
+    """What a perfect network would give, like x0: that itself, the noise, or v (Salimans & Ho 2022, arXiv:2202.00512)."""
     if prediction == "x0":
         return x0
     if prediction == "epsilon":

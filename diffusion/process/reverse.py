@@ -18,7 +18,7 @@ class Estimate:
     """What a network says about noisy images."""
 
     x0: Tensor
-    """The clean images that it expects, [batch, channels, height, width]."""
+    """The clean images that it expects, [batch, bands, height, width]."""
     mix: Tensor | None = None
     """Like x0: where the log variance of the reverse transitions lies, from 0, the posterior's, to 1, the forward
     transition's. None: at 0, not learned. A network is free to leave [0, 1]."""

@@ -55,7 +55,7 @@ def start_at(version: ModelVersion) -> Start:
 
 
 def checkpoint_of(version: ModelVersion, store: Store) -> CheckpointState:
-    """The same, as it lies in the store. Raises RecipeError as well, and CheckpointDamaged if it is gone or another one."""
+    """The state of a version's checkpoint. Raises RecipeError as `start_at` does, CheckpointDamaged if it is gone or another one."""
     start = start_at(version)
     state = load_state(store, start.run, start.step)
     if state.digest != start.digest:

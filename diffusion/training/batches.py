@@ -30,9 +30,9 @@ class Lane:
     uniform: Tensor
     """What each image's noise level is drawn from: a number in (0, 1), float64 [micro-batch]."""
     label: Tensor | None
-    """Class indices, `classes` where the label is withheld; None for an unconditional network."""
+    """Class indices, int64 [micro-batch], `classes` where the label is withheld; None for an unconditional network."""
     turn: Tensor | None
-    """Quarter turns that were made; None where none ever are."""
+    """Quarter turns that were made, 0 to 3, [micro-batch]; None where none ever are."""
     dropout_seed: int
     """Seed of what the network drops."""
 

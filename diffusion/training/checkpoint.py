@@ -18,6 +18,7 @@ from diffusion.data.sealed import seal
 from diffusion.errors import CheckpointDamaged
 from diffusion.store import layout
 from diffusion.store.objects import Store
+from diffusion.training.journal import JOURNAL
 from diffusion.training.state import (
     STATE,
     CheckpointState,
@@ -41,7 +42,7 @@ class Checkpoint:
     averages: dict[str, Tensors]
     """Their moving averages, by `average_name`."""
     optimizer: Tensors
-    """The optimiser's moments and counts, by parameter, and what the noise levels remember."""
+    """The optimiser's moments and counts, by parameter; what the noise levels remember; the alignment's head, where there is one."""
     journal: bytes
     """The journal up to here."""
 
@@ -52,7 +53,7 @@ def write_checkpoint(store: Store, state: CheckpointState, content: Checkpoint) 
         "model.safetensors": save(content.model),
         **{f"{name}.safetensors": save(average) for name, average in content.averages.items()},
         "optimizer.safetensors": save(content.optimizer),
-        "journal.jsonl": content.journal,
+        JOURNAL: content.journal,
     }
     where = layout.checkpoint(state.run, state.step)
     for name, data in files.items():
@@ -88,7 +89,7 @@ def load_checkpoint(store: Store, run: str, step: int) -> tuple[CheckpointState,
     state = load_state(store, run, step)
     averages = {name: load_tensors(store, state, name) for name in map(average_name, state.recipe.ema.half_lives)}
     model, optimizer = (load_tensors(store, state, part) for part in ("model", "optimizer"))
-    return state, Checkpoint(model, averages, optimizer, checkpoint_file(store, state, "journal.jsonl"))
+    return state, Checkpoint(model, averages, optimizer, checkpoint_file(store, state, JOURNAL))
 
 
 def load_tensors(store: Store, state: CheckpointState, part: str) -> Tensors:

@@ -222,7 +222,7 @@ class Trainer:
         return losses
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What an optimiser step needs beside the weights: its state by parameter, and what the noise levels remember."""
+        """What a step needs beside the weights: the optimisers' state, what the noise levels remember, the alignment's head."""
         moments = {
             f"{name}/{key}": value
             for name, parameter in self._parameters.items()

@@ -24,6 +24,8 @@ PRIVATE = stat.S_IRUSR | stat.S_IWUSR
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOLCK)
 """What file systems answer to what they can't do."""
+MOST_BYTES = 1 << 16
+"""Of such a file that is read."""
 FOLDERS = ("downloads", "matplotlib", "mlflow", "prefect", "runs", "shards", "stack", "store")
 """What this project makes in its home."""
 
@@ -88,7 +90,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def create_private(path: Path, text: str) -> None:
-    """The same, unless a file of that name is there already."""
+    """Write a file that only its owner can read, unless one of that name is there already."""
     with contextlib.suppress(FileExistsError):
         put(path, text.encode(), name_anew, PRIVATE)
 
@@ -153,7 +155,7 @@ def put(path: Path, data: bytes, publish: Callable[[Path, Path], object], mode: 
         part.unlink(missing_ok=True)
 
 
-def read_private(path: Path, limit: int = 1 << 16) -> str:
+def read_private(path: Path) -> str:
     """What such a file holds. Raises FileNotFoundError if there is none.
 
     Raises NotPrivate if it is not a file of this user's, or if others can read it, change it, or put another in its place.
@@ -172,9 +174,9 @@ def read_private(path: Path, limit: int = 1 << 16) -> str:
             writable = inside.st_mode & OTHERS_WRITE and not inside.st_mode & stat.S_ISVTX
             if writable or inside.st_uid not in (os.geteuid(), 0):
                 raise NotPrivate(f"Others may write into {folder}: {path.name} there was not used.")
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise NotPrivate(f"{path} has more than {limit:,} bytes: it is not what it should be.")
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise NotPrivate(f"{path} has more than {MOST_BYTES:,} bytes: it is not what it should be.")
     try:
         return content.decode()
     except UnicodeDecodeError:

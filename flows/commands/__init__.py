@@ -1,1 +1,1 @@
-"""Programs beside the flow: the demo, and a version trained again."""
+"""Programs beside the flow: the demo, a model scored in another way, and a version trained again."""

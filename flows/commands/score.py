@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Difference, compare, load_evidence
-from diffusion.evaluation.figures import table
+from diffusion.evaluation.figures import number, table
 from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Scores, find_scores
 from diffusion.jobs.specs import JobSpec
@@ -160,8 +160,8 @@ def print_figures(title: str, scores: Scores) -> None:
     rows = [
         (
             name,
-            f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else ""),
-            f"{real:.4g}" if real is not None else "",
+            number(value) + ("" if error is None else f" ± {error:.2g}"),
+            number(real),
         )
         for name, value, error, real in table(scores)
     ]

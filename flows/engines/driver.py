@@ -151,7 +151,7 @@ def follow(attempt: Attempt, placement: Placement, stop: StopRequest, grow_from:
 
 
 def main() -> int:
-    """As the module says."""
+    """Run the folder's job, or say what the cluster has. Returns 0; 1 with a sentence; 143 if it was asked to end."""
     end_with_parent()
     os.umask(0o077)
     redact_logs()

@@ -51,7 +51,7 @@ class Mailbox:
         self._environment = environment
 
     def environment(self) -> dict[str, str]:
-        """As it was given."""
+        """What `prepare` was given."""
         return self._environment
 
     def ask_to_stop(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
-from diffusion.evaluation.figures import full_name, in_order, of_how_many, table, with_error
+from diffusion.evaluation.figures import full_name, in_order, number, of_how_many, table, with_error
 from diffusion.evaluation.scores import Scores
 from diffusion.presentation.markdown import markdown_table, plain
 from diffusion.store import layout
@@ -76,7 +77,7 @@ def report(run: Run, state: CheckpointState, scores: Scores, decision: Decision)
     return Report(rows=rows)
 
 
-def _journal(run: Run, state: CheckpointState) -> list[dict[str, float]]:
+def _journal(run: Run, state: CheckpointState) -> list[dict[str, Any]]:
     return records(checkpoint_file(run.store, state, JOURNAL))
 
 
@@ -106,7 +107,7 @@ def _comparison(run: Run, scores: Scores, decision: Decision) -> str:
 
 
 def _figure(value: float | None, error: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    return number(value) + ("" if error is None else f" ± {error:.2g}")
 
 
 def _markdown(run: Run, state: CheckpointState, scores: Scores, rows: dict[str, str], decision: Decision) -> str:

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion.data.ingest import ingest
-from diffusion.data.loader import Labels, ShardImages, prefetch
+from diffusion.data.loader import ShardImages, prefetch
 from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.data.order import Order
 from diffusion.data.shards import Sample, bytes_in_shard, decode, read_shard, write_shard
 from diffusion.data.sources.source import Source
-from diffusion.data.spec import Images
+from diffusion.data.spec import Images, Labels
 from diffusion.data.split import split_by_hash
 from diffusion.errors import DataError, StoreError
 from diffusion.store import layout

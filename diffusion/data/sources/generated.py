@@ -31,14 +31,14 @@ PALETTES = {
 }
 
 
-def write_archive(path: Path, images_per_class: int = IMAGES_PER_CLASS, seed: int = 0) -> Path:
+def write_archive(path: Path, images_per_class: int = IMAGES_PER_CLASS) -> Path:
     """Write a zip with EuroSAT's layout and `images_per_class` drawn patches a class; the same bytes every time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for class_index, class_name in enumerate(CLASSES):
             for number in range(1, images_per_class + 1):
-                rng = np.random.default_rng([seed, class_index, number])
+                rng = np.random.default_rng([0, class_index, number])
                 data = io.BytesIO()
                 draw_patch(class_name, rng).save(data, "JPEG", quality=90)
                 name = f"{TOP_FOLDERS[0]}/{class_name}/{class_name}_{number}.jpg"
