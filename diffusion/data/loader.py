@@ -16,7 +16,8 @@ from diffusion.data.shards import Sample, decode_all, read_shard
 from diffusion.data.spec import Images, Labels
 from diffusion.errors import DataError
 from diffusion.store import layout
-from diffusion.store.objects import LocalCopy, Store, StoreDamage
+from diffusion.store.copies import LocalCopy, StoreDamage
+from diffusion.store.objects import Store
 
 MEMORY_BYTES = 1 << 30
 

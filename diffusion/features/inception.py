@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusion.data.sources.download import download
 from diffusion.errors import DataError, RecipeError
 from diffusion.settings import InceptionSource
-from diffusion.store.objects import LocalCopy, StoreDamage
+from diffusion.store.copies import LocalCopy, StoreDamage
 from diffusion.trust.reading import read_file
 
 MAX_BYTES = 512 << 20

@@ -20,7 +20,8 @@ from diffusion.data.manifest import find_dataset
 from diffusion.data.sources.eurosat import Source
 from diffusion.errors import StoreError, StoreRefuses
 from diffusion.jobs.specs import TrainingJob
-from diffusion.store.objects import S3Store, open_store
+from diffusion.store.objects import open_store
+from diffusion.store.s3 import S3Store
 from diffusion.training.checkpoint import load_checkpoint
 from diffusion.training.journal import JOURNAL, records
 from diffusion.training.state import steps_with_checkpoint

@@ -18,7 +18,7 @@ from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import Mirror
 from diffusion.errors import DataError, StoreError
 from diffusion.features.inception import Web
-from diffusion.store.objects import LocalCopy
+from diffusion.store.copies import LocalCopy
 from tests.certificates import certificate, server_side
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB

@@ -11,7 +11,9 @@ from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import find_dataset
 from diffusion.data.sources.eurosat import Source
 from diffusion.errors import StoreError
-from diffusion.store.objects import FolderStore, LocalCopy, S3Store, check_writable, open_store
+from diffusion.store.copies import LocalCopy
+from diffusion.store.objects import FolderStore, check_writable, open_store
+from diffusion.store.s3 import S3Store
 from tests.conftest import Ingested
 
 

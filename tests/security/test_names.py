@@ -18,7 +18,8 @@ from diffusion.jobs.specs import TrainingJob
 from diffusion.recipe import Start
 from diffusion.recipe_files import load_recipe
 from diffusion.settings import settings
-from diffusion.store.objects import FolderStore, S3Store
+from diffusion.store.objects import FolderStore
+from diffusion.store.s3 import S3Store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion_log import Promotion, past_champions
 from diffusion.tracking.run import OWNER_TAG, RUN_KEY, START_TAG, recorded_start, unfinished_run

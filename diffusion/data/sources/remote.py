@@ -24,7 +24,6 @@ from diffusion.data.sources.transfer import (
     when_ready,
 )
 from diffusion.errors import DataError, StoreError
-from diffusion.store.objects import S3Store
 from diffusion.trust.redaction import shown
 
 MOST_TARS = 100_000
@@ -108,6 +107,8 @@ def check_address(address: str) -> None:
 def _copy_s3(address: str, copy: Path, report: Progress) -> None:
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
+
+    from diffusion.store.s3 import S3Store
 
     parts = urlsplit(address)
     bucket, key, part = parts.netloc, parts.path.lstrip("/"), copy.with_suffix(".part")
