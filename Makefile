@@ -118,4 +118,4 @@ reproduce: install ## Train a model version again and compare the weights; make 
 	  $(if $(MODEL),--model $(MODEL)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 extractor: install ## Train the feature extractor that the package ships (20 minutes on 2 cores)
-	$(BIN)/python -m diffusion.features.train_extractor --archive $${EUROSAT_ARCHIVE:?set it to the EuroSAT zip}
+	$(BIN)/python -m diffusion.features.train_shipped --archive $${EUROSAT_ARCHIVE:?set it to the EuroSAT zip}

@@ -22,16 +22,8 @@ from torch.nn import functional as F
 from diffusion.data.codecs import decode
 from diffusion.data.sources.eurosat import read_eurosat
 from diffusion.features.classifier import Classifier, fuse
-from diffusion.features.train_extractor import (
-    OWN_BUDGET,
-    OWN_EPOCHS,
-    VIEW_OUTPUTS,
-    Data,
-    coarsen,
-    fit,
-    tell_classes,
-    tell_views,
-)
+from diffusion.features.learning import Labelled, coarsen, fit, tell_classes, tell_views
+from diffusion.features.train_extractor import OWN_BUDGET, OWN_EPOCHS, VIEW_OUTPUTS
 
 TESTED = 0.2
 RIDGES = (1.0, 10.0, 100.0)
@@ -46,7 +38,7 @@ def tell_turns(network: Classifier, images: Tensor, _: Tensor, rng: torch.Genera
     return F.cross_entropy(network(coarsen(turned, rng)), turns)
 
 
-def some_images(archive: Path, count: int) -> Data:
+def some_images(archive: Path, count: int) -> Labelled:
     """As many images of each class, standardised, in random order."""
     source, rng = read_eurosat(archive), np.random.default_rng(0)
     by_class = {name: [one for one in source.images if one.class_name == name] for name in source.classes}
@@ -62,7 +54,7 @@ def some_images(archive: Path, count: int) -> Data:
     return images, torch.tensor([label for _, label in chosen])[order]
 
 
-def told_by(network: Classifier, data: Data, trained: int) -> float:
+def told_by(network: Classifier, data: Labelled, trained: int) -> float:
     """Share of the images after the first `trained` whose class a ridge regression on the features of these tells (the best ridge)."""
     with torch.no_grad():
         features = torch.cat([network.features(part) for part in data[0].split(500)]).numpy().astype(np.float64)

@@ -65,12 +65,13 @@ def load_extractor(
 
 def shipped(device: torch.device) -> Extractor:
     """The classifier that comes with the package."""
+    known, network = Known("eurosat", "eurosat", SHIPPED_SHA256), _classifier(_shipped_weights(), device)
+    return _extractor(known, network, lambda images: eurosat_input(images, device), device, knows_classes=True)
 
-    def encode(images: Images) -> Tensor:
-        return torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
 
-    known = Known("eurosat", "eurosat", SHIPPED_SHA256)
-    return _extractor(known, _classifier(_shipped_weights(), device), encode, device, knows_classes=True)
+def eurosat_input(images: Images, device: torch.device) -> Tensor:
+    """What that classifier sees of RGB images of 8 bits: [n, 3, height, width], -1 to 1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
 
 
 def _shipped_weights() -> bytes:

@@ -15,7 +15,7 @@ from diffusion.features import extractor as extractors
 from diffusion.features.classifier import Classifier, fuse
 from diffusion.features.extractor import load_inception, shipped
 from diffusion.features.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS
-from diffusion.features.train_extractor import tell_views, view, views_told
+from diffusion.features.learning import tell_views, view, views_told
 from diffusion.settings import InceptionSource
 
 CPU = torch.device("cpu")

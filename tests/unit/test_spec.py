@@ -125,7 +125,6 @@ OWN_INPUT = {
     "diffusion/data/spec.py": "the display",
     "diffusion/evaluation/pictures.py": "colours of the sheet",
     "diffusion/features/extractor.py": "what the shipped networks eat",
-    "diffusion/features/train_extractor.py": "what the shipped network eats",
 }
 """Where 255 is said, and of what."""
 
