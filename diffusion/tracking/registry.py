@@ -85,26 +85,11 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
 
     The version is whole: averaged weights, the sampler's code, pinned requirements, a typed signature, a card.
     """
-    import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model, ModelSignature
 
     client, state, scores, dataset = run.client, made.state, made.scores, made.dataset
     name = model_name(client, store, dataset, state.recipe.data.image_size)
-    tags = {
-        **made.tags,
-        "result": headline(scores),
-        "run": state.run,
-        "dataset.name": dataset.source,
-        "dataset.digest": dataset.digest,
-        "image_size": str(state.recipe.data.image_size),
-        "evaluation.protocol": protocol(state.recipe),
-        "recipe.digest": state.recipe.digest,
-        "checkpoint.digest": state.digest,
-        "checkpoint.step": str(state.step),
-    }
-    if state.recipe.start is not None:
-        tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
+    tags = _tags(made)
     for version in client.search_model_versions(f"run_id = '{run.run_id}'"):  # under whichever name
         if tags_of(version).get("checkpoint.digest") == state.digest:
             _follow(
@@ -113,23 +98,59 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
             _tell_start(client, version.name, state, str(version.version))
             return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
-    card = Card(
+    commits = (*filter(None, run.earlier_commits.split(",")), tags["git.commit"])
+    own = find_own(store, dataset.digest)
+    card = Card(name, state, scores, dataset, commits, run.run_id, made.compute, own)
+    model_id, digest = _save(run, store, made, tags, card)
+    client.log_outputs(run.run_id, [LoggedModelOutput(model_id, step=state.step)])
+    run.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()], model_id)
+    # The tags come with the version, not after it: a version without them could not be judged.
+    version = client.create_model_version(
         name,
-        state,
-        scores,
-        dataset,
-        (*filter(None, run.earlier_commits.split(",")), tags["git.commit"]),
-        run.run_id,
-        made.compute,
-        find_own(store, dataset.digest),
+        source=f"models:/{model_id}",
+        run_id=run.run_id,
+        model_id=model_id,
+        tags={**with_lineage({**tags, FILES_TAG: digest}), **scores_tags(scores)},
+        description=fit_description(card.text(ASSETS)),
+        await_creation_for=0,
     )
+    _tell_start(client, name, state, str(version.version))
+    return name, str(version.version)
+
+
+def _tags(made: Candidate) -> dict[str, str]:
+    """What a version says of itself, its figures and the digest of its files aside."""
+    state = made.state
+    tags = {
+        **made.tags,
+        "result": headline(made.scores),
+        "run": state.run,
+        "dataset.name": made.dataset.source,
+        "dataset.digest": made.dataset.digest,
+        "image_size": str(state.recipe.data.image_size),
+        "evaluation.protocol": protocol(state.recipe),
+        "recipe.digest": state.recipe.digest,
+        "checkpoint.digest": state.digest,
+        "checkpoint.step": str(state.step),
+    }
+    if state.recipe.start is not None:
+        tags["start.run"], tags["start.step"] = state.recipe.start.run, str(state.recipe.start.step)
+    return tags
+
+
+def _save(run: TrackedRun, store: Store, made: Candidate, tags: dict[str, str], card: Card) -> tuple[str, str]:
+    """Save the model's files in MLflow; returns its id and their digest."""
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+
+    client, state, dataset = run.client, made.state, made.dataset
     logged = client.create_logged_model(
         run.experiment_id, name="sampler", source_run_id=run.run_id, model_type="diffusion", tags=with_lineage(tags)
     )
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            contents = _write_files(Path(folder), store, state, scores.weights, dataset, made.pictures)
+            contents = _write_files(Path(folder), store, state, made.scores.weights, dataset, made.pictures)
             model_folder = Path(folder, "model")
             mlflow.pyfunc.save_model(
                 path=str(model_folder),
@@ -148,33 +169,22 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
                 ),
                 pip_requirements=_pinned_requirements(),
             )
-            # Beside the artifacts the card can show them.
-            pictures_of = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in made.pictures)
-            lasting = card.text(ASSETS, "The version's description in the registry has it.")
-            recipe = f"## Recipe\n\n```json\n{state.recipe.model_dump_json(indent=1)}\n```\n"
-            Path(model_folder, "README.md").write_text(
-                f"{lasting}\n## Pictures\n\n{pictures_of}{recipe}", encoding="utf-8"
-            )
+            (model_folder / "README.md").write_text(_readme(made, card), encoding="utf-8")
             close_to_others(model_folder)  # what MLflow has copied is as open as its original
-            files = files_digest(model_folder)
+            digest = files_digest(model_folder)
             client.log_model_artifacts(logged.model_id, str(model_folder))
         status = "READY"
     finally:
         client.finalize_logged_model(logged.model_id, status)
-    client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=state.step)])
-    run.log_metrics([(key, value, scores.step) for key, value in metrics(scores).items()], logged.model_id)
-    # The tags come with the version, not after it: a version without them could not be judged.
-    version = client.create_model_version(
-        name,
-        source=f"models:/{logged.model_id}",
-        run_id=run.run_id,
-        model_id=logged.model_id,
-        tags={**with_lineage({**tags, FILES_TAG: files}), **scores_tags(scores)},
-        description=fit_description(card.text(ASSETS)),
-        await_creation_for=0,
-    )
-    _tell_start(client, name, state, str(version.version))
-    return name, str(version.version)
+    return str(logged.model_id), digest
+
+
+def _readme(made: Candidate, card: Card) -> str:
+    """The card among the model's files, which can show those beside it."""
+    lasting = card.text(ASSETS, "The version's description in the registry has it.")
+    pictures = "".join(f"![{name}](artifacts/{name}.png)\n\n" for name in made.pictures)
+    recipe = f"## Recipe\n\n```json\n{made.state.recipe.model_dump_json(indent=1)}\n```\n"
+    return f"{lasting}\n## Pictures\n\n{pictures}{recipe}"
 
 
 def _follow(client: MlflowClient, version: ModelVersion, tags: dict[str, str]) -> None:

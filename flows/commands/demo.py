@@ -36,63 +36,62 @@ def main() -> int:
     arguments = parser.parse_args()
     overrides = values_of(parser, arguments)
 
+    # As `run_command` does; but that imports Prefect, which reads its settings from the environment, before all is set here.
     from diffusion.errors import UserError
+
+    try:
+        return _demo(arguments, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     from diffusion.settings import reach_loopback_directly, settings
     from diffusion.trust.private import use_private_home
     from diffusion.trust.redaction import redact_logs
 
-    try:
-        environment = settings()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    environment = settings()
+    database = environment.home / "prefect" / "prefect.db"
     os.environ.update(EMBEDDED)
     os.environ.pop("PREFECT_API_URL", None)
     reach_loopback_directly()
-    os.environ["PREFECT_HOME"] = str(environment.home / "prefect")
+    os.environ["PREFECT_HOME"] = str(database.parent)
     os.environ.setdefault("MPLCONFIGDIR", str(environment.home / "matplotlib"))
     redact_logs()
-    try:
-        use_private_home(environment.home)
-        (environment.home / "prefect").mkdir(parents=True, exist_ok=True)
-        os.environ.update(_server_secrets(environment.home))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    use_private_home(environment.home)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(_server_secrets(environment.home, database))
 
     from flows.prefect_database import make_prefect_current
     from flows.stopwatch import stopwatch
 
-    try:
-        with stopwatch.part("imports"):
-            from diffusion.tracking.experiment import open_tracking
-            from flows.checks import check_request
-            from flows.request import TrainingRequest
-            from flows.tasks.report import Report
-            from flows.train_diffusion import train_diffusion
-        # The flow checks all this as well, but only once its server is up.
-        request = TrainingRequest(
-            preset=arguments.preset, overrides=overrides, seed=arguments.seed, processes=arguments.processes
-        )
-        check_request(request)
-        # The first databases take seconds to make. An error of what is done meanwhile is told at once.
-        made = ThreadPoolExecutor(1).submit(make_prefect_current, environment.home / "prefect" / "prefect.db")
-        open_tracking(environment)
-        with stopwatch.part("ingest"):
-            source = _source_or_generated(arguments.source)
-        made.result()
-        print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
-        report = train_diffusion(
-            preset=arguments.preset,
-            overrides=overrides,
-            seed=arguments.seed,
-            source=source,
-            processes=arguments.processes,
-        )
-        assert isinstance(report, Report)
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+    with stopwatch.part("imports"):
+        from diffusion.tracking.experiment import open_tracking
+        from flows.checks import check_request
+        from flows.request import TrainingRequest
+        from flows.tasks.report import Report
+        from flows.train_diffusion import train_diffusion
+    # The flow checks all this as well, but only once its server is up.
+    request = TrainingRequest(
+        preset=arguments.preset, overrides=overrides, seed=arguments.seed, processes=arguments.processes
+    )
+    check_request(request)
+    # The first databases take seconds to make. An error of what is done meanwhile is told at once.
+    made = ThreadPoolExecutor(1).submit(make_prefect_current, database)
+    open_tracking(environment)
+    with stopwatch.part("ingest"):
+        source = _source_or_generated(arguments.source)
+    made.result()
+    print("Starting Prefect's own temporary server", file=sys.stderr, flush=True)
+    report = train_diffusion(
+        preset=arguments.preset,
+        overrides=overrides,
+        seed=arguments.seed,
+        source=source,
+        processes=arguments.processes,
+    )
+    assert isinstance(report, Report)
     _print_table(report.rows)
     parts = stopwatch.parts()
     total, own = parts["total"], parts["flow's own"]
@@ -104,7 +103,7 @@ def main() -> int:
     return 0
 
 
-def _server_secrets(home: Path) -> dict[str, str]:
+def _server_secrets(home: Path, database: Path) -> dict[str, str]:
     """Settings of the temporary server: a password for this run alone, since it opens the database of `make up` as well."""
     import secrets
 
@@ -114,14 +113,14 @@ def _server_secrets(home: Path) -> dict[str, str]:
     stack.mkdir(exist_ok=True)
     password = f"demo:{secrets.token_urlsafe(18)}"
     found = {
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect' / 'prefect.db'}",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
         "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_API_AUTH_STRING": password,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "http://127.0.0.1",  # no page is open to it: it has none of its own
     }
     # A server of an earlier version that still runs would not find the key that is taken out of its database.
     if (stack / KEY).exists() or not (stack / "prefect-server.pid").exists():
-        found["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(stack, home / "prefect" / "prefect.db")
+        found["PREFECT_SERVER_ENCRYPTION_KEY"] = encryption_key(stack, database)
     return found
 
 
