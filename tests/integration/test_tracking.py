@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from diffusion.tracking.gates import Margins
 from diffusion.tracking.pages import VIEW_TAG
 from diffusion.tracking.promotion import champion_version, decide
 from diffusion.tracking.registry import Candidate, publish
-from diffusion.tracking.run import Lineage, TrackedRun, recorded_start, unfinished_run
+from diffusion.tracking.run import Lineage, TrackedRun, finished_run, recorded_start, unfinished_run
 from diffusion.tracking.scores_tag import scores_of
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
@@ -326,6 +327,13 @@ def test_a_run_that_did_not_finish_is_found_by_the_next_of_its_recipe_data_and_c
     assert look(commit="c" * 40 + "-dirty") is None
     begin("first").close("FINISHED")
     assert look() is None
+    done = partial(finished_run, client, experiment, recipe, ingested.manifest)
+    assert done("c" * 40) == "first"
+    again = begin("first")
+    again.goes_on_by("e" * 40)
+    again.close("FINISHED")
+    assert done("c" * 40) is None
+    assert done("e" * 40) is None, "a part of it was made by other code: a night by this one is no repetition"
     time.sleep(0.01)
     begin("second").close("KILLED")
     assert look() == "second"
