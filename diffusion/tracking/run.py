@@ -277,7 +277,7 @@ def unfinished_run(
 def finished_run(
     client: MlflowClient, experiment_id: str, recipe: Recipe, dataset: Manifest, commit: str
 ) -> str | None:
-    """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished; None if other code had a part."""
+    """Key of the newest run of that recipe (its seed is part of it), dataset and code, if it finished and no other code had a part."""
     newest = _newest_run(client, experiment_id, recipe, dataset, commit, " and attributes.status = 'FINISHED'")
     return run_key(newest) if newest and EARLIER_COMMITS not in newest.data.tags else None
 
