@@ -30,7 +30,7 @@ def git_commit() -> str:
 def this_code(project: Path = PROJECT) -> Code:
     """The code in the project's folder. TRAIN_DIFFUSION_COMMIT names it where there is no repository."""
     given = settings().commit
-    if given:
+    if given and given != UNKNOWN:  # as images are built where nobody names it
         return Code(given, "")
     try:
         # A repository around it, of which this folder is no part, says nothing of it.

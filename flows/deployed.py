@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
@@ -82,11 +83,13 @@ def end_with_worker() -> None:
 
     Prefect is told, if it answers soon. Call it in a deployed flow run only.
     """
+    parent, flow_run = os.getppid(), str(runtime.flow_run.id)
     # A worker of ours says who it is: it may have died while this process was starting.
-    parent, flow_run = int(os.environ.get(WORKER, os.getppid())), str(runtime.flow_run.id)
+    worker = int(os.environ.get(WORKER, parent))
+    lives = worker in (parent, *ancestors())
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while lives and os.getppid() == parent and psutil.pid_exists(worker):
             time.sleep(WATCH_SECONDS)
         _why.append(WORKER_DIED)
         # In a thread of its own: a server that is silent must not keep the process alive.
@@ -96,6 +99,11 @@ def end_with_worker() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
+
+
+def ancestors() -> list[int]:
+    """The process that started this one, the one that started that, and so on."""
+    return [process.pid for process in psutil.Process().parents()]
 
 
 def _tell(flow_run: str) -> None:

@@ -37,7 +37,8 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 NOT_FOR_RANKS = (
     *("PREFECT_", "MLFLOW_", "RAY_"),  # a rank speaks to the store alone: it needs no password of a server
     *("ACCELERATE_", "MASTER_", "PMI_", "OMPI_", "MV2_"),  # what some other launcher says is not meant for it
-    *("OMP_", "MKL_"),  # sums depend on the number of threads, and a shell's own would win over ours
+    # Sums depend on the number of threads, and a shell's own would win over ours.
+    *("OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_DYNAMIC", "MKL_DOMAIN_NUM_THREADS"),
 )
 """Beginnings of the names of variables that ranks do not get."""
 

@@ -66,7 +66,9 @@ class Owner(BaseModel):
     @property
     def is_here(self) -> bool:
         """Whether it is, or was, a process of this machine."""
-        return self.host == socket.gethostname() and self.machine in (None, machine_id())
+        known = self.machine is None or self.machine == machine_id()
+        # Without an id only the boot tells: another one may be another machine's.
+        return self.host == socket.gethostname() and known and (self.machine != "" or self.boot == boot_id())
 
     @property
     def is_seen(self) -> bool:
@@ -106,6 +108,8 @@ def is_dead(owner: Owner) -> bool:
         return ended or not is_same(owner.pid, owner.started)
     except psutil.NoSuchProcess:
         return not _is_hidden(owner.pid)
+    except (psutil.AccessDenied, PermissionError):  # it is there, and another user's
+        return False
 
 
 def _is_hidden(pid: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -25,7 +25,7 @@ from diffusion.tracking.run import Lineage, TrackedRun, unfinished_run
 from diffusion.tracking.sender import MetricsSender
 from diffusion.tracking.system import SystemMetrics
 from diffusion.trust.redaction import first_line, fit_to_leave
-from flows.code import git_commit, this_code
+from flows.code import UNKNOWN, git_commit, this_code
 from flows.endings import ENDING, Ending, close_abandoned, close_tasks_of_ended_runs, note_ending
 from flows.engines.engine import Job
 from flows.engines.known import engine
@@ -54,9 +54,9 @@ class Run:
         """What it is called in the store and on disk; for people it has another name."""
         return self.lineage.key
 
-    @cached_property
+    @property
     def store(self) -> Store:
-        """Where checkpoints and evaluations go."""
+        """Where checkpoints and evaluations go. Anew each time: the keys to it may have been renewed."""
         return open_store(self.settings.store_uri)
 
     @property
@@ -162,9 +162,10 @@ def tracked_run(request: TrainingRequest, recipe: Recipe, dataset: Manifest) -> 
 
 
 def note_code(run: Run) -> None:
-    """To be called before each job of a run: by now other code may lie here than it was begun by, and the job runs that."""
+    """To be called before whatever a run starts: by now other code may lie here than it was begun by, and it is that which runs."""
     commit, before = git_commit(), run.tracked.commit
-    if when_it_answers(partial(run.tracked.goes_on_by, commit)):
+    # Git that fails for once says nothing.
+    if commit != UNKNOWN and when_it_answers(partial(run.tracked.goes_on_by, commit)):
         say(f"The code here was {before}, and is {commit} now: the run goes on by it, and its version will name both.")
 
 

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -365,14 +365,14 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     made = home / "database"
     make_prefect_current(made / "prefect-test.db")  # where the harness looks for it
-    patient = partial(
-        httpx.Client, timeout=PATIENCE
-    )  # it gives up at the first answer that takes longer than five seconds
-    with (
-        mock.patch("prefect.server.api.server.httpx.Client", patient),
-        mock.patch("prefect.testing.utilities.mkdtemp", return_value=str(made)),
-        prefect_test_harness(server_startup_timeout=int(PATIENCE)),
-    ):
+    with ExitStack() as harness:
+        # It would give up at the first answer that takes longer than five seconds.
+        patient = partial(httpx.Client, timeout=PATIENCE)
+        with (
+            mock.patch("prefect.server.api.server.httpx.Client", patient),
+            mock.patch("prefect.testing.utilities.mkdtemp", return_value=str(made)),
+        ):
+            harness.enter_context(prefect_test_harness(server_startup_timeout=int(PATIENCE)))
         yield
 
 

@@ -33,7 +33,7 @@ MODES = {"L": 1, "RGB": 3}
 MOST_HEADER = 10_000
 """Characters of an NPY file's header."""
 NPY_HEADER = (
-    re.compile(r"""['"]descr['"]\s*:\s*['"]([<>|=][a-zA-Z]\d{1,2})['"]"""),
+    re.compile(r"""['"]descr['"]\s*:\s*u?['"]([<>|=]?[a-zA-Z]{1,12}\d{0,2})['"]"""),
     re.compile(r"""['"]fortran_order['"]\s*:\s*(True|False)"""),
     re.compile(r"""['"]shape['"]\s*:\s*\(([\d,L\s]{0,200})\)"""),
 )

@@ -48,14 +48,14 @@ class ShardImages:
         self._decoded: OrderedDict[int, tuple[Images, Labels]] = OrderedDict()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-window")
         self._pending: dict[int, Future[tuple[Images, Labels]]] = {}
-        self._in_use: frozenset[int] = frozenset()
+        self._needed: frozenset[int] = frozenset()
 
     def shard(self, index: int) -> tuple[Images, Labels]:
         """All images and labels of one shard. Raises DataError or StoreError if its bytes are not the manifest's."""
         if index not in self._decoded:
             pending = self._pending.pop(index, None)
             self._decoded[index] = pending.result() if pending else self._decode(index)
-            self._drop({index, *self._in_use})
+            self._drop({index, *self._needed})
         self._decoded.move_to_end(index)
         return self._decoded[index]
 
@@ -68,9 +68,10 @@ class ShardImages:
     def prepare(self, indices: list[int], in_use: Iterable[int]) -> None:
         """Begin to read and decode shards that will be asked for, in the background and in this order.
 
-        Those `in_use` are not dropped until the next call, whatever their size: each would be decoded anew for every batch.
+        Neither these nor those `in_use` are dropped until the next call, whatever their size: each would be decoded anew for
+        every batch.
         """
-        self._in_use = frozenset(in_use)
+        self._needed = frozenset([*in_use, *indices])
         for index in indices:
             if index not in self._decoded and index not in self._pending:
                 self._pending[index] = self._pool.submit(self._decode, index)

@@ -59,7 +59,7 @@ def open_store(uri: str) -> Store:
 
     S3 takes its endpoint and credentials the AWS way (environment, profile, instance role).
     """
-    if "://" not in uri:  # a path, in which no character means more than itself
+    if ":" not in uri.partition("/")[0]:  # a path, in which no character means more than itself
         return FolderStore(Path(uri).expanduser())
     parts = urlsplit(uri)
     if "@" in parts.netloc:
@@ -67,12 +67,13 @@ def open_store(uri: str) -> Store:
             f"The store '{uri}' has a user or password in its address, where logs and pages would show it. "
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, instead."
         )
-    if parts.scheme == "s3":
+    if parts.scheme == "s3" and parts.netloc:
         from diffusion.store.s3 import S3Store
 
         return S3Store(parts.netloc, parts.path.strip("/"))
-    if parts.scheme == "file" and not (parts.netloc or parts.query or parts.fragment):
-        return FolderStore(Path(unquote(parts.path)))
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and not (parts.query or parts.fragment):
+        as_it_stands = Path(parts.path)  # as earlier versions took it
+        return FolderStore(as_it_stands if as_it_stands.exists() else Path(unquote(parts.path)))
     raise StoreError(f"The store '{uri}' is neither a folder nor s3://bucket/prefix. Set TRAIN_DIFFUSION_STORE to one.")
 
 

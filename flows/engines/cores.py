@@ -10,8 +10,12 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def usable_cores() -> int:
     """The cores that this process may use: those that it is bound to, and no more than its container or unit has the time of."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(bound, granted_cores(CGROUPS, OWN_CGROUP) or bound)
+    return min(bound_cores(), granted_cores(CGROUPS, OWN_CGROUP) or bound_cores())
+
+
+def bound_cores() -> int:
+    """The cores that this process may run on, however much of their time it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def granted_cores(cgroups: Path, own: Path) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusion.errors import RecipeError
 from diffusion.recipe import Recipe
 from diffusion.tracking.system import Machine
-from flows.engines.cores import usable_cores
+from flows.engines.cores import bound_cores, usable_cores
 from flows.engines.engine import Job
 from flows.engines.gpus import broken_gpu, gpus
 from flows.engines.placement import Workers, parse_range, sharing
@@ -59,8 +59,8 @@ def usable_processes(recipe: Recipe, asked: int | str | None) -> int:
             f"{counts[0]} processes were asked for, but there are {present} GPUs. Use at most as many, or set "
             "CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
         )
-    if not present and counts[0] > PROCESSES_A_CORE * usable_cores():
+    if not present and counts[0] > PROCESSES_A_CORE * bound_cores():
         raise RecipeError(
-            f"{counts[0]:,} processes were asked for, but there are {usable_cores()} cores. Use at most as many."
+            f"{counts[0]:,} processes were asked for, but there are {bound_cores()} cores. Use at most as many."
         )
     return max((count for count in counts if count <= room), default=counts[0])

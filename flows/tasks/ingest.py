@@ -19,9 +19,9 @@ from diffusion.data.sources.source import SourceOptions
 from diffusion.errors import DataError
 from diffusion.settings import settings
 from diffusion.store.objects import check_writable, open_store
-from flows.progress import Phase
+from flows.progress import Phase, attended
 from flows.stopwatch import stopwatch
-from flows.tasks.retrying import RETRIED, patiently
+from flows.tasks.retrying import DELAYS, RETRIED, patiently
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,14 @@ def _ingest(archive: Archive, store_uri: str) -> str:
 
 def ingest_archive(archive: Archive, store_uri: str) -> Manifest:
     """The dataset of the archive's images in the store; a cache hit if these images have been ingested there before."""
+    delays = () if attended() else DELAYS
     # A hit must point to something: somebody may have emptied the store since.
-    gone = patiently(lambda: find_dataset(open_store(store_uri), archive.digest)) is None
+    gone = patiently(lambda: find_dataset(open_store(store_uri), archive.digest), delays) is None
     try:
         digest = _ingest.with_options(refresh_cache=gone)(archive, store_uri)
     finally:
         _read_source.cache_clear()
-    manifest = patiently(lambda: find_dataset(open_store(store_uri), digest))
+    manifest = patiently(lambda: find_dataset(open_store(store_uri), digest), delays)
     if manifest is None:
         raise DataError(f"The dataset {digest} has vanished from the store {store_uri}. Start the flow again.")
     return manifest

@@ -17,7 +17,7 @@ from diffusion.tracking.version_tags import checkpoint_of
 from flows.engines.engine import Job
 from flows.engines.placement import Workers
 from flows.rescoring import score_as
-from flows.run import Run, run_phase
+from flows.run import Run, note_code, run_phase
 from flows.tasks.retrying import RETRIED
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def score_again(run: Run, champion: ModelVersion, workers: Workers) -> Scored:
     before = scores_of(champion, run.store)
 
     def start(spec: EvaluationJob) -> None:
+        note_code(run)
         title = f"Scoring version {champion.version}, the champion, as this one was"
         job = Job(spec, run.folder / "champion", "evaluation")
         run_phase(title, "score-champion", job, workers, run.recipe)

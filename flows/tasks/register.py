@@ -13,7 +13,7 @@ from diffusion.tracking.version_tags import EARLIER_COMMITS
 from diffusion.training.state import CheckpointState
 from flows.engines.known import engine
 from flows.engines.placement import Workers
-from flows.run import Run
+from flows.run import Run, note_code
 from flows.tasks.evaluate import evaluation_picture
 from flows.tasks.retrying import RETRIED
 
@@ -26,6 +26,7 @@ from flows.tasks.retrying import RETRIED
 )
 def register(run: Run, state: CheckpointState, scores: Scores, workers: Workers) -> tuple[str, str]:
     """Make a model version of the checkpoint, with its lineage, and return the model's name and the version's number."""
+    note_code(run)  # the version has it in it
     tags = {
         "git.commit": run.tracked.commit,
         "prefect.flow_run_id": run.lineage.flow_run_id,

@@ -10,7 +10,7 @@ from prefect import Task
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from diffusion.errors import ClusterError, RunBusy, StoreError, TrackingError, UserError
+from diffusion.errors import ClusterError, RunBusy, StoreError, StoreRefuses, TrackingError, UserError
 from diffusion.tracking.connection import Unreachable
 from flows.progress import say
 
@@ -46,7 +46,7 @@ def patiently(call: Callable[[], T], delays: Sequence[float] = DELAYS) -> T:
         try:
             return call()
         except (StoreError, Unreachable, ClusterError) as error:
-            if delay is None:
+            if delay is None or isinstance(error, StoreRefuses):
                 raise
             say(f"{error} Looking again in {delay:.0f} s.")
             time.sleep(delay)

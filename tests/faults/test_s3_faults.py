@@ -66,7 +66,7 @@ def test_large_objects_go_in_parts_and_arrive_whole(
 ) -> None:
     paths: list[str] = []
     through_proxy(through, Faults(on_put=paths.append, unavailable=0.1), monkeypatch, s3)
-    monkeypatch.setattr("diffusion.store.objects.PART_BYTES", 5 << 20)
+    monkeypatch.setattr("diffusion.store.s3.PART_BYTES", 5 << 20)
     store, data = open_store("s3://tests/large"), random.Random(1).randbytes(17 << 20)
     store.write("large", data)
     assert len({path.split("partNumber=")[1].split("&")[0] for path in paths if "partNumber=" in path}) == 4

@@ -63,3 +63,5 @@ def test_what_git_says_of_no_repository_is_passed_on(project: Path, monkeypatch:
     assert this_code(project) == (UNKNOWN, "git is not installed")
     monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", "abc")
     assert this_code(project) == ("abc", "")
+    monkeypatch.setenv("TRAIN_DIFFUSION_COMMIT", UNKNOWN)
+    assert this_code(project).why, "an image that was built without"

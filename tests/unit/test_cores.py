@@ -46,8 +46,9 @@ def test_a_rank_computes_with_the_threads_that_it_was_told_whatever_the_shell_sa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Other threads are other sums: MKL's variable, as HPC and conda shells set it, would win."""
-    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_DYNAMIC"):
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "MKL_DOMAIN_NUM_THREADS", "MKL_CBWR"):
         monkeypatch.setenv(name, "2")
     code = "import torch; print(torch.get_num_threads())"
     env = rank_environment(0, 1, 1)
+    assert env["MKL_CBWR"] == "2", "what else a shell asks of MKL is the user's choice"
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "1"

@@ -25,6 +25,15 @@ def test_the_home_is_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_address_of_a_file_is_one(tmp_path: Path) -> None:
     assert open_store(f"file://{tmp_path}/a%20b").uri == f"{tmp_path}/a b"
-    for address in ("file:///a?b=c", "file:///a#b", "file://host/a", "ftp://host/a"):
-        with pytest.raises(StoreError, match="neither a folder nor"):
-            open_store(address)
+    assert open_store(f"file:{tmp_path}/a").uri == open_store(f"file://localhost{tmp_path}/a").uri == f"{tmp_path}/a"
+    (tmp_path / "a%20b").mkdir()
+    assert open_store(f"file://{tmp_path}/a%20b").uri == f"{tmp_path}/a%20b", "where earlier versions have written"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["file:///a?b=c", "file:///a#b", "file://host/a", "ftp://host/a", "s3:/bucket/prefix", "s3:bucket", "http:/x"],
+)
+def test_an_address_that_is_none_is_no_folder(address: str) -> None:
+    with pytest.raises(StoreError, match="neither a folder nor"):
+        open_store(address)

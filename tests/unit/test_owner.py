@@ -82,6 +82,22 @@ def test_what_only_has_this_host_s_name_is_never_known_to_be_dead(other: dict[st
     assert is_dead(changed(space="pid:[1]", boot="another boot")), "whatever container it was in"
 
 
+def test_where_machines_have_no_id_another_boot_may_be_another_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.owner.machine_id", lambda: "")
+    assert not is_dead(changed(machine="", boot="another boot"))
+    assert not is_dead(changed(machine=""))
+    assert is_dead(changed(machine="", started=0.0))
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied(1), PermissionError()])
+def test_whoever_may_not_be_looked_at_is_not_dead(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> psutil.Process:
+        raise error
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert not is_dead(changed())
+
+
 def test_as_earlier_versions_wrote_it_an_owner_is_still_known() -> None:
     known = {key: value for key, value in json.loads(this_process()).items() if key not in ("machine", "space")}
     owner = read_owner(json.dumps(known))
@@ -109,9 +125,12 @@ def test_a_process_that_may_not_be_looked_at_lives(monkeypatch: pytest.MonkeyPat
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setuid(65534)
-        os.write(write, b"dead" if is_dead(owner) else b"alive")
-        os._exit(0)
+        try:
+            os.setuid(65534)
+            os.write(write, b"dead" if is_dead(owner) else b"alive")
+        finally:
+            os._exit(0)
+    os.close(write)
     os.waitpid(child, 0)
     assert os.read(read, 10) == b"alive"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import io
@@ -275,6 +276,27 @@ def test_an_npy_file_is_read_as_numpy_reads_it(shape: Any, order: Any, dtype: st
     assert np.array_equal(image, expected)
     with pytest.raises(DataError, match="NPY"):
         decode(file.getvalue()[:-1], "x")
+
+
+@pytest.mark.parametrize(
+    "descr",
+    ["'|u1'", "'u1'", "'uint8'", "'B'", "u'|u1'", '"|u1"', "'<u2'", "'uint16'", "'=u2'", "'<f4'", "'f4'", "'float32'"],
+)
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{{'descr': {}, 'fortran_order': False, 'shape': (2, 2, 3)}}",
+        "{{'shape':(2L,2L,3L),'descr':{},'fortran_order':False,}}",
+    ],
+)
+def test_an_npy_file_of_another_writer_is_read_as_numpy_reads_it(descr: str, said: str) -> None:
+    header = said.format(descr).ljust(117) + "\n"
+    data = bytes(48)
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+    with contextlib.suppress(ValueError):  # of Python 2's numbers
+        expected = np.load(io.BytesIO(content))
+        assert decode(content, "x").array.dtype == expected.dtype.newbyteorder("=")
+    assert decode(content, "x").array.shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize("shape", ["(-1, 8, 8)", "(8, 8, -8)", "(8, 0, 8)", "(1 << 40,)", "(99999, 99999, 9)", "(8, 8"])

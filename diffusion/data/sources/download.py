@@ -19,6 +19,7 @@ from diffusion.data.sources.transfer import (
     Progress,
     asked,
     go_on,
+    may_pass,
     one_at_a_time,
     reason,
     take,
@@ -76,7 +77,7 @@ def download_eurosat(folder: Path, mirrors: Sequence[Mirror] = MIRRORS, progress
 
 
 def download(url: str, most_bytes: int) -> bytes:
-    """The content of an https address. Raises StoreError with the reason if it can't be had now, DataError if it has more bytes.
+    """The content of an https address. Raises StoreError if it can't be had now, DataError if never: what is wrong, or too large.
 
     A broken transfer is continued where it stopped, as long as it moves on; a busy server is asked again when it says.
     """
@@ -85,7 +86,8 @@ def download(url: str, most_bytes: int) -> bytes:
         try:
             when_ready(lambda: _bring(url, part, most_bytes), url)
         except ERRORS as error:
-            raise StoreError(f"{url} can't be downloaded: {reason(error)}") from error
+            kind = StoreError if may_pass(error) else DataError
+            raise kind(f"{url} can't be downloaded: {reason(error)}") from error
         return part.read_bytes()
 
 

@@ -60,6 +60,14 @@ ERRORS = (Busy, requests.RequestException, urllib3.exceptions.HTTPError, OSError
 that are none."""
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether a transfer that ended so may be had later: a server or a network was away, and refused nothing."""
+    if isinstance(error, requests.HTTPError):
+        return error.response is not None and error.response.status_code >= 500
+    certificate = isinstance(error, requests.exceptions.SSLError)
+    return isinstance(error, (Busy, *BROKEN, urllib3.exceptions.HTTPError)) and not certificate
+
+
 @dataclass(frozen=True)
 class Limit:
     """How large a file may become."""
