@@ -55,7 +55,7 @@ new MutationObserver((_, watch) => {
   watch.disconnect()
 }).observe(document, {childList: true, subtree: true})
 """
-"""Without a GPU whatever moves is drawn by the processor, all the time that is waited."""
+"""Without a GPU whatever moves is drawn by the processor, all the time that is waited. (Prefect's dialogs would not close.)"""
 
 
 @pytest.fixture
@@ -74,7 +74,6 @@ def mlflow_page(browser: Browser, stack: Project, training: Training) -> Iterato
 @pytest.fixture
 def prefect_page(browser: Browser, stack: Project, training: Training) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1440, "height": 1400}, reduced_motion="reduce")
-    context.add_init_script(STILL)
     context.set_default_timeout(PAGE_PATIENCE)
     # What the login form keeps, before the page's own code runs: whenever an answer without it comes late, it throws it away.
     secret = json.dumps(f"admin:{password(stack)}")
