@@ -20,6 +20,7 @@ from prefect.states import Cancelled, Crashed, State
 
 from diffusion.errors import RunBusy, UserError
 from diffusion.jobs.lock import LOCK_SECONDS, lock_folder
+from diffusion.jobs.started import ancestors
 from diffusion.trust.private import read_private, write_private
 from diffusion.trust.redaction import shown
 from flows.endings import MOST_TASKS, crash_flow_run
@@ -99,11 +100,6 @@ def end_with_worker() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
-
-
-def ancestors() -> list[int]:
-    """The process that started this one, the one that started that, and so on."""
-    return [process.pid for process in psutil.Process().parents()]
 
 
 def _tell(flow_run: str) -> None:

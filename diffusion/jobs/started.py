@@ -1,4 +1,4 @@
-"""When a process began, told so that no other one is taken for it."""
+"""When a process began, told so that no other one is taken for it; and who began this one."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def is_same(pid: int, noted: float) -> bool:
     """Whether the process of that pid is the one of which this was noted. Raises psutil.NoSuchProcess."""
     # Earlier versions noted the time of creation.
     return abs(started(pid) - noted) < SAME_SECONDS or abs(psutil.Process(pid).create_time() - noted) < 5
+
+
+def ancestors() -> list[int]:
+    """The process that started this one, the one that started that, and so on."""
+    return [process.pid for process in psutil.Process().parents()]
