@@ -139,6 +139,11 @@ def test_an_extractor_s_network_comes_as_well_through_breaks_and_from_a_busy_ser
     mirror.busy.extend([(503, "0")] * transfer.BUSY_TIMES)  # type: ignore[attr-defined]
     with pytest.raises(StoreError, match="HTTP 503, busy"):
         download.download(mirror("/busy").url, len(CONTENT))
+    with pytest.raises(StoreError, match="refused"):
+        download.download("http://127.0.0.1:9/x", len(CONTENT))
+    for never in (mirror("/missing").url, "http://[::1/x"):  # no later try is answered otherwise
+        with pytest.raises(DataError, match="can't be downloaded"):
+            download.download(never, len(CONTENT))
 
 
 def test_it_is_fetched_once(tmp_path: Path, serve: Serve) -> None:
