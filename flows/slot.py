@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 3600.0
 RENEW_SECONDS = 30.0
 GONE, LOCKED = 410, 423
-TAKEN_FOR_DEAD = "No heartbeat"
-"""How the message of a state begins that was given to a run that was not heard of."""
+NO_HEARTBEAT = "No heartbeat"
+NOT_STARTED = "Taken by a worker, and not started"
+TAKEN_FOR_DEAD = (NO_HEARTBEAT, NOT_STARTED)
+"""How the message of a state begins that was given to a run that was not heard of, or whose beginning the server missed."""
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from diffusion.settings import settings
 from flows.nights import BY_SCHEDULE
 from flows.plugins.credentials import S3Credentials
 from flows.plugins.mail import SmtpMail
-from flows.slot import TAKEN_FOR_DEAD
+from flows.slot import NO_HEARTBEAT, NOT_STARTED
 
 WORK_POOL = "train-diffusion"
 OWN = "train-diffusion: "  # how the names of these automations begin
@@ -87,10 +87,8 @@ def zombies() -> list[AutomationCore]:
     """The automations that catch runs whose process is gone, or never was."""
     beat = events("heartbeat")
     ends = events("Completed", "Failed", "Cancelled", "Crashed")
-    silent = f"{TAKEN_FOR_DEAD} for {SILENCE.seconds} s: its process is gone."
-    never = (
-        f"Taken by a worker, and not started within {START.seconds // 60} minutes: the worker, or its machine, is gone."
-    )
+    silent = f"{NO_HEARTBEAT} for {SILENCE.seconds} s: its process is gone."
+    never = f"{NOT_STARTED} within {START.seconds // 60} minutes: the worker, or its machine, is gone."
     return [
         crash_unless(ZOMBIES, beat, beat | ends, SILENCE, silent),
         crash_unless(NEVER_STARTED, events(*TAKEN), events(*STARTED), START, never),
