@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from diffusion.data.codecs import decode
 from diffusion.data.sources.eurosat import read_eurosat
+from diffusion.data.spec import Images
 from diffusion.features.classifier import Classifier, fuse
 from diffusion.features.learning import Labelled, coarsen, fit, tell_classes, tell_views
 from diffusion.features.train_extractor import OWN_BUDGET, OWN_EPOCHS, VIEW_OUTPUTS
@@ -49,19 +50,25 @@ def some_images(archive: Path, count: int) -> Labelled:
     ]
     pixels = np.stack([decode(one.read(), one.file_name).array for one, _ in chosen])
     order = rng.permutation(len(chosen))
-    images = torch.from_numpy(pixels[order]).permute(0, 3, 1, 2).float()
-    images = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True)
-    return images, torch.tensor([label for _, label in chosen])[order]
+    images = pixels[order].astype(np.float32)
+    images = (images - images.mean((0, 1, 2))) / images.std((0, 1, 2))
+    return Labelled(images, torch.tensor([label for _, label in chosen])[order], channels_first)
+
+
+def channels_first(images: Images) -> Tensor:
+    """[n, height, width, bands] -> [n, bands, height, width]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def told_by(network: Classifier, data: Labelled, trained: int) -> float:
     """Share of the images after the first `trained` whose class a ridge regression on the features of these tells (the best ridge)."""
     with torch.no_grad():
-        features = torch.cat([network.features(part) for part in data[0].split(500)]).numpy().astype(np.float64)
+        parts = [data.some(slice(start, start + 500))[0] for start in range(0, len(data), 500)]
+        features = torch.cat([network.features(part) for part in parts]).numpy().astype(np.float64)
     known = features[:trained]
     features = (features - known.mean(axis=0)) / (known.std(axis=0) + 1e-6)
     rows: NDArray[np.float64] = np.c_[features, np.ones(len(features))]
-    labels = data[1].numpy()
+    labels = data.labels.numpy()
     wanted, gram = np.eye(labels.max() + 1)[labels[:trained]], rows[:trained].T @ rows[:trained]
 
     def right(ridge: float) -> float:
@@ -77,8 +84,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     arguments = parser.parse_args()
     data = some_images(arguments.archive, arguments.images)
-    trained = int(len(data[0]) * (1 - TESTED))
-    part, classes = (data[0][:trained], data[1][:trained]), int(data[1].max()) + 1
+    trained, classes = int(len(data) * (1 - TESTED)), int(data.labels.max()) + 1
+    part = Labelled(data.images[:trained], data.labels[:trained], data.encode)
     torch.manual_seed(0)
     print(
         f"{'not trained':12} {told_by(fuse(Classifier(3, classes, fused=False).eval()), data, trained):.1%}", flush=True

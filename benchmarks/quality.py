@@ -116,7 +116,7 @@ def evaluations_a_sample(evaluation: Evaluation, recipe: Recipe) -> int:
 
 def compare_samplers(bench: Bench, arm: Arm, samples: int) -> dict[str, Scores]:
     """The default's 20 steps against 1000 of the learned chain, with the same weights, labels and numbers, unguided."""
-    few = replaced(arm.recipe.evaluation, guidance=1.0, samples=samples, likelihood_images=1, likelihood_timesteps=1)
+    few = replaced(arm.recipe.evaluation, guidance=1.0, samples=samples, likelihood_images=2, likelihood_timesteps=1)
     chain = replaced(few, sampler="ancestral", sampler_steps=1000, spacing="uniform_time")
     return bench.score(Arm(arm.name, arm.recipe, {"20-dpmpp": few, "1000-ancestral": chain}))
 

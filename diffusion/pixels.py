@@ -18,7 +18,8 @@ class Pixels:
     """The map between the levels of images and the space of the process, where every band has mean 0 and variance 1.
 
     Unit variance makes the network's input of variance one at every noise level, and its v-target too: the
-    preconditioning of Karras et al. 2022 (arXiv:2206.00364, table 1) without a formula of its own.
+    preconditioning of Karras et al. 2022 (arXiv:2206.00364, table 1) without a formula of its own. Mean and variance are those of
+    the images as they were ingested: averaged down, they have a little less.
     """
 
     spec: ImageSpec
@@ -50,7 +51,8 @@ class Pixels:
         low, high = self._columns(unit, "low", "high")
         levels = low + (unit + 1) * ((high - low) / 2)
         if self.spec.counted:
-            levels = levels.round()
+            known = np.iinfo(self.spec.dtype)  # earlier versions let a source name levels that no image of it can have
+            levels = levels.round().clamp(known.min, known.max)
         return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy().astype(self.spec.dtype)
 
     def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:

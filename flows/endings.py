@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FLOW = "train-diffusion"
+"""The server may run flows of others."""
 ENDING = "ending.json"
 """In a run's folder, until MLflow knows how it ended."""
 MOST_TASKS = 200
@@ -122,7 +124,7 @@ def _has_crashed(flow_run: str) -> bool:
 
 def close_tasks_of_ended_runs() -> None:
     """Give tasks that say they run, though their flow run has ended, the end of that run: who was killed could not."""
-    ours = FlowFilter.model_validate({"name": {"any_": ["train-diffusion"]}})  # the server may run flows of others
+    ours = FlowFilter.model_validate({"name": {"any_": [FLOW]}})
     ended = FlowRunFilter.model_validate({"state": {"type": {"any_": ["FAILED", "CRASHED", "CANCELLED"]}}})
     running = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
     with get_client(sync_client=True) as prefect:
@@ -149,11 +151,12 @@ def _noted_ending(run: MlflowRun, runs: Path) -> Ending | None:
 
 
 def crash_flow_run(flow_run: str, reason: str) -> None:
-    """Tell Prefect that a run has crashed, if it thinks that it runs."""
+    """Tell Prefect that a run of this flow has crashed, if it thinks that it runs. MLflow, which names the run, may name any."""
     with get_client(sync_client=True) as prefect:
         try:
-            state = prefect.read_flow_run(UUID(flow_run)).state
-            if state is not None and state.type in (StateType.RUNNING, StateType.PENDING):
+            run = prefect.read_flow_run(UUID(flow_run))
+            state, ours = run.state, prefect.read_flow(run.flow_id).name == FLOW
+            if ours and state is not None and state.type in (StateType.RUNNING, StateType.PENDING):
                 prefect.set_flow_run_state(UUID(flow_run), Crashed(message=reason), force=True)
         except (ObjectNotFound, ValueError):  # of another server, or of a temporary one
             log.info("Prefect does not know the flow run %s", flow_run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffusion.evaluation.figures import number, table, with_error
-from diffusion.evaluation.pictures import thumbnail
+from diffusion.evaluation.pictures import by_class, thumbnail
 from diffusion.evaluation.scores import Scores
 from diffusion.presentation.page import Picture, Section, page
 from diffusion.presentation.plots import (
@@ -29,7 +29,7 @@ PIXELS = 1024
 
 def gallery(title: str, run: Run, state: CheckpointState, scores: Scores, decision: Decision) -> str:
     """The page of a finished run, as HTML."""
-    history = evaluations(run, state.step)
+    history, spec = evaluations(run, state.step), run.dataset.images
     shown = [history[k] for k in sorted(set(np.linspace(0, len(history) - 1, GRIDS).round().astype(int).tolist()))]
     course = records(checkpoint_file(run.store, state, JOURNAL))
     figures = {
@@ -55,7 +55,7 @@ def gallery(title: str, run: Run, state: CheckpointState, scores: Scores, decisi
     sections = [
         Section(
             "Samples and real images",
-            ("The same classes in the same order, d" if run.recipe.network.class_conditional else "D")
+            ("The same classes in the same order, d" if by_class(spec, run.recipe.network.class_conditional) else "D")
             + "rawn by the model and taken from the test split.",
             (picture("grid", "Generated"), picture("real", "Real")),
         ),

@@ -13,6 +13,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit it with sbatch}"
 umask 077
+chmod 600 "train-diffusion-$SLURM_JOB_ID.log" 2>/dev/null || true # Slurm made it, as the shell's umask says
 python=.venv/bin/python
 
 export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token
@@ -21,6 +22,10 @@ export RAY_NUM_REDIS_GET_RETRIES=300 # seconds that a node waits for the head, w
 RAY_AUTH_TOKEN=$($python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 port=$((20000 + SLURM_JOB_ID % 10000)) # allocations that share a node have one each
+# Ray opens its folder to everybody, and ranks import code from there: on each node it lies in a private one, of a name that
+# nobody can take beforehand.
+folder=/tmp/ray-$($python -c 'import secrets; print(secrets.token_hex(8))')
+on_all() { srun --overlap --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" "$@"; }
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address() { srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" hostname -I | cut -d' ' -f1; }
 head=$(address "${nodes[0]}")
@@ -35,7 +40,8 @@ ray_on() { # node, and what tells a head from the others
   rays+=($!)
 }
 rays=()
-ray_on "${nodes[0]}" --head --port="$port" --include-dashboard=false
+on_all mkdir -p -m 700 "$folder"
+ray_on "${nodes[0]}" --head --port="$port" --include-dashboard=false --temp-dir="$folder/s"
 for node in "${nodes[@]:1}"; do ray_on "$node" --address="$RAY_ADDRESS"; done
 $python - "${#nodes[@]}" <<'END' &
 import sys, time, ray
@@ -70,5 +76,7 @@ while true; do # asked to end, it is waited for
   wait $flow || code=$?
   kill -0 $flow 2>/dev/null || break
 done
-kill "${rays[0]}" 2>/dev/null || true # the head; the others follow
+kill "${rays[@]}" 2>/dev/null || true
+wait "${rays[@]}" 2>/dev/null || true
+on_all rm -rf "$folder" || true
 exit $code

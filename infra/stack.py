@@ -65,8 +65,8 @@ NAMES = ("worker", "ray", "mlflow-server", "prefect-server")
 
 OPEN_TO_ALL = """
 WARNING: the servers run without a password. Every user of this machine, and every program that runs on it, can read what they
-hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Web pages of other sites are refused
-by their origin, but not those that make their own name point to this machine. Use it where you are alone.
+hold, the secrets of Prefect's blocks among them, and have the worker run commands as you. Requests of other sites' web pages are
+refused, but not those of pages that make their own name point to this machine, nor WebSockets. Use it where you are alone.
 """
 
 
@@ -273,13 +273,13 @@ def clean() -> None:
     """Delete what can be made again, and say what stays."""
     refuse_under_a_run("make clean", "it reads the copies that are deleted")
     freed = 0
-    for folder in (settings().shard_copies, settings().downloads / "tars", HOME / "matplotlib"):
+    for folder in (settings().shard_copies, settings().downloads / "tars", HOME / "matplotlib", HOME / "compiled"):
         freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         shutil.rmtree(folder, ignore_errors=True)
     for path in settings().downloads.glob("*.part"):
         freed += path.stat().st_size
         path.unlink()
-    print(f"{freed / 1e6:.0f} MB freed: copies of shards and tars, downloads that were not finished.")
+    print(f"{freed / 1e6:.0f} MB freed: copies of shards and tars, compiled code, downloads that were not finished.")
     print(
         f"All else in {HOME} stays: datasets, checkpoints, models, metrics, logs. The deployment clean-up goes further."
     )

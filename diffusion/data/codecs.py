@@ -26,6 +26,8 @@ PALETTE = 3
 """A TIFF's photometric interpretation."""
 PLAIN, DEFLATE, PACKBITS, LZW, ZSTD = (1,), (8, 32946), (32773,), (5,), (50000,)
 """A TIFF's compressions that are read: those of which can be said what they unpack to before that much memory is taken."""
+INSTRUMENTS = "avs bif eer fluoview lsm mdgel mmstack ndpi ndtiff nih ome philips qpi scanimage scn sis stk svs"
+"""Kinds of TIFF that are read as if they were none."""
 PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Formats that Pillow decodes, by the extension that they have in a shard."""
 MODES = {"L": 1, "RGB": 3}
@@ -140,7 +142,9 @@ def _from_tiff(content: bytes) -> Array:
     import tifffile
 
     _check_pages(content)
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
+    # What the programs of instruments say in words, the library would believe: a few letters could mean gigabytes.
+    plain: dict[str, Any] = {f"is_{kind}": False for kind in INSTRUMENTS.split()}
+    with tifffile.TiffFile(io.BytesIO(content), **plain) as file:
         series = file.series[0]
         if series.keyframe.photometric == PALETTE:
             raise ValueError("its levels are numbers of colours in a table: write it as RGB")

@@ -76,6 +76,13 @@ def measure(source: Source, training: list[Chosen]) -> tuple[Form, Levels]:
             f"{named} has {width} x {height} pixels; square images of {SMALLEST} to {LARGEST} "
             'can be trained on. Say what to bring them to: -p source_options=\'{"size": 64, "fit": "crop"}\'.'
         )
+    if options.levels and first.dtype.kind != "f":
+        least, most = np.iinfo(first.dtype).min, np.iinfo(first.dtype).max
+        if options.levels[0] < least or options.levels[1] > most:
+            raise DataError(
+                f"The source option levels says {options.levels[0]:g} to {options.levels[1]:g}, and the images are {first.dtype}: "
+                f"{least} to {most}."
+            )
     encoded = None
     if (height, width) != (size, size) or not found.plain:
         encoded = len(codecs.to_npy(np.zeros((size, size, bands), first.dtype)))

@@ -133,13 +133,13 @@ def _spec(source: Source, form: Form, levels: Levels, train: list[Receipt]) -> I
         bands=source.options.bands or band_names(form.bands),
         size=form.size,
         dtype=form.dtype,
-        low=_numbers(levels.low),
-        high=_numbers(levels.high),
+        low=_levels(levels.low),
+        high=_levels(levels.high),
         mean=_numbers((mean - levels.low) / half - 1),
         std=_numbers(np.maximum(std / half, SMALLEST_STD)),
         shown=shown_places(source, form),
-        black=_numbers(levels.black),
-        white=_numbers(levels.white),
+        black=_levels(levels.black),
+        white=_levels(levels.white),
         classes=source.classes,
     )
 
@@ -232,3 +232,8 @@ def _chunks(chosen: list[Chosen], form: Form, shard_bytes: int) -> Iterator[list
 
 def _numbers(values: NDArray[np.float64]) -> Any:  # of as many as the field of a spec wants
     return tuple(round(float(value), 6) for value in values)
+
+
+def _levels(values: NDArray[np.float64]) -> Any:
+    """Levels as a spec has them: to six digits behind the point, or to nine digits where they are small, as physical units may be."""
+    return tuple(float(f"{value:.9g}") if abs(value) < 1 else round(float(value), 6) for value in values)

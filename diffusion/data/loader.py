@@ -116,6 +116,17 @@ class ShardImages:
         some = [samples[place] for place in places]
         return decode_all(some, self.spec, self.image_size), _labels(some)
 
+    def first(self, count: int) -> tuple[Images, Labels]:
+        """The first images and labels, up to so many: no more shards are read."""
+        images, labels, missing = list[Images](), list[Labels](), count
+        for of_shard, of_labels in self.all():
+            images.append(of_shard[:missing])
+            labels.append(of_labels[:missing])
+            missing -= len(images[-1])
+            if not missing:
+                break
+        return np.concatenate(images), np.concatenate(labels)
+
     def all(self) -> Iterator[tuple[Images, Labels]]:
         """Every shard's images and labels, in the manifest's order."""
         for index in range(len(self.shards)):

@@ -63,11 +63,10 @@ class Features:
     classes: tuple[str, ...]
     classify: Callable[[NDArray[np.float32]], NDArray[np.int64]] | None
     """The class of features, where the extractor knows the classes."""
-
-    @property
-    def real(self) -> NDArray[np.float32]:
-        """Of as many real test images, if there are so many."""
-        return self.reference.test_features[: len(self.samples)]
+    real: NDArray[np.float32]
+    """Of the real test images that stand beside the samples: as many, and of the same classes, as far as there are such."""
+    real_labels: NDArray[np.int64] | None
+    """Their classes, where the samples have some."""
 
     @cached_property
     def cover(self) -> Manifold:
@@ -159,7 +158,8 @@ def kid(features: Features) -> Value:
     """Kernel distance of samples to training images."""
     train = features.reference.train_features
     return Value(
-        *kernel_distance(features.samples, train, labels=features.labels), kernel_distance(features.real, train)[0]
+        *kernel_distance(features.samples, train, labels=features.labels),
+        kernel_distance(features.real, train, labels=features.real_labels)[0],
     )
 
 
@@ -200,8 +200,8 @@ def spectral_distance(spectra: Spectra) -> Value:
     """Difference of samples' mean power spectrum from training images'; no extractor takes part."""
     return Value(
         distance(spectra.samples, spectra.train),
-        distance_error(spectra.samples, spectra.train),
-        distance(spectra.test[: len(spectra.samples)], spectra.train),
+        distance_error(spectra.samples, spectra.train, spectra.labels),
+        distance(spectra.test, spectra.train),
     )
 
 

@@ -18,7 +18,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.errors import DataError
 from diffusion.evaluation.comparison import Evidence
 from diffusion.evaluation.figures import Features, measured
-from diffusion.evaluation.labels import in_proportion
+from diffusion.evaluation.labels import beside, in_proportion
 from diffusion.evaluation.likelihood import measure_bound
 from diffusion.evaluation.pictures import png
 from diffusion.evaluation.protocol import PROTOCOL
@@ -86,6 +86,8 @@ class Scoring:
         labels = self.labels(indices)
         images = self.sample(denoiser, indices, "sampling")
         features = [embed_samples(extractor, images, accelerator) for extractor in self.extractors]
+        if not all(np.isfinite(found).all() for found in features):
+            raise no_numbers(job.step, ["the features of its samples"])
         bound, bits_of_images = None, np.zeros(0)
         if self.manifest.images.counted:
             count = self.recipe.evaluation.likelihood_images
@@ -150,15 +152,21 @@ class Scoring:
     ) -> Scores:
         """The figures of the samples. Stores, at the training's end, what versions are compared by, and the closest images."""
         job, spec = self.job, self.manifest.images
+        test_labels = self.test.labels()[: min(len(reference.test_features) for reference in self.references)]
+        real = beside(labels, len(images), test_labels)
+        real_labels = None if labels is None else test_labels[real]
         subjects = [
-            Features(found, labels, reference, spec.classes, extractor.classify)
+            Features(
+                found, labels, reference, spec.classes, extractor.classify, reference.test_features[real], real_labels
+            )
             for extractor, found, reference in zip(self.extractors, features, self.references, strict=True)
         ]
         deciding = subjects[0]
         closest = closest_pairs(images, deciding.copies, self.train)
         self.store.write(layout.picture(job.run, job.step, "closest", job.name), png(closest))
-        real = [first_powers(spec.clipped(real) for real, _ in split.all()) for split in (self.train, self.test)]
-        rows = measured(Spectra(powers(images), *real))
+        train, test = (first_powers(spec.clipped(one) for one, _ in split.all()) for split in (self.train, self.test))
+        test = test[beside(labels, len(images), test_labels[: len(test)])]
+        rows = measured(Spectra(powers(images), train, test, labels))
         for extractor, subject in zip(self.extractors, subjects, strict=True):
             rows += measured(subject, extractor.name)
         if bound is not None:
@@ -174,7 +182,7 @@ class Scoring:
             weights=weights,
             fid_by_weights=fid_by_weights,
             samples=self.recipe.evaluation.samples,
-            real_samples=len(deciding.real),
+            real_samples=len(real),
             extractors=tuple(ScoredBy(name=one.name, sha256=one.sha256) for one in self.extractors),
             rows=tuple(rows),
             bound=bound,
@@ -202,10 +210,15 @@ def check_finite(scores: Scores) -> None:
     values += [("bits_per_dim", value) for value in (scores.bound.transitions if scores.bound else ())]
     lost = sorted({name for name, value in values if not math.isfinite(value)})
     if lost:
-        raise DataError(
-            f"Of step {scores.step:,} these figures came out as no finite numbers: {', '.join(lost)}. The network draws nothing that "
-            "can be scored: lower optimizer.learning_rate, or look at the loss and the gradients' norm in MLflow."
-        )
+        raise no_numbers(scores.step, lost)
+
+
+def no_numbers(step: int, lost: list[str]) -> DataError:
+    """The error for a network whose samples can't be scored."""
+    return DataError(
+        f"Of step {step:,} these figures came out as no finite numbers: {', '.join(lost)}. The network draws nothing that "
+        "can be scored: lower optimizer.learning_rate, or look at the loss and the gradients' norm in MLflow."
+    )
 
 
 def embed_samples(extractor: Extractor, images: Images, accelerator: Accelerator) -> NDArray[np.float32]:

@@ -30,6 +30,26 @@ def in_proportion(counts: NDArray[np.int64], number: int) -> Labels:
     return labels
 
 
+def as_many_of_each(wanted: Labels, there: Labels) -> NDArray[np.int64]:
+    """Places of `there` that hold as many of each class as `wanted` has: of each the first, and all where there are fewer."""
+    classes = 1 + max(wanted.max(initial=0), there.max(initial=0))
+    order = np.argsort(there, kind="stable")
+    rank = np.empty(len(there), np.int64)
+    rank[order] = np.arange(len(there)) - np.searchsorted(there[order], there[order])
+    return np.flatnonzero(rank < np.bincount(wanted, minlength=classes)[there])
+
+
+def beside(labels: Labels | None, samples: int, there: Labels) -> NDArray[np.int64]:
+    """Places of the real images that stand beside samples: the first ones, of the same classes where samples have some."""
+    return np.arange(min(samples, len(there))) if labels is None else as_many_of_each(labels, there)
+
+
+def strata(labels: Labels) -> Labels:
+    """The classes, those of few samples taken as one."""
+    few = np.bincount(labels)[labels] < FEWEST_ALONE
+    return np.where(few, labels.max() + 1, labels)
+
+
 def resampled(rng: np.random.Generator, count: int, labels: Labels | None) -> NDArray[np.int64]:
     """Samples of a bootstrap draw: as many as there are, of each class as many as it has.
 
@@ -38,11 +58,10 @@ def resampled(rng: np.random.Generator, count: int, labels: Labels | None) -> ND
     """
     if labels is None:
         return rng.integers(0, count, count)
-    few = np.bincount(labels)[labels] < FEWEST_ALONE
-    strata = np.where(few, labels.max() + 1, labels)
-    order = np.argsort(strata, kind="stable")
-    sizes = np.bincount(strata)[strata[order]]
-    firsts = np.searchsorted(strata[order], strata[order])
+    drawn = strata(labels)
+    order = np.argsort(drawn, kind="stable")
+    sizes = np.bincount(drawn)[drawn[order]]
+    firsts = np.searchsorted(drawn[order], drawn[order])
     return order[firsts + (rng.random(count) * sizes).astype(np.int64)]
 
 

@@ -57,7 +57,7 @@ def measure_bound(
     """
     recipe = denoiser.recipe
     log_snr = chain(denoiser.schedule, recipe.process.steps)
-    pixels, labels = (np.concatenate(parts)[:images] for parts in zip(*test.all(), strict=True))
+    pixels, labels = test.first(images)
     count = recipe.evaluation.likelihood_timesteps
     given = labels if recipe.needs_class else None
     measure = Measurement(denoiser, pixels, given, log_snr.to(accelerator.device), accelerator, progress)

@@ -27,9 +27,14 @@ def row_names(spec: ImageSpec, conditional: bool) -> list[str]:
     return [""] * PLAIN_ROWS
 
 
+def by_class(spec: ImageSpec, conditional: bool) -> bool:
+    """Whether grids have a row a class."""
+    return any(row_names(spec, conditional))
+
+
 def grid_caption(spec: ImageSpec, conditional: bool) -> str:
     """What to say of a grid of samples."""
-    return "Samples, a row a class" if any(row_names(spec, conditional)) else "Samples"
+    return "Samples, a row a class" if by_class(spec, conditional) else "Samples"
 
 
 def class_grid(samples: NDArray[np.uint8], rows: list[str], at_least: int = CELL) -> Image.Image:

@@ -12,7 +12,7 @@ from diffusion.recipe import Evaluation, Recipe
 from diffusion.settings import InceptionSource
 from diffusion.store.objects import Store
 
-PROTOCOL = "4: fixed noise by sample index, classes in proportion"
+PROTOCOL = "5: fixed noise by sample index, classes in proportion, of real images too"
 """By number: figures of another protocol do not compare."""
 TOLD = ", given their class"
 """End of the protocol of figures whose bits/dim are of images given their class."""

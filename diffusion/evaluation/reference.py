@@ -30,7 +30,7 @@ class Reference:
     train_labels: NDArray[np.int64]
     """Their classes."""
     test_features: NDArray[np.float32]
-    """Features of all test images."""
+    """Features of the first test images, all where they fit."""
     class_counts: NDArray[np.int64] | None = None
     """How many training images each class has, [classes]; None in references of before."""
 

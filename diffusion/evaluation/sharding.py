@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,20 +36,40 @@ def share_out(
     for done, block in enumerate(mine, start=1):
         blocks[block] = compute(block, range(starts[block], starts[block + 1]))
         report(done, len(mine))
-    return _gather(accelerator, blocks, sizes, like)
-
-
-def _gather(accelerator: Accelerator, blocks: dict[int, Tensor], sizes: list[int], like: Tensor) -> NDArray[Any]:
-    processes, rows, found = accelerator.num_processes, max(sizes), []
+    processes, rows, found = accelerator.num_processes, max(sizes), list[NDArray[Any]]()
     for first in range(0, len(sizes), processes):  # a block of each process: no more has to fit into a GPU's memory
-        # A collective needs equal shapes: every process sends as many rows, some of them padding.
-        padded = torch.zeros((1, rows, *like.shape), dtype=like.dtype, device=accelerator.device)
-        values = blocks.get(first + accelerator.process_index)
-        if values is not None:
-            padded[0, : len(values)] = values
-        gathered = accelerator.gather(padded).cpu().numpy()
-        found += [block[:size] for block, size in zip(gathered, sizes[first : first + processes], strict=False)]
+        own = blocks.get(first + accelerator.process_index)
+        found += _gathered(accelerator, own, sizes[first : first + processes], rows, like)
     return np.concatenate(found)
+
+
+def in_turns(
+    accelerator: Accelerator,
+    sizes: list[int],
+    compute: Callable[[int], Tensor],
+    like: Tensor,
+    report: Callable[[int, int], None] = lambda done, mine: None,
+) -> Iterator[NDArray[Any]]:
+    """As `share_out`, block by block: no process has more than one of each in memory at once."""
+    processes, rows = accelerator.num_processes, max(sizes)
+    mine = len(range(accelerator.process_index, len(sizes), processes))
+    for turn, first in enumerate(range(0, len(sizes), processes), start=1):
+        block = first + accelerator.process_index
+        own = compute(block) if block < len(sizes) else None
+        report(min(turn, mine), mine)
+        yield from _gathered(accelerator, own, sizes[first : first + processes], rows, like)
+
+
+def _gathered(
+    accelerator: Accelerator, own: Tensor | None, sizes: list[int], rows: int, like: Tensor
+) -> list[NDArray[Any]]:
+    """A block of each process, on every process. `own`: this one's, if it has any."""
+    # A collective needs equal shapes: every process sends as many rows, some of them padding.
+    padded = torch.zeros((1, rows, *like.shape), dtype=like.dtype, device=accelerator.device)
+    if own is not None:
+        padded[0, : len(own)] = own
+    gathered = accelerator.gather(padded).cpu().numpy()
+    return [block[:size] for block, size in zip(gathered, sizes, strict=False)]
 
 
 def block_sizes(total: int, block: int) -> list[int]:

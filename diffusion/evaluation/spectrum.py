@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.spec import Images
+from diffusion.data.spec import Images, Labels
+from diffusion.evaluation.labels import resampled
 from diffusion.evaluation.statistics import BOOTSTRAP_DRAWS
 from diffusion.randomness import stream
 
@@ -30,6 +31,9 @@ class Spectra:
     samples: Powers
     train: Powers
     test: Powers
+    """Of as many, and of the same classes, as the samples."""
+    labels: Labels | None = None
+    """The samples' classes."""
 
 
 def powers(images: Images) -> Powers:
@@ -71,10 +75,10 @@ def distance(samples: Powers, real: Powers) -> float:
     return float(np.sqrt(np.square(10 * np.log10((a + rounding) / (b + rounding))).mean()))
 
 
-def distance_error(samples: Powers, real: Powers) -> float:
-    """Standard deviation of the spectral distance over bootstrap draws of the samples."""
+def distance_error(samples: Powers, real: Powers, labels: Labels | None = None) -> float:
+    """Standard deviation of the spectral distance over bootstrap draws of the samples, of each class as many as it has."""
     draws = []
     for draw in range(BOOTSTRAP_DRAWS):
-        chosen = stream(SEED, "spectrum bootstrap", draw).integers(0, len(samples), len(samples))
+        chosen = resampled(stream(SEED, "spectrum bootstrap", draw), len(samples), labels)
         draws.append(distance(samples[chosen], real))
     return float(np.std(draws, ddof=1))

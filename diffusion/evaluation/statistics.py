@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.spec import Labels
-from diffusion.evaluation.labels import resampled, shuffled
+from diffusion.evaluation.labels import resampled, shuffled, strata
 from diffusion.randomness import stream
 
 Vectors = NDArray[np.floating]
@@ -94,12 +94,16 @@ def kernel_distance(
     to a factor of two, where the distance is near zero. An unbiased estimate may be negative.
 
     Args:
-        labels: of the first set, where it has a fixed number of each class: so has each draw then.
+        labels: of the first set, where it has a fixed number of each class: so has each draw then. Of such a set fewer pairs are
+            of one class than of one that is drawn at random, and pairs within a class count for as much as there.
     """
-    chosen = [stream(SEED, "kid", side).permutation(len(one))[:samples] for side, one in enumerate((first, second))]
+    kinds = labels, None
+    chosen = [
+        shuffled(stream(SEED, "kid", side), len(one), kinds[side])[:samples] for side, one in enumerate((first, second))
+    ]
     x, y = (one[places].astype(np.float64) for one, places in zip((first, second), chosen, strict=True))
     classes = None if labels is None else labels[chosen[0]]
-    kernels = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    kernels = _Pairs(_kernel(x, x), classes), _Pairs(_kernel(y, y), None), _kernel(x, y)
     once = _squared_mmd(*kernels, np.ones(len(x)), np.ones(len(y)))
     draws = []
     for draw in range(BOOTSTRAP_DRAWS):
@@ -116,15 +120,36 @@ def _kernel(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _squared_mmd(xx: Floats, yy: Floats, xy: Floats, times_x: Floats, times_y: Floats) -> float:
-    """From the kernels, each point counted as often as it was drawn; a point is never paired with itself or its copies."""
+class _Pairs:
+    """The kernel of the pairs of a set [n, n], and its mean over two points that are drawn at random.
 
-    def within(kernel: Floats, times: Floats) -> float:
-        pairs = times.sum() ** 2 - np.square(times).sum()
-        return float((times @ kernel @ times - np.square(times) @ np.diag(kernel)) / pairs)
+    Points are never paired with themselves or their copies. Where each class has a fixed number of them, that would leave out too
+    many pairs of one class: so the mean over the pairs of a class is weighted by how often two points at random are of it.
+    """
 
+    def __init__(self, kernel: Floats, labels: Labels | None) -> None:
+        self.kernel = kernel
+        kinds = np.zeros(len(kernel), np.int64) if labels is None else strata(labels)
+        places = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        self.blocks = [(own, kernel[np.ix_(own, own)] if len(places) > 1 else kernel) for own in places]
+
+    def mean(self, times: Floats) -> float:
+        """Each point counted as often as it was drawn, [n]."""
+        total, weight = times @ self.kernel @ times, times.sum() ** 2
+        for places, kernel in self.blocks:
+            own = times[places]
+            square, count = own @ kernel @ own, own.sum() ** 2
+            total, weight = total - square, weight - count
+            if pairs := count - np.square(own).sum():
+                total += (square - np.square(own) @ np.diag(kernel)) * count / pairs
+                weight += count
+        return float(total / weight)
+
+
+def _squared_mmd(xx: _Pairs, yy: _Pairs, xy: Floats, times_x: Floats, times_y: Floats) -> float:
+    """From the kernels, each point counted as often as it was drawn."""
     between = times_x @ xy @ times_y / (times_x.sum() * times_y.sum())
-    return float(within(xx, times_x) + within(yy, times_y) - 2 * between)
+    return float(xx.mean(times_x) + yy.mean(times_y) - 2 * between)
 
 
 def frechet_error(features: Vectors, reference: Moments, labels: Labels | None = None) -> float:
@@ -203,14 +228,14 @@ class Memorisation:
     """Whether samples lie closer to training images than new real images do."""
 
     ratio: float
-    """Share of samples that lie closer to a training image than all but 5 % of the held-out real images do, over these
-    5 %: 1 for new images of the same distribution, 20 if everything is copied."""
+    """Share of samples that lie closer to a training image than all but 5 % of the held-out real images do, over the share of new
+    images of the same distribution that do: 1 for such images, 20 if everything is copied (less with fewer than 19 held out)."""
     error: float
-    """Standard error of the ratio from both sets' sizes."""
+    """Standard error of the ratio from both sets' sizes, were it 1."""
     nearest: NDArray[np.int64]
     """Index of the nearest training image of each sample."""
     distances: NDArray[np.float64]
-    """Its distance, relative to that of that image's own `NEIGHBOURS`-th neighbour."""
+    """Its distance, relative to that of that image's own `NEIGHBOURS`-th neighbour that is another image."""
     close: NDArray[np.bool_]
     """Which samples the ratio counts: those closer than all but 5 % of the held-out images."""
 
@@ -219,24 +244,44 @@ def nearest_copies(train: Vectors, held_out: Vectors, samples: Vectors) -> Memor
     """Compare how near to a training image samples and held-out real images lie.
 
     A distance is taken relative to the one from that training image to its own neighbours: else the classes whose images are
-    all alike, such as open water, would be the only ones that count. To a few neighbours on, since an image may be there twice, and
-    held-out images that are training images as well set no measure: copies of either are copies.
+    all alike, such as open water, would be the only ones that count. Neighbours that are the same image once more, and held-out
+    images that are training images as well, set no measure: copies of either are copies.
     """
     train = train.astype(np.float64)
+    same = SAME * float(np.sqrt(2 * train.var(axis=0).sum()))
     relative, nearest = [], []
     for features in (samples, held_out):
         distances, found = _nearest(features.astype(np.float64), train, 1)
         neighbours, place = np.unique(found[:, 0], return_inverse=True)
-        # The nearest of its own set is the point itself.
-        own = _nearest(train[neighbours], train, min(NEIGHBOURS + 1, len(train)))[0][:, -1]
+        own = _radii(train[neighbours], train, same)
         relative.append(distances[:, 0] / np.maximum(own[place], np.finfo(np.float64).tiny))
         nearest.append(found[:, 0])
     new = relative[1] > SAME
-    threshold = np.quantile(relative[1][new], HELD_OUT_QUANTILE) if new.any() else SAME
-    close = relative[0] < threshold
-    spread = HELD_OUT_QUANTILE * (1 - HELD_OUT_QUANTILE) * (1 / len(samples) + 1 / len(held_out))
-    error = float(np.sqrt(spread) / HELD_OUT_QUANTILE)
-    return Memorisation(float(close.mean()) / HELD_OUT_QUANTILE, error, nearest[0], relative[0], close)
+    # Of this quantile the share of new images below is expected to be what it says, however few it is of.
+    threshold = np.quantile(relative[1][new], HELD_OUT_QUANTILE, method="weibull") if new.any() else SAME
+    close, share = relative[0] < threshold, close_share(int(new.sum()))
+    spread = share * (1 - share) * (1 / len(samples) + 1 / (new.sum() + 2))
+    return Memorisation(float(close.mean()) / share, float(np.sqrt(spread)) / share, nearest[0], relative[0], close)
+
+
+def close_share(held_out: int) -> float:
+    """The share of new images that lie closer to a training image than all but 5 % of so many held-out ones are expected to.
+
+    Of fewer than 19 the closest one is the measure: as likely as any of them, a new one is closer.
+    """
+    return max(HELD_OUT_QUANTILE, 1 / (held_out + 1)) if held_out else HELD_OUT_QUANTILE
+
+
+def _radii(centres: Vectors, points: Vectors, same: float) -> Floats:
+    """How far the `NEIGHBOURS`-th point lies from each centre, of those that are not the same; the farthest where there are fewer."""
+    found = []
+    for start in range(0, len(centres), ROWS):
+        block = _distances(centres[start : start + ROWS], points)
+        farthest = block.max(axis=1)
+        block[block <= same] = np.inf
+        radii = np.partition(block, min(NEIGHBOURS, block.shape[1]) - 1, axis=1)[:, min(NEIGHBOURS, block.shape[1]) - 1]
+        found.append(np.where(np.isinf(radii), farthest, radii))
+    return np.concatenate(found)
 
 
 def _distances(a: Vectors, b: Vectors) -> NDArray[np.float64]:

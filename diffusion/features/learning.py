@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion.data.spec import Images
 from diffusion.features.classifier import Classifier, fuse
 from diffusion.model.placement import place
 
@@ -39,18 +41,35 @@ def coarsen(out: Tensor, rng: torch.Generator) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Images as their files have them, a few of which at a time become what the network sees."""
+
+    images: Images
+    labels: Tensor
+    """[n]"""
+    encode: Callable[[Images], Tensor]
+    """Levels [batch, height, width, bands] -> [batch, bands, height, width]."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def some(self, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images [batch, bands, height, width] and labels [batch]."""
+        places = chosen.numpy() if isinstance(chosen, Tensor) else chosen
+        return self.encode(self.images[places]), self.labels[chosen]
+
+
 @torch.no_grad()
-def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Share of correct classes."""
-    right = sum(
-        int((network(batch).argmax(1) == truth).sum())
-        for batch, truth in zip(images.split(500), labels.split(500), strict=True)
-    )
-    return right / len(images)
+def accuracy(network: Classifier, known: Labelled, seen: Callable[[Tensor], Tensor] = lambda images: images) -> float:
+    """Share of correct classes. `seen`: how the network sees the images."""
+    right = 0
+    for start in range(0, len(known), 500):
+        images, truth = known.some(slice(start, start + 500))
+        right += int((network(seen(images)).argmax(1) == truth).sum())
+    return right / len(known)
 
 
-Labelled = tuple[Tensor, Tensor]
-"""Images [n, bands, height, width] and labels [n]."""
 LossOf = Callable[[Classifier, Tensor, Tensor, torch.Generator], Tensor]
 """Of a network, on the images and labels of a batch, with draws of its own."""
 
@@ -69,24 +88,23 @@ def fit(
         loss_of: what it is to learn.
         on_epoch: called after each epoch with its number and mean loss.
     """
-    images, labels = train
     rng = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = place(Classifier(images.shape[1], classes, fused=False), device)
+        network = place(Classifier(train.images.shape[-1], classes, fused=False), device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    batch = min(BATCH, len(images))
-    steps_per_epoch = len(images) // batch
+    batch = min(BATCH, len(train))
+    steps_per_epoch = len(train) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LEARNING_RATE, total_steps=epochs * steps_per_epoch, pct_start=0.2
     )
     for epoch in range(epochs):
         total = 0.0
         network.train()
-        order = torch.randperm(len(images), generator=rng)
+        order = torch.randperm(len(train), generator=rng)
         for step in range(steps_per_epoch):
             chosen = order[step * batch : (step + 1) * batch]
-            loss = loss_of(network, images[chosen], labels[chosen], rng)
+            loss = loss_of(network, *train.some(chosen), rng)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -133,9 +151,9 @@ def view(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def views_told(network: Classifier, images: Tensor) -> tuple[float, float]:
+def views_told(network: Classifier, known: Labelled) -> tuple[float, float]:
     """Share of images, of as many as a batch has, whose other view is the most alike; and what guessing would reach."""
-    images, rng = images[:BATCH], torch.Generator().manual_seed(1)
+    (images, _), rng = known.some(slice(BATCH)), torch.Generator().manual_seed(1)
     first, second = (F.normalize(network(view(images, rng)), dim=1) for _ in range(2))
     told = (first @ second.T).argmax(dim=1) == torch.arange(len(images))
     return float(told.float().mean()), 1 / len(images)

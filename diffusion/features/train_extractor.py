@@ -6,6 +6,7 @@ What is stored are fused weights as float16 safetensors, and the accuracy that t
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 
@@ -15,13 +16,14 @@ if __name__ == "__main__":
     # difference.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from diffusion.data.loader import ShardImages
 from diffusion.data.manifest import Manifest, Split, require_dataset
 from diffusion.data.sealed import seal
+from diffusion.features.classifier import INPUT_SIZE
 from diffusion.features.identity import OwnExtractor, find_own
 from diffusion.features.learning import Labelled, accuracy, as_stored, fit, tell_classes, tell_views, views_told
 from diffusion.jobs.rank import Rank, rank_main
@@ -31,8 +33,8 @@ from diffusion.pixels import Pixels
 from diffusion.store import layout
 from diffusion.store.objects import Store, open_store
 
-OWN_IMAGES = 20_000
-"""Of a split, by which a dataset's own extractor is trained, and tested."""
+OWN_IMAGES, OWN_BYTES = 20_000, 1 << 30
+"""Of a split, by which a dataset's own extractor is trained, and tested; and what they may take of memory."""
 OWN_BUDGET, OWN_EPOCHS = 40_000, 40
 """Images that it sees in all, and how often each of them at most: two minutes on two cores."""
 VIEW_OUTPUTS = 64
@@ -48,16 +50,16 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
     labelled = classes > 1
     train, test = (_read(store, dataset, split, job.shard_copies) for split in ("train", "test"))
     loss, outputs, looks = (tell_classes, classes, 1) if labelled else (tell_views, VIEW_OUTPUTS, 2)
-    epochs = max(1, min(OWN_EPOCHS, OWN_BUDGET // looks // len(train[0])))
+    epochs = max(1, min(OWN_EPOCHS, OWN_BUDGET // looks // len(train)))
 
     def report(epoch: int, mean: float) -> None:
         progress.write("training the extractor", epoch, epochs, f"epoch {epoch} of {epochs}, loss {mean:.3f}")
 
     network = fit(train, outputs, epochs, accelerator.device, loss, report)
     if labelled:
-        right, chance = accuracy(network, *test), float(test[1].bincount().max() / len(test[1]))
+        right, chance = accuracy(network, test), float(test.labels.bincount().max() / len(test))
     else:
-        right, chance = views_told(network, test[0])
+        right, chance = views_told(network, test)
     data = save(as_stored(network))
     own = OwnExtractor(
         sha256=hashlib.sha256(data).hexdigest(),
@@ -71,18 +73,17 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
 
 
 def _read(store: Store, dataset: Manifest, split: Split, copies: Path) -> Labelled:
-    """The first images of a split as the network sees them."""
-    shards, pixels = (
-        ShardImages(store, dataset, split, dataset.images.size, copies, memory_bytes=0),
-        Pixels(dataset.images),
-    )
-    images, labels = list[Tensor](), list[Tensor]()
-    for array, of_array in shards.all():
-        images.append(pixels.encode(array))
-        labels.append(torch.from_numpy(of_array))
-        if sum(map(len, images)) >= OWN_IMAGES:
-            break
-    return torch.cat(images)[:OWN_IMAGES], torch.cat(labels)[:OWN_IMAGES]
+    """The first images of a split, averaged down to what the network looks at, or as near as a whole factor leads from above."""
+    spec = dataset.images
+    factor = max(factor for factor in range(1, spec.size + 1) if factor == 1 or _fits(spec.size, factor))
+    shape = spec.shape(spec.size // factor)
+    shards = ShardImages(store, dataset, split, shape[0], copies, memory_bytes=0)
+    images, labels = shards.first(min(OWN_IMAGES, OWN_BYTES // (math.prod(shape) * np.dtype(spec.dtype).itemsize)))
+    return Labelled(images, torch.from_numpy(labels), Pixels(spec).encode)
+
+
+def _fits(size: int, factor: int) -> bool:
+    return size % factor == 0 and size // factor >= INPUT_SIZE
 
 
 JOB = ExtractorJob, train_own

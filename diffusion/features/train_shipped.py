@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -47,7 +48,7 @@ def main() -> None:
                 FolderStore(Path(folder)), dataset, split, dataset.images.size, Path(folder), memory_bytes=0
             )
             pixels, labels = (np.concatenate(parts) for parts in zip(*shards.all(), strict=True))
-            data[split] = eurosat_input(pixels, CPU), torch.from_numpy(labels)
+            data[split] = Labelled(pixels, torch.from_numpy(labels), partial(eurosat_input, device=CPU))
     began = time.monotonic()
 
     def report(epoch: int, loss: float) -> None:
@@ -58,8 +59,8 @@ def main() -> None:
     result = {
         "classes": list(classes),
         "dataset": dataset.digest,
-        "accuracy": round(accuracy(network, *data["test"]), 4),
-        "accuracy_at_32": round(accuracy(network, F.avg_pool2d(data["test"][0], 2), data["test"][1]), 4),
+        "accuracy": round(accuracy(network, data["test"]), 4),
+        "accuracy_at_32": round(accuracy(network, data["test"], partial(F.avg_pool2d, kernel_size=2)), 4),
         "epochs": arguments.epochs,
     }
     save_file(as_stored(network), arguments.output, metadata={"report": json.dumps(result)})

@@ -67,6 +67,7 @@ def rank_main(spec_type: type[S], body: Callable[[S, Rank], None]) -> None:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it would say of each setting where it found it
     try:
         spec = spec_type.model_validate_json((folder / SPEC).read_bytes())
+        keep_compiled(spec.compiled)
         if spec.deterministic:
             use_deterministic_algorithms()
         _join(folder, rank, int(os.environ.get("WORLD_SIZE", "1")))
@@ -114,6 +115,15 @@ def make_accelerator() -> Accelerator:
     # a resumed run, whose first step is another, would add gradients in another order than one that was not stopped.
     same_buckets = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=not on_gpu(), kwargs_handlers=[same_buckets])
+
+
+def keep_compiled(folder: Path) -> None:
+    """Have torch keep what it compiles in a private folder, unless the environment names another.
+
+    By default that is a folder in /tmp whose name everybody knows, and torch runs what it finds there, whoever made it.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def use_deterministic_algorithms() -> None:

@@ -33,6 +33,11 @@ class JobSpec(BaseModel):
     deterministic: bool = False
     """Whether GPUs use deterministic algorithms alone."""
 
+    @property
+    def compiled(self) -> Path:
+        """Folder for code that torch compiles, as private as that of the copies."""
+        return self.shard_copies.parent / "compiled"
+
 
 class TrainingJob(JobSpec):
     """What the training job is told."""

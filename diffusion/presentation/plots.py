@@ -117,7 +117,7 @@ def class_distances(scores: Scores) -> Figure:
     bars = axes.barh([name for name, _ in classes], [fid for _, fid in classes], color="C0")
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.margins(x=0.1)
-    axes.set(xlabel=f"{full_name(fid)} of a class (n = {scores.samples // max(1, len(classes)):,} each)")
+    axes.set(xlabel=f"{full_name(fid)} of a class, of its share of {scores.samples:,} samples")
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a class may be called $5_$
     axes.set_title(f"FID by class at step {scores.step:,}; of all together: {with_error(fid)}")

@@ -11,6 +11,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from s3transfer.exceptions import RetriesExceededError
 
 from diffusion.errors import StoreError, StoreRefuses
 from diffusion.store.objects import OBJECT_BYTES
@@ -61,7 +62,7 @@ class S3Store:
             if _code(error) in ("NoSuchKey", "404"):
                 raise KeyError(f"{self.uri}/{name}") from None
             raise self._failure("read", error) from error
-        except (BotoCoreError, Boto3Error) as error:
+        except (BotoCoreError, Boto3Error, RetriesExceededError) as error:
             raise self._failure("read", error) from error
         return content.getvalue()
 

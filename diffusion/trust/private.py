@@ -26,7 +26,7 @@ UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno
 """What file systems answer to what they can't do."""
 MOST_BYTES = 1 << 16
 """Of such a file that is read."""
-FOLDERS = ("downloads", "matplotlib", "mlflow", "prefect", "runs", "shards", "stack", "store")
+FOLDERS = ("compiled", "downloads", "matplotlib", "mlflow", "prefect", "runs", "shards", "stack", "store")
 """What this project makes in its home."""
 
 

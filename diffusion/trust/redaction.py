@@ -14,7 +14,7 @@ _SECRET_VARIABLE = re.compile(r"PASSWORD|SECRET|TOKEN|AUTH_STRING|ENCRYPTION_KEY
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/?#\s\"]{1,1000}@")
 """user@ or user:password@, up to the last @ before the path."""
 _SECRET_IN_QUERY = re.compile(
-    r"([?&][^=&\s]*(?:token|signature|secret|password|credential|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
+    r"([?&][^=&\s]*(?:token|sig|secret|passw|pwd|credential|auth|jwt|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
 )
 
 

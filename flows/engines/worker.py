@@ -22,7 +22,15 @@ import psutil
 import ray
 
 from diffusion.errors import DataError
-from diffusion.jobs.rank import DEVICE, LINK_SECONDS, Rank, make_accelerator, on_gpu, use_deterministic_algorithms
+from diffusion.jobs.rank import (
+    DEVICE,
+    LINK_SECONDS,
+    Rank,
+    keep_compiled,
+    make_accelerator,
+    on_gpu,
+    use_deterministic_algorithms,
+)
 from diffusion.jobs.reports import ProgressFile, RankOutput, report_of
 from diffusion.store.objects import open_store
 from diffusion.tracking.system import SAMPLE_SECONDS, Machine
@@ -99,6 +107,7 @@ class Worker:
             os.environ.update(ray.get(mailbox.environment.remote(), timeout=PATIENCE_SECONDS))
             spec_type, body = importlib.import_module(told["module"]).JOB
             spec = spec_type.model_validate_json(told["spec"]).model_copy(update={"shard_copies": _cache() / "shards"})
+            keep_compiled(spec.compiled)
             _find_marker(spec.store, told["marker"], host)
             _sweep()
             with (

@@ -86,4 +86,9 @@ def ingest_archive(archive: Archive, store_uri: str) -> Manifest:
     manifest = patiently(lambda: find_dataset(open_store(store_uri), digest), delays)
     if manifest is None:
         raise DataError(f"The dataset {digest} has vanished from the store {store_uri}. Start the flow again.")
-    return manifest
+    # Images that were ingested before keep the name and licence of then, unless the user says otherwise now.
+    said = archive.options
+    now = {"source": said.name or manifest.source}
+    if "licence" in said.model_fields_set:
+        now["licence"] = said.licence
+    return manifest.model_copy(update=now)

@@ -131,7 +131,9 @@ def test_the_secrets_are_written_for_their_owner_alone_and_reach_no_image(tmp_pa
     again = subprocess.run([sys.executable, infra / "make_secrets.py"], capture_output=True, text=True)
     assert again.returncode == 1
     assert "is there already" in again.stderr
-    assert (PROJECT / ".dockerignore").read_text().splitlines()[-1] == "infra/.env"
+    # Those that were moved away, and those of Kubernetes, too.
+    assert (PROJECT / ".dockerignore").read_text().splitlines()[-2:] == ["infra/.env*", "**/secrets.env"]
+    assert {"/infra/.env*", "secrets.env"} <= {*(PROJECT / ".gitignore").read_text().splitlines()}
 
 
 def test_dependencies_are_services_that_report_their_health() -> None:

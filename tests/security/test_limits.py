@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import os
 import resource
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -27,9 +29,11 @@ from PIL import Image
 from diffusion.data import codecs
 from diffusion.data.sealed import unseal
 from diffusion.data.shards import Sample, decode
-from diffusion.data.sources import download, eurosat, transfer
+from diffusion.data.sources import download, eurosat, tables, transfer
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import MAX_FILE_BYTES, Mirror, read_archive
+from diffusion.data.sources.own import read_own
+from diffusion.data.sources.source import AS_IT_IS
 from diffusion.errors import DataError, StoreError
 from diffusion.store.objects import FolderStore
 from diffusion.training.checkpoint import load_latest
@@ -161,6 +165,95 @@ def test_the_size_of_an_image_is_looked_at_before_it_is_decoded() -> None:
         decode(Sample("x", content, 0), RGB_SPEC, 64)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way of Linux")
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_tar_whose_names_are_the_bomb(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 120 << 20
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(120):
+            file.write(bytes(1 << 20))
+    with little_memory(60), pytest.raises(DataError, match="a name in it has more than 1,048,576 bytes"):
+        read_own(tmp_path / "bomb.tar.gz", AS_IT_IS)
+
+
+def test_a_tar_of_files_with_holes_is_refused(tmp_path: Path) -> None:
+    """What it says of its holes could be the bomb."""
+    with (tmp_path / "hole.png").open("wb") as file:
+        file.truncate(1 << 20)
+    command = ["tar", "--sparse", "--format=gnu", "-C", str(tmp_path), "-cf", str(tmp_path / "holes.tar"), "hole.png"]
+    subprocess.run(command, check=True)
+    with pytest.raises(DataError, match="pack it without --sparse"):
+        read_own(tmp_path / "holes.tar", AS_IT_IS)
+
+
+@pytest.mark.parametrize("between", [("zz", tarfile.DIRTYPE), ("zz", tarfile.REGTYPE), ("__zz.x__", tarfile.REGTYPE)])
+def test_what_lies_between_the_files_of_a_sample_does_not_hide_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: tuple[str, bytes]
+) -> None:
+    monkeypatch.setattr(tables, "LIMITS", replace(tables.LIMITS, file_bytes=1 << 20))
+    with tarfile.open(tmp_path / "000.tar", "w") as file:
+        for number in range(4):
+            part, other = tarfile.TarInfo(f"a.{number}.bin"), tarfile.TarInfo(between[0])
+            part.size, other.type = 400_000, between[1]
+            file.addfile(part, io.BytesIO(bytes(400_000)))
+            file.addfile(other)
+    with pytest.raises(DataError, match="holds more than"):
+        tables.read_webdataset([tmp_path / "000.tar"], "x", AS_IT_IS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way of Linux")
+@pytest.mark.parametrize("planes", ['<TiffData IFD="0" PlaneCount="60000000"/>', "<TiffData/>"])
+def test_what_a_tiff_s_words_say_of_its_size_is_not_believed(planes: str) -> None:
+    modulo = (
+        '<StructuredAnnotations><XMLAnnotation ID="a" Namespace="openmicroscopy.org/omero/dimension/modulo"><Value><Modulo>'
+        '<ModuloAlongT Type="lifetime" Start="0" End="200000000"/></Modulo></Value></XMLAnnotation></StructuredAnnotations>'
+    )
+    words = (
+        f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{modulo if planes == "<TiffData/>" else ""}'
+        '<Image ID="Image:0"><Pixels DimensionOrder="XYCZT" SizeX="8" SizeY="8" SizeC="1" SizeZ="1" SizeT="1" Type="uint8">'
+        f'<Channel SamplesPerPixel="1"/>{planes}</Pixels></Image></OME>'
+    )
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((8, 8), np.uint8), description=words, metadata=None, photometric="minisblack")
+    with little_memory(200):
+        assert codecs.decode(file.getvalue(), "x").array.shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize("said", ["honest", "a lie"])
+def test_a_value_that_many_rows_of_a_table_share_is_read_a_few_times_at_once(tmp_path: Path, said: str) -> None:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    size, rows, path = 4 << 20, 128, tmp_path / "shared.parquet"
+    places = pyarrow.array([0] * rows, pyarrow.int32())
+    column = pyarrow.DictionaryArray.from_arrays(places, pyarrow.array([bytes(size)], pyarrow.binary()))
+    parquet.write_table(pyarrow.table({"image": column}), path, compression="zstd", dictionary_pagesize_limit=2 * size)
+    if said == "a lie":  # a number of seven bits a byte, in whose place stands as long a one that means 1
+        number, declared = b"", 2 * parquet.ParquetFile(path).metadata.row_group(0).total_byte_size
+        while declared > 127:
+            number, declared = number + bytes([declared & 127 | 128]), declared >> 7
+        number += bytes([declared])
+        data = path.read_bytes()
+        path.write_bytes(data.replace(number, b"\x82" + b"\x80" * (len(number) - 2) + b"\0"))
+        assert parquet.ParquetFile(path).metadata.row_group(0).total_byte_size == 1
+    largest: list[int] = []
+    reader = parquet.ParquetFile.iter_batches
+
+    def seen(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in reader(*arguments, **options):
+            largest.append(batch.nbytes)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet.ParquetFile, "iter_batches", seen)
+        patch.setattr(tables, "LIMITS", replace(tables.LIMITS, total_bytes=100 << 20))
+        with pytest.raises(DataError, match="holds more than"):
+            tables.read_parquet(path, AS_IT_IS)
+    assert max(largest) < 5 * size
+
+
 class Endless(BaseHTTPRequestHandler):
     """Sends without an end, packed if it may."""
 
@@ -215,6 +308,42 @@ def test_a_download_without_end_is_given_up_and_leaves_nothing(tmp_path: Path, m
         server.shutdown()
         server.server_close()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+class Leading(Endless):
+    """Leads elsewhere, with a body that does not end; or in a circle; or out of the web."""
+
+    def do_GET(self) -> None:
+        to = {"/endless": "/there", "/circle": "/circle", "/file": "file:///etc/passwd"}.get(self.path)
+        if to is None:
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"all")
+            return
+        self.send_response(302)
+        self.send_header("Location", to)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while self.path == "/endless":
+                self.wfile.write(bytes(1 << 16))
+
+
+def test_where_an_address_leads_is_looked_at_and_what_it_says_beside_is_not_read() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Leading)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        at = f"http://127.0.0.1:{server.server_port}"
+        assert download.download(f"{at}/endless", 1000) == b"all"
+        with pytest.raises(DataError, match="from one address to another, 5 times"):
+            download.download(f"{at}/circle", 1000)
+        with pytest.raises(DataError, match="leads to file:///etc/passwd"):
+            download.download(f"{at}/file", 1000)
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(DataError, match="not as safe"):
+        transfer._next("https://safe.example/x", "http://safe.example/x")
 
 
 DEEP = b"[" * 200_000 + b"]" * 200_000

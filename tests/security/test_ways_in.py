@@ -210,7 +210,8 @@ def test_a_link_in_a_tar_leads_nowhere(kind: bytes, tmp_path: Path) -> None:
         link = tarfile.TarInfo("a/b.png")
         link.type, link.linkname = kind, str(secret)
         archive.addfile(link)
-    assert [name.name for name, _ in read_files(tmp_path / "a.tar")] == ["a.png"]
+    with pytest.raises(DataError, match="is a link to"):
+        list(read_files(tmp_path / "a.tar"))
 
 
 def test_a_link_in_a_zip_is_a_file_with_a_name_in_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from diffusion.features import extractor as extractors
 from diffusion.features.classifier import Classifier, fuse
 from diffusion.features.extractor import load_inception, shipped
 from diffusion.features.identity import SHIPPED_SHA256, SHIPPED_WEIGHTS
-from diffusion.features.learning import tell_views, view, views_told
+from diffusion.features.learning import Labelled, tell_views, view, views_told
 from diffusion.settings import InceptionSource
 
 CPU = torch.device("cpu")
@@ -118,7 +118,8 @@ def test_views_of_one_image_are_drawn_together() -> None:
 
     apart = torch.linspace(-1.5, 1.5, 8)[:, None, None, None].expand(8, 3, 16, 16) * 1.0
     assert float(tell_views(ByLevel(3, 2, fused=True), apart, torch.zeros(8), rng)) < math.log(15) - 0.5
-    right, chance = views_told(ByLevel(3, 2, fused=True), 100 * apart)
+    known = Labelled(np.arange(8, dtype=np.float32), torch.zeros(8), lambda places: 100 * apart[places.astype(int)])
+    right, chance = views_told(ByLevel(3, 2, fused=True), known)
     assert chance == 1 / 8
     assert 0 <= right <= 1
 

@@ -25,13 +25,15 @@ def of_features(shift: float = 0.0, labelled: bool = True) -> dict[str, dict[str
         labels = np.arange(count) % 2
         return (rng.standard_normal((count, DIMENSIONS)) + 10 * labels[:, None]).astype(np.float32), labels
 
-    (train, train_labels), (test, _), (samples, labels) = drawn(1000), drawn(400), drawn(200)
+    (train, train_labels), (test, test_labels), (samples, labels) = drawn(1000), drawn(400), drawn(200)
     features = Features(
         samples + np.float32(shift),
         labels if labelled else None,
         Reference(Moments.of(train), train, train_labels, test),
         ("first", "second") if labelled else (),
         (lambda found: (found.mean(axis=1) > 5).astype(np.int64)) if labelled else None,
+        test[:200],
+        test_labels[:200] if labelled else None,
     )
     found: dict[str, dict[str | None, Row]] = {}
     for row in measured(features, "known"):

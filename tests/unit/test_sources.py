@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import errno
 import gc
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -24,6 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from diffusion.data.codecs import decode, to_npy
@@ -35,7 +40,8 @@ from diffusion.data.sources.own import name_of, read_own
 from diffusion.data.sources.source import AS_IT_IS, Source, SourceImage, SourceOptions, make_source, parse_options
 from diffusion.data.sources.tables import WEBDATASET
 from diffusion.data.split import split_by_hash
-from diffusion.errors import DataError, RecipeError
+from diffusion.errors import DataError, RecipeError, StoreError
+from diffusion.pixels import Pixels
 from diffusion.settings import settings
 from diffusion.store.objects import FolderStore
 
@@ -564,6 +570,131 @@ def test_a_tar_that_leads_out_of_its_folder_is_refused(folder: Path, tmp_path: P
         file.add(folder / "lake/lake0.png", "../out.png")
     with pytest.raises(DataError, match="points outside its folder"):
         read(tmp_path / "out.tar")
+
+
+def test_links_in_a_tar_are_images_or_are_refused_and_never_left_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "lake/lake11.png").unlink()
+    (folder / "lake/lake11.png").hardlink_to(folder / "field/field0.png")
+    assert read(as_tar(folder, tmp_path / "hard.tar")).digest == read(folder).digest
+    (folder / "lake/lake11.png").unlink()
+    (folder / "lake/lake11.png").symlink_to(folder / "field/field0.png")
+    assert len(read(folder).images) == 24
+    with pytest.raises(DataError, match=r"lake11.png' is a link to .*--dereference"):
+        read(as_tar(folder, tmp_path / "soft.tar"))
+
+
+def test_a_zip_of_windows_has_the_same_folders(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "patches.zip", "w") as file:
+        for path in folder.rglob("*.png"):
+            member = zipfile.ZipInfo("x")
+            member.filename = str(path.relative_to(folder.parent)).replace("/", "\\")  # its constructor would mend it
+            file.writestr(member, path.read_bytes())
+    assert read(tmp_path / "patches.zip").digest == read(folder).digest
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_that_was_packed_in_parts_is_whole(folder: Path, tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """As programs do that pack on several cores."""
+    whole = as_tar(folder, tmp_path / "whole.tar").read_bytes()
+    parts = [pack(whole[start : start + 5000]) for start in range(0, len(whole), 5000)]
+    (tmp_path / "parts.tar.xz").write_bytes(b"".join(parts))
+    assert read(tmp_path / "parts.tar.xz").digest == read(folder).digest
+
+
+def test_a_disk_that_does_not_answer_for_a_moment_loses_no_shard(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = FolderStore(tmp_path / "store"), read(folder)
+    expected, opened, real = ingest(source, FolderStore(tmp_path / "other"), shard_bytes=6_000), [0], os.open
+
+    def stale(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).startswith(str(folder)):
+            opened[0] += 1
+            if opened[0] == 20:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", stale)
+    with pytest.raises(StoreError, match="can't be read: Stale file handle"):
+        ingest(source, store, shard_bytes=6_000)
+    written = [name for name in store.names("") if name.endswith(".tar")]
+    assert written, "what was written is found again"
+    assert ingest(source, store, shard_bytes=6_000) == expected
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, DataError), (errno.ESTALE, StoreError)])
+def test_a_folder_that_can_t_be_listed_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    real = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if str(path).endswith("lake"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(kind, match=f"lake can't be read: {os.strerror(number)}"):
+        read(folder)
+
+
+def test_tables_below_are_read_and_hidden_ones_passed_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tables/data").mkdir(parents=True)
+    as_parquet(folder, tmp_path / "tables/data/0000.parquet")
+    hidden = tmp_path / "tables/.ipynb_checkpoints"
+    hidden.mkdir()
+    as_parquet(folder, hidden / "0000.parquet")
+    (tmp_path / "tables/data/._0000.parquet").write_bytes(b"no table")
+    assert read(tmp_path / "tables").digest == read(folder).digest
+    as_parquet(folder, folder / "lake/about.parquet")
+    assert read(folder).classes == CLASSES, "a table beside images is none of images"
+
+
+def test_images_of_tables_may_have_names_without_an_end_or_none_at_all(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for part, name in (("train", "patch_{}"), ("test", None)):
+        rows = [
+            {"bytes": picture(seed), "path": name and name.format(seed)} for seed in range(12 * (1 + (part == "test")))
+        ]
+        (tmp_path / "tables" / part).mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "tables" / part / "0000.parquet")
+    names = {image.file_name for image in read(tmp_path / "tables").images}
+    assert len(names) == 36
+    assert {"patch_0.png", "test-0000-00000000.png"} <= names
+
+
+def test_a_table_of_classes_may_be_written_with_blanks_and_capitals(folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    lines = ["File_Name, Label"]
+    for path in sorted(folder.rglob("*.png")):
+        shutil.copy(path, flat)
+        lines.append(f"{path.name}, {path.parent.name}")
+    (flat / "metadata.csv").write_text("\n".join(lines))
+    assert read(flat).classes == CLASSES
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 3e-7), (4.0e-4, 4.015e-4), (-2e-9, 5e-9), (1e6, 1.001e6)])
+def test_levels_in_physical_units_are_kept_as_they_are(tmp_path: Path, low: float, high: float) -> None:
+    (tmp_path / "units").mkdir()
+    for number in range(24):
+        levels = np.random.default_rng(number).uniform(low, high, (16, 16, 1)).astype(np.float32)
+        (tmp_path / f"units/{number}.npy").write_bytes(to_npy(levels))
+    manifest, images = made(tmp_path / "units", tmp_path)
+    (least,), (most,) = manifest.images.low, manifest.images.high
+    assert np.isclose([least, most], [low, high], atol=0.01 * (high - low), rtol=0).all()
+    assert ((images < least) | (images > most)).mean() < 0.003
+
+
+def test_levels_that_no_image_can_have_are_refused_and_where_they_were_taken_do_no_harm(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="levels says 0 to 256, and the images are uint8: 0 to 255"):
+        made(folder, tmp_path, levels=[0, 256])
+    spec = made(folder, tmp_path)[0].images.model_copy(update={"high": (256.0, 256.0, 256.0)})
+    assert (Pixels(spec).decode(torch.full((1, 3, 2, 2), 1e3)) == 255).all()
 
 
 @pytest.mark.parametrize("called", ["EuroSAT", "EuroSAT-MS", "Generated fields and water"])

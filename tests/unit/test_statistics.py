@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.evaluation.labels import in_proportion, resampled, shuffled
+from diffusion.evaluation.labels import as_many_of_each, in_proportion, resampled, shuffled
 from diffusion.evaluation.sharding import block_sizes
 from diffusion.evaluation.statistics import (
     Moments,
@@ -16,6 +16,8 @@ from diffusion.evaluation.statistics import (
     manifold,
     nearest_copies,
 )
+from diffusion.tracking.gates import not_memorised
+from tests.scores import made
 
 
 def of_gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
@@ -116,6 +118,35 @@ def test_the_errors_of_samples_of_given_classes_leave_out_what_is_no_accident() 
     assert told < same
 
 
+def test_the_kernel_distance_of_samples_of_given_classes_is_unbiased() -> None:
+    """Of samples with a fixed number of each class fewer pairs are of one class than chance would have: a perfect model seemed better
+    than real images."""
+    rng, shares = np.random.default_rng(0), np.array([8, 5, 3, 3, 1])
+    centres = 2 * rng.standard_normal((5, 4))
+    labels = np.repeat(np.arange(5), 2 * shares)  # forty samples: the fewer, the larger was the bias
+
+    def drawn(of: np.ndarray) -> np.ndarray:
+        return centres[of] + rng.standard_normal((len(of), 4))
+
+    told, untold = [], []
+    for _ in range(150):
+        real = drawn(rng.choice(5, 400, p=shares / shares.sum()))
+        samples = drawn(labels)
+        told.append(kernel_distance(samples, real, labels=labels)[0])
+        untold.append(kernel_distance(samples, real)[0])
+    assert abs(np.mean(told)) < 3.5 * np.std(told) / 150**0.5
+    assert np.mean(untold) < -8 * np.std(untold) / 150**0.5
+
+
+@given(st.lists(st.integers(0, 4), max_size=60), st.lists(st.integers(0, 5), max_size=60))
+def test_beside_samples_stand_real_images_of_the_same_classes(wanted: list[int], there: list[int]) -> None:
+    found = as_many_of_each(np.array(wanted, np.int64), np.array(there, np.int64))
+    assert sorted(found) == list(found), "in their order"
+    for label in range(6):
+        places = [place for place, one in enumerate(there) if one == label]
+        assert [place for place in found if there[place] == label] == places[: wanted.count(label)]
+
+
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any), st.integers(0, 300))
 def test_samples_are_of_the_classes_in_their_proportions(counts: list[int], number: int) -> None:
     labels = in_proportion(np.array(counts), number)
@@ -199,6 +230,30 @@ def test_memorisation_tells_copies_from_new_images() -> None:
     assert (copies.nearest == np.arange(800)).all()
     half = nearest_copies(train, held_out, np.concatenate([train[:400], fresh[:400]]))
     assert half.ratio == pytest.approx(10, abs=1.5)
+
+
+@pytest.mark.parametrize("held_out", [5, 10, 20, 50])
+def test_new_images_count_as_new_however_few_are_held_out(held_out: int) -> None:
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        train, test, fresh = (rng.standard_normal((n, 8)) for n in (9 * held_out, held_out, 200))
+        found.append(nearest_copies(train, test, fresh))
+    ratios = np.array([one.ratio for one in found])
+    assert abs(ratios.mean() - 1) < 3.5 * ratios.std() / 300**0.5
+    assert ratios.std() == pytest.approx(np.mean([one.error for one in found]), rel=0.35)
+    passed = [not_memorised(made(memorisation=one.ratio, memorisation_error=one.error)) for one in found]
+    assert np.mean(passed) > 0.91
+
+
+@pytest.mark.parametrize("times", [2, 6, 20])
+def test_near_copies_of_an_image_that_is_there_many_times_are_seen(times: int) -> None:
+    rng = np.random.default_rng(0)
+    train, held_out, fresh = (rng.standard_normal((n, 8)) for n in (1500, 300, 300))
+    often = np.concatenate([train, np.repeat(train[:1], times - 1, axis=0)])
+    near = train[:1] + 0.01 * rng.standard_normal((100, 8))
+    copied = nearest_copies(often, held_out, np.concatenate([near, fresh[:200]]))
+    assert copied.close[:100].all()
+    assert copied.ratio > 6
 
 
 def test_images_that_are_there_twice_hide_no_copies() -> None:

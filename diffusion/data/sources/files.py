@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import os
 import tarfile
@@ -13,18 +15,29 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
-from diffusion.errors import DataError
-from diffusion.trust.reading import read_at_most, read_file
+from diffusion.errors import DataError, StoreError
+from diffusion.trust.reading import passes, read_at_most, read_file, unreadable
 from diffusion.trust.redaction import shown
 
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Others may ask for gigabytes of memory for a few bytes."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LZMA_BEGINNINGS = (b"\xfd7zXZ\0", b"\x5d\0\0")
+GZIP_BEGINNING, BZIP2_BEGINNING = b"\x1f\x8b", b"BZh"
 LZMA_BYTES = 256 << 20
 """Of memory: a few bytes could ask for gigabytes. `xz -9` needs 65 MiB."""
+
+HEADER_BYTES = 1 << 20
+"""Of what a tar says of a member in members of its own, such as a long name: `tarfile` reads those whole."""
+LONG_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 File = tuple[PurePosixPath, Callable[[], bytes]]
 """Where a file lies, and how its content is read."""
@@ -124,20 +137,28 @@ def too_much(path: Path, limits: Limits) -> DataError:
     return DataError(f"{path} holds more than {limits.files:,} files or {limits.total_bytes:,} bytes. {limits.what}")
 
 
-def _folder_files(folder: Path, limits: Limits) -> Iterator[File]:
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those below it, links followed. Raises DataError or StoreError if one can't be listed."""
+
+    def fail(error: OSError) -> None:  # else its images would be missing, and nobody would know
+        raise unreadable(shown(str(error.filename)), error) from error
+
     seen = set()
-    for directory, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         seen.add(os.path.realpath(directory))
         folders[:] = [
             name for name in folders if os.path.realpath(Path(directory, name)) not in seen
         ]  # links that lead back
-        for name in names:
-            file = Path(directory, name)
-            # The folder itself may be the top one (`…/2750`): its own name is part of the layout.
-            yield (
-                PurePosixPath(folder.name, *file.relative_to(folder).parts),
-                partial(read_file, file, limits.file_bytes),
-            )
+        yield from (Path(directory, name) for name in names)
+
+
+def _folder_files(folder: Path, limits: Limits) -> Iterator[File]:
+    for file in files_below(folder):
+        # The folder itself may be the top one (`…/2750`): its own name is part of the layout.
+        yield (
+            PurePosixPath(folder.name, *file.relative_to(folder).parts),
+            partial(read_file, file, limits.file_bytes),
+        )
 
 
 def _zip_files(path: Path, limits: Limits) -> Iterator[File]:
@@ -145,29 +166,56 @@ def _zip_files(path: Path, limits: Limits) -> Iterator[File]:
         archive = _open_zip(path, limits)
     for member in archive.infolist():
         if not member.is_dir():
-            yield PurePosixPath(member.filename), partial(_read_member, path, archive, member, limits)
+            yield name_in_zip(member.filename), partial(_read_member, path, archive, member, limits)
+
+
+def name_in_zip(name: str) -> PurePosixPath:
+    """Where a zip's member lies: some programs of Windows write `\\` between folders."""
+    return PurePosixPath(name.replace("\\", "/"))
 
 
 class WholeHeader(tarfile.TarInfo):
-    """A member's header that must be whole: `tarfile` takes half a one, or none, for the end of an archive that was cut off."""
+    """A member's header that must be whole: `tarfile` takes half a one, or none, for the end of an archive that was cut off.
+
+    And a short one: what `tarfile` reads to understand it may be packed a thousandfold.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the block of zeros that ends an archive
                 raise
             raise ValueError("it does not end as a tar does") from error
+        if header.type in LONG_HEADERS and header.size > HEADER_BYTES:
+            raise ValueError(f"a name in it has more than {HEADER_BYTES:,} bytes")
+        return header
+
+    def _refuse(self, *_: object) -> Self:
+        raise ValueError("it holds a file with holes (sparse): pack it without --sparse")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
 
 
 def check_tar(path: Path, limits: Limits) -> None:
-    """Go through a tar's headers to its end. Raises an error if it was cut off, or a sample's files together are too large."""
-    sample, size = "", 0
+    """Go through a tar of samples to its end. Raises an error if it was cut off, or a sample's files together are too large.
+
+    A sample is what `webdataset` takes for one, which passes over other members.
+    """
+    from webdataset.tariterators import base_plus_ext, meta_prefix, meta_suffix
+
+    sample, size = None, 0
     with _open_tar(path) as archive:
         for member in _members(archive, path, limits):
-            folder, _, name = member.name.rpartition("/")
-            key = f"{folder}/{name.partition('.')[0]}"
+            name = member.name
+            if not member.isreg():
+                continue
+            key = base_plus_ext(name)[0]
+            if member.size > limits.file_bytes:
+                raise too_much(path, limits)
+            if key is None or ("/" not in name and name.startswith(meta_prefix) and name.endswith(meta_suffix)):
+                continue
             sample, size = key, member.size + (size if key == sample else 0)
             if size > limits.file_bytes:
                 raise too_much(path, limits)
@@ -202,13 +250,23 @@ class _Lzma:
 
 @contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    with path.open("rb") as file:
-        packed = file.read(6).startswith(LZMA_BEGINNINGS)
-        file.seek(0)
-        # In one pass: a compressed one has no order but its own.
-        how = {"mode": "r|", "fileobj": _Lzma(file)} if packed else {"mode": "r|*", "fileobj": file}
-        with tarfile.open(tarinfo=WholeHeader, **how) as archive:  # type: ignore[call-overload]
-            yield archive
+    # In one pass: a compressed one has no order but its own.
+    with (
+        path.open("rb") as file,
+        tarfile.open(tarinfo=WholeHeader, mode="r|", fileobj=_unpacked(file)) as archive,
+    ):
+        yield archive
+
+
+def _unpacked(file: BinaryIO) -> Any:
+    """What a tar's file holds, to be read in one go. `tarfile` by itself reads only the first of several packed parts."""
+    beginning = file.read(6)
+    file.seek(0)
+    if beginning.startswith(LZMA_BEGINNINGS):
+        return _Lzma(file)
+    if beginning.startswith(GZIP_BEGINNING):
+        return gzip.GzipFile(fileobj=file)
+    return bz2.BZ2File(file) if beginning.startswith(BZIP2_BEGINNING) else file
 
 
 def _members(archive: tarfile.TarFile, path: Path, limits: Limits) -> Iterator[tarfile.TarInfo]:
@@ -223,15 +281,29 @@ def _members(archive: tarfile.TarFile, path: Path, limits: Limits) -> Iterator[t
 
 def _tar_files(path: Path, limits: Limits, wanted: Callable[[PurePosixPath], bool]) -> Iterator[File]:
     spool, meter = Spool(), Meter(path, limits)
+    kept: dict[str, Callable[[], bytes]] = {}
     with _archive_errors(path, "tar"), _open_tar(path) as archive:
         for member in _members(archive, path, limits):
-            if member.isfile() and wanted(PurePosixPath(name := check_member(path, member.name))):
+            links = member.issym() or member.islnk()
+            if not (member.isfile() or links) or not wanted(PurePosixPath(name := check_member(path, member.name))):
+                continue
+            if links:  # a file that was there twice is packed once
+                read = kept.get(member.linkname) if member.islnk() else None
+                if read is None:
+                    raise DataError(
+                        f"{path}: '{shown(name)}' is a link to '{shown(member.linkname)}'. Pack the files themselves: "
+                        "tar --dereference --hard-dereference."
+                    )
+                meter.count(read())
+            else:
                 stream = archive.extractfile(member)
                 assert stream is not None
                 content = read_at_most(stream, limits.file_bytes, f"{path}: '{shown(name)}'")
                 if len(content) != member.size:
                     raise ValueError(f"{shown(name)} is cut off")
-                yield PurePosixPath(name), spool.keep(meter.count(content))
+                read = spool.keep(meter.count(content))
+            kept[name] = read
+            yield PurePosixPath(name), read
 
 
 @contextmanager
@@ -239,9 +311,11 @@ def _archive_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn whatever is made of a damaged or hostile archive into a DataError: the libraries let a dozen kinds of errors through."""
     try:
         yield
-    except (DataError, GeneratorExit):
+    except (DataError, StoreError, GeneratorExit):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and passes(error):
+            raise unreadable(str(path), error) from error
         raise DataError(
             f"{path} is not a whole {kind} archive ({type(error).__name__}: {error}). It was probably cut off while it was "
             "copied: get it again."

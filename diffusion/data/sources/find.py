@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from diffusion.data.codecs import SUFFIXES
 from diffusion.data.sources import generated
 from diffusion.data.sources.download import download_eurosat
 from diffusion.data.sources.eurosat import (
@@ -18,9 +19,18 @@ from diffusion.data.sources.eurosat import (
     read_eurosat,
     read_eurosat_ms,
 )
+from diffusion.data.sources.files import files_below
 from diffusion.data.sources.own import read_own
 from diffusion.data.sources.source import AS_IT_IS, Source, SourceOptions
-from diffusion.data.sources.tables import WEBDATASET, find_tars, is_webdataset, read_parquet, read_webdataset, tars_name
+from diffusion.data.sources.tables import (
+    WEBDATASET,
+    find_tars,
+    is_webdataset,
+    read_parquet,
+    read_webdataset,
+    tables_in,
+    tars_name,
+)
 from diffusion.data.sources.transfer import Progress
 from diffusion.errors import DataError
 from diffusion.settings import Settings
@@ -91,7 +101,7 @@ def read_source(source: str, path: Path, options: SourceOptions = AS_IT_IS) -> S
         return read_eurosat_ms(path, options)
     if is_webdataset(source):
         return _with_own_name(read_webdataset(find_tars(source, path), tars_name(source), options))
-    if path.suffix == ".parquet" or (path.is_dir() and next(path.glob("*.parquet"), None)):
+    if path.suffix == ".parquet" or (path.is_dir() and _holds_tables(path)):
         return _with_own_name(read_parquet(path, options))
     found = read_own(path, options)
     if found.classes != CLASSES or options != AS_IT_IS:
@@ -107,6 +117,14 @@ def read_source(source: str, path: Path, options: SourceOptions = AS_IT_IS) -> S
             '-p source_options=\'{"name": "…"}\'.'
         )
     return _with_own_name(found)
+
+
+def _holds_tables(folder: Path) -> bool:
+    """Whether a folder is one of Parquet tables: they lie in it, or below it where no images do."""
+    tables = tables_in(folder)
+    if not tables or any(table.parent == folder for table in tables):
+        return bool(tables)
+    return not any(file.suffix.lower() in SUFFIXES for file in files_below(folder))
 
 
 def _with_own_name(found: Source) -> Source:

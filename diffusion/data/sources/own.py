@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from diffusion.data.codecs import SUFFIXES
-from diffusion.data.sources.files import TAR_SUFFIXES, File, Limits, Meter, read_files
+from diffusion.data.sources.files import TAR_SUFFIXES, File, Limits, Meter, name_in_zip, read_files
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
 from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
@@ -126,13 +126,15 @@ def _folders(path: Path, root: tuple[str, ...]) -> set[str]:
     if path.name.endswith(TAR_SUFFIXES):
         return set()
     with zipfile.ZipFile(path) as archive:
-        folders = [PurePosixPath(member.filename).parts for member in archive.infolist() if member.is_dir()]
+        folders = [name_in_zip(member.filename).parts for member in archive.infolist() if member.is_dir()]
     return {parts[-1] for parts in folders if parts[:-1] == root and not parts[-1].startswith((".", "__MACOSX"))}
 
 
 def _rows(path: Path, read: Callable[[], bytes]) -> Iterator[dict[str, str]]:
     try:
-        yield from csv.DictReader(io.StringIO(read().decode("utf-8-sig")))
+        rows = csv.DictReader(io.StringIO(read().decode("utf-8-sig")), skipinitialspace=True)
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+        yield from rows
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: {METADATA} is no table in UTF-8 ({error}).") from error
 

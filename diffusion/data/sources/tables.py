@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from diffusion.data.codecs import SUFFIXES, file_format
-from diffusion.data.sources.files import Limits, Meter, Spool, check_tar
+from diffusion.data.sources.files import Limits, Meter, Spool, check_tar, files_below
 from diffusion.data.sources.own import LABEL_COLUMNS, name_of
 from diffusion.data.sources.remote import check_address, copy_tars, expand
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
@@ -22,9 +23,11 @@ WEBDATASET = "webdataset:"
 """How a source begins that is WebDataset tars of this machine: `webdataset:/data/train-{000..012}.tar`."""
 IMAGE_COLUMNS = ("image", "img")
 LIMITS = Limits()
-ROWS = 256
-"""Of a table, read at once, and fewer where they are large."""
+ROWS = 4
+"""Of a table, read at once: a value may stand once in the file and in every row, whatever the file says of its size."""
 ROWS_BYTES = 64 << 20
+"""That they may have by what the file says: of larger ones, fewer are read at once."""
+GROUP_BYTES = 64 << 30
 
 
 def is_webdataset(source: str) -> bool:
@@ -55,7 +58,10 @@ def find_tars(source: str, folder: Path, progress: Progress | None = None) -> li
 
 def tars_name(source: str) -> str:
     """What a dataset of these tars is called: as they are, without their numbers."""
-    return name_of(Path(re.sub(r"[-_.]?(\{.*|\d+)$", "", source.rpartition("/")[2].removesuffix(".tar")) or "tars"))
+    path = (
+        urlsplit(source).path if "://" in source else source
+    )  # what follows a `?` may be a key, and a name is seen by all
+    return name_of(Path(re.sub(r"[-_.]?(\{.*|\d+)$", "", path.rpartition("/")[2].removesuffix(".tar")) or "tars"))
 
 
 def read_webdataset(tars: list[Path], name: str, options: SourceOptions) -> Source:
@@ -101,11 +107,17 @@ def _label(sample: dict[str, Any], tar: Path) -> str:
 
 def read_parquet(path: Path, options: SourceOptions) -> Source:
     """The images of a Parquet file, or of all in a folder. Raises DataError if one is damaged or has no column of images."""
-    files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
-    return make_source(options.name or name_of(path), options.licence, _of_tables(files), options)
+    files = tables_in(path) if path.is_dir() else [path]
+    return make_source(options.name or name_of(path), options.licence, _of_tables(path, files), options)
 
 
-def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
+def tables_in(folder: Path) -> list[Path]:
+    """The Parquet files in a folder and those below, but for hidden ones."""
+    found = (file for file in files_below(folder) if file.suffix == ".parquet")
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _of_tables(path: Path, files: list[Path]) -> Iterator[SourceImage]:
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     meter, spool = Meter(files[0], LIMITS), Spool()
@@ -114,14 +126,17 @@ def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
             table = parquet.ParquetFile(file)
             image, label, names = _columns(file, table.schema_arrow)
             number = 0
+            stem = file.stem if file == path else "-".join(file.relative_to(path).with_suffix("").parts)
             for batch in table.iter_batches(_at_once(table), columns=[image] + ([label] if label else [])):
                 for row in batch.to_pylist():
                     cell = row[image]
                     content = cell["bytes"] if isinstance(cell, dict) else cell
                     if not isinstance(content, bytes):
                         raise DataError(f"{file}: row {number} holds no image, only where one is.")
-                    path = cell.get("path") if isinstance(cell, dict) else None
-                    file_name = Path(path).name if path else f"{file.stem}-{number:08d}.{file_format(content)}"
+                    named = cell.get("path") if isinstance(cell, dict) else None
+                    file_name = Path(named).name if named else f"{stem}-{number:08d}"
+                    if not named or "." not in file_name:
+                        file_name += f".{file_format(content)}"
                     class_name = "" if label is None else _class(row[label], names, file)
                     yield _kept(spool, class_name, file_name, meter.count(content))
                     number += 1
@@ -132,11 +147,11 @@ def _of_tables(files: list[Path]) -> Iterator[SourceImage]:
 
 
 def _at_once(table: Any) -> int:
-    """Rows: a value may stand once in the file and in every row, so each could be as large as its column."""
+    """Rows: each could be as large as its column."""
     groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
     largest = max((group.total_byte_size for group in groups), default=0)
-    if largest > LIMITS.file_bytes * ROWS:
-        raise DataError(f"A group of its rows has {largest:,} bytes, and {LIMITS.file_bytes * ROWS:,} are the most.")
+    if largest > GROUP_BYTES:
+        raise DataError(f"A group of its rows has {largest:,} bytes, and {GROUP_BYTES:,} are the most.")
     return max(1, min(ROWS, ROWS_BYTES // max(1, largest)))
 
 

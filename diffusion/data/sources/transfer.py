@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
 
 from diffusion.errors import DataError
+from diffusion.trust.redaction import shown
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ ATTEMPTS = 3
 """In a row that bring nothing."""
 MOST_ATTEMPTS = 1000
 CONNECT_AND_READ_SECONDS = (10, 30)
+MOST_REDIRECTS = 5
 MAX_SECONDS = 3600.0
 """For one try: a server that trickles is given up."""
 BUSY = (429, 503)
@@ -134,17 +136,40 @@ def go_on(
     raise DataError(f"the transfer broke off {MOST_ATTEMPTS:,} times")
 
 
+class _Session(requests.Session):
+    """Follows no redirect: it would first read all that one says beside where it leads."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None, whatever the answer is."""
+
+
 @contextmanager
 def asked(url: str, here: int, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
     """The answer of a web server that is asked for what comes after `here` bytes. Raises Busy, and what requests raises."""
     # Not packed on the way: a few bytes could become very many.
     sent = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {}) | (headers or {})
-    with requests.get(url, headers=sent, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
-        if response.status_code in BUSY:
-            raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
-        if response.status_code != NOTHING_LEFT or not here:
-            response.raise_for_status()
-        yield response
+    for _ in range(MOST_REDIRECTS):
+        with (
+            _Session() as session,
+            session.get(url, headers=sent, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response,
+        ):
+            if not response.is_redirect:
+                if response.status_code in BUSY:
+                    raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
+                if response.status_code != NOTHING_LEFT or not here:
+                    response.raise_for_status()
+                yield response
+                return
+            url = _next(url, response.headers["Location"])
+    raise DataError(f"it leads from one address to another, {MOST_REDIRECTS} times")
+
+
+def _next(url: str, location: str) -> str:
+    """Where a redirect leads. Raises DataError if that is no address of the web, or one that others on the way can read and change."""
+    to = urljoin(url, location)
+    if urlsplit(to).scheme not in ("https", urlsplit(url).scheme):
+        raise DataError(f"it leads to {shown(to)}, which is not as safe as the address that was asked")
+    return to
 
 
 def take(response: requests.Response, part: Path, here: int, limit: Limit, progress: Progress | None) -> None:
