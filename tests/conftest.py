@@ -143,6 +143,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What runs beside the tests on hosts, the longest of all, gives way to them: they would end long after all else."""
+    if "PYTEST_XDIST_WORKER" in os.environ and item.path.name not in SHARED["hosts"] and os.nice(0) == 0:
+        os.nice(5)
+
+
 @pytest.fixture(autouse=True)
 def _usual_umask() -> Iterator[None]:
     yield

@@ -28,6 +28,7 @@ from prefect.states import Cancelled, Completed, Crashed, Running
 import mlflow
 from diffusion.data.sources import generated
 from diffusion.data.sources.find import find_archive
+from diffusion.data.sources.source import parse_options
 from diffusion.errors import DataError, RecipeError, StoreError, TrackingError
 from diffusion.settings import settings
 from diffusion.store.objects import open_store
@@ -42,6 +43,7 @@ from flows.checks import check_free
 from flows.commands import score as command
 from flows.deployed import be_the_only_run
 from flows.owner import this_process
+from flows.tasks.ingest import find_source, ingest_archive
 from tests.conftest import PATIENCE, TINY, Ingested, lay_out, tiny_recipe
 from tests.ranks import fork_rank
 
@@ -191,6 +193,11 @@ def test_images_of_one_s_own_are_trained_on(run_flow: Any, tmp_path: Path) -> No
     digest = report.rows["dataset"].split()[1].rstrip(",")
     assert f"fid_own-{digest[:8]}" in report.rows
     assert report.rows["model version"].startswith("parcels-ddpm 1")
+    called = parse_options(options | {"name": "fields", "licence": "CC BY 4.0"})
+    found = find_source(str(tmp_path / "parcels"), called)
+    manifest = ingest_archive(found, settings().store_uri)
+    assert (manifest.digest, manifest.source, manifest.licence) == (found.digest, "fields", "CC BY 4.0"), "as said now"
+    assert digest.startswith(manifest.digest[:16])
     client = connect(settings().tracking_uri)
     version = client.get_model_version("parcels-ddpm", "1")
     for said in ("B02, B03, B04, B08", "uint16", "CC0", "ponds"):
@@ -425,6 +432,17 @@ def test_the_run_of_a_machine_that_is_lost_with_its_folder_ends_when_nobody_has_
 @flow
 def somebody_else_s() -> None:
     """On the same server."""
+
+
+def test_no_run_of_another_flow_is_crashed_whatever_mlflow_says(prefect_server: None) -> None:
+    from flows.endings import crash_flow_run
+    from flows.train_diffusion import train_diffusion
+
+    with get_client(sync_client=True) as client:
+        for one, state in ((somebody_else_s, "Running"), (train_diffusion, "Crashed")):
+            run = client.create_flow_run(one, state=Running())
+            crash_flow_run(str(run.id), "as a tag says")
+            assert client.read_flow_run(run.id).state_name == state
 
 
 @pytest.mark.parametrize("end", [Crashed, Cancelled])

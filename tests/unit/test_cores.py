@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from diffusion.jobs.rank import keep_compiled
 from flows.engines.cores import granted_cores, usable_cores
 from flows.launcher import rank_environment
 
@@ -52,3 +54,19 @@ def test_a_rank_computes_with_the_threads_that_it_was_told_whatever_the_shell_sa
     env = rank_environment(0, 1, 1)
     assert env["MKL_CBWR"] == "2", "what else a shell asks of MKL is the user's choice"
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "1"
+
+
+def test_torch_keeps_what_it_compiles_where_nobody_else_can_put_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that they are gone after this test
+        monkeypatch.delenv(name)
+    keep_compiled(tmp_path / "compiled")
+    assert cache_dir() == str(tmp_path / "compiled")
+    assert os.environ["TRITON_CACHE_DIR"].startswith(cache_dir())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/named")
+    keep_compiled(tmp_path)
+    assert cache_dir() == "/named"
