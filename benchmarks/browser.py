@@ -24,9 +24,9 @@ READY_SECONDS = 120
 def server(command: list[str], health: str, env: dict[str, str] | None = None) -> Iterator[None]:
     """A server of this environment's programs, from when `health` answers to the end. Raises RuntimeError if it never does."""
     program = str(Path(sys.executable).parent / command[0])
-    process = subprocess.Popen(
-        [program, *command[1:]], env=env or dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    # They ask for no password: what they do not need, they do not get.
+    given = {name: value for name, value in (env or os.environ).items() if not name.startswith("AWS_")}
+    process = subprocess.Popen([program, *command[1:]], env=given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + READY_SECONDS
         while not _answers(health):

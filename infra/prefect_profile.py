@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from stack import SERVERS
+from lifecycle import SERVERS
 
 from diffusion.trust.private import read_private
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import kept
+import lifecycle
 import processes
 import psutil
 import stack
@@ -90,7 +91,7 @@ def install() -> None:
     unit = folder / UNIT
     if unit.exists() and f"of {processes.PROJECT}\n".replace("%", "%%") not in unit.read_text(encoding="utf-8"):
         raise SystemExit(f"{unit} keeps another copy of this project. Remove it there first: make no-service")
-    stack.refuse_under_a_run("make service", "what it runs on starts anew")
+    lifecycle.refuse_under_a_run("make service", "what it runs on starts anew")
     use_private_home(processes.HOME)
     processes.STACK.mkdir(parents=True, exist_ok=True)
     kept.refuse_to_begin_empty()
@@ -125,14 +126,14 @@ def manage(command: list[str]) -> str | None:
 def remove() -> None:
     """Stop it all, and have nothing start it again."""
     folder, manager = scope()
-    stack.refuse_under_a_run("make no-service", "it is stopped with the rest")
+    lifecycle.refuse_under_a_run("make no-service", "it is stopped with the rest")
     told = manage([*manager, "disable", "--now", UNIT])
     (folder / UNIT).unlink(missing_ok=True)
     kept.SETTINGS.unlink(missing_ok=True)
     if told is None:
         manage([*manager, "daemon-reload"])
     else:
-        stack.down()
+        lifecycle.down()
     print("Nothing starts by itself any more.")
 
 
@@ -198,7 +199,7 @@ def keep() -> None:
         raise SystemExit(begun.returncode)
     keeper = Kept()
     while not asked:
-        for name in reversed(stack.NAMES):
+        for name in reversed(lifecycle.NAMES):
             keeper.look(name)
         time.sleep(LOOK_SECONDS)
 
