@@ -50,8 +50,8 @@ def some_images(archive: Path, count: int) -> Labelled:
     ]
     pixels = np.stack([decode(one.read(), one.file_name).array for one, _ in chosen])
     order = rng.permutation(len(chosen))
-    images = pixels[order].astype(np.float32)
-    images = (images - images.mean((0, 1, 2))) / images.std((0, 1, 2))
+    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
+    images = ((pixels[order] - mean) / std).astype(np.float32)
     return Labelled(images, torch.tensor([label for _, label in chosen])[order], channels_first)
 
 

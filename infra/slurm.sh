@@ -40,6 +40,12 @@ ray_on() { # node, and what tells a head from the others
   rays+=($!)
 }
 rays=()
+end() { # whatever ends the job; the head's end is that of the others
+  kill "${rays[@]}" 2>/dev/null || true
+  wait "${rays[@]}" 2>/dev/null || true
+  on_all rm -rf "$folder" || true
+}
+trap end EXIT
 on_all mkdir -p -m 700 "$folder"
 ray_on "${nodes[0]}" --head --port="$port" --include-dashboard=false --temp-dir="$folder/s"
 for node in "${nodes[@]:1}"; do ray_on "$node" --address="$RAY_ADDRESS"; done
@@ -76,7 +82,4 @@ while true; do # asked to end, it is waited for
   wait $flow || code=$?
   kill -0 $flow 2>/dev/null || break
 done
-kill "${rays[@]}" 2>/dev/null || true
-wait "${rays[@]}" 2>/dev/null || true
-on_all rm -rf "$folder" || true
 exit $code

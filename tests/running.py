@@ -172,7 +172,7 @@ def training(stack: Project, received: list[dict[str, str]]) -> Training:
         for root in (*stack_processes(stack), psutil.Process(typed.pid)):
             for process in family(root):
                 look_at(process, found)
-        time.sleep(0.4)
+        time.sleep(0.8)
     assert typed.stdout is not None
     printed = typed.stdout.read().decode()
     assert typed.returncode == 0, printed[-3000:]
@@ -192,7 +192,7 @@ def own_images(stack: Project) -> str:
     for name in (SCRIPT, "<script>alert(2)<!-- "):
         images = Path(stack.env["HOME"]) / "my-images" / name
         images.mkdir(parents=True)
-        for number in range(20):
+        for number in range(10):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(images / f"{number}.png")
     overrides = json.dumps({**TINY, "evaluation.every_images": TINY["data.images"]})
     done = stack.shell("sh", "-c", f"{command} -p processes=1 --param '{overrides=!s}'")

@@ -54,7 +54,7 @@ class Project:
         ended, own = threading.Event(), psutil.Process()
 
         def look() -> None:
-            while not ended.wait(0.1):
+            while not ended.wait(0.2):
                 for process in family(own):
                     with contextlib.suppress(psutil.Error):
                         self.arguments.add("\0".join(process.cmdline()))

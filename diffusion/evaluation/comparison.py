@@ -19,7 +19,7 @@ from diffusion.errors import DataError
 from diffusion.evaluation.labels import resampled
 from diffusion.evaluation.reference import Reference
 from diffusion.evaluation.scores import Scores
-from diffusion.evaluation.statistics import HELD_OUT_QUANTILE, Moments, frechet_distance
+from diffusion.evaluation.statistics import Moments, close_share, frechet_distance
 from diffusion.randomness import stream
 from diffusion.store import layout
 from diffusion.store.objects import Store
@@ -94,21 +94,17 @@ class Comparison:
     memorisation: Difference
 
 
-def compare(new: Evidence, old: Evidence, reference: Moments) -> Comparison:
-    """The differences, of as many samples and test images each.
-
-    Args:
-        reference: moments of the training images' features.
-    """
+def compare(new: Evidence, old: Evidence, reference: Reference) -> Comparison:
+    """The differences, of as many samples and test images each."""
 
     def fid(chosen: NDArray[np.int64]) -> float:
-        first, second = (frechet_distance(Moments.of(one.features[chosen]), reference) for one in (new, old))
+        first, second = (frechet_distance(Moments.of(one.features[chosen]), reference.train) for one in (new, old))
         return first - second
 
     alike = new.labels is not None and old.labels is not None and np.array_equal(new.labels, old.labels)
     labels = new.labels if alike else None
     bits = new.bits - old.bits
-    close = (new.close.astype(np.float64) - old.close) / HELD_OUT_QUANTILE
+    close = (new.close.astype(np.float64) - old.close) / close_share(len(reference.test_features))
     return Comparison(
         fid=_bootstrap(fid, len(new.features), "fid", labels),
         bits_per_dim=_bootstrap(lambda chosen: float(bits[chosen].mean()), len(bits), "bits") if len(bits) else None,

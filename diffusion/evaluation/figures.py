@@ -44,7 +44,7 @@ class Value:
     error: float | None = None
     """Its standard error."""
     real: float | None = None
-    """The same of as many real test images: what a perfect model would get."""
+    """The same of real test images, of as many of each class as there are samples of, where there are so many."""
 
 
 Measured = Value | Mapping[str, Value] | None
@@ -189,7 +189,7 @@ def class_accuracy(features: Features) -> Value | None:
     return Value(float((features.classify(features.samples) == features.labels).mean()))
 
 
-@figure(Features, "a ratio", "1 is right, 20 all copies", "score", digits=2, always=1.0)
+@figure(Features, "a ratio", "1 is right, more are copies", "score", digits=2, always=1.0)
 def memorisation(features: Features) -> Value:
     """Samples very close to training images, for each new real image that is."""
     return Value(features.copies.ratio, features.copies.error)

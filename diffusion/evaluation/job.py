@@ -85,9 +85,7 @@ class Scoring:
         denoiser = self.denoiser(weights)
         labels = self.labels(indices)
         images = self.sample(denoiser, indices, "sampling")
-        features = [embed_samples(extractor, images, accelerator) for extractor in self.extractors]
-        if not all(np.isfinite(found).all() for found in features):
-            raise no_numbers(job.step, ["the features of its samples"])
+        features = [self.features(extractor, images) for extractor in self.extractors]
         bound, bits_of_images = None, np.zeros(0)
         if self.manifest.images.counted:
             count = self.recipe.evaluation.likelihood_images
@@ -110,6 +108,13 @@ class Scoring:
     def sample(self, denoiser: Denoiser, indices: range, stage: str) -> Images:
         """The samples `indices`, of their classes, on every process."""
         return generate(denoiser, indices, self.labels(indices), self.accelerator, self.progress, stage)
+
+    def features(self, extractor: Extractor, images: Images) -> NDArray[np.float32]:
+        """Those of samples. Raises DataError if some are no finite numbers, which no figure could be made of."""
+        found = embed_samples(extractor, images, self.accelerator)
+        if not np.isfinite(found).all():
+            raise no_numbers(self.job.step, ["the features of its samples"])
+        return found
 
     def labels(self, indices: range) -> Labels | None:
         """The classes of samples. None for an unconditional network."""
@@ -136,7 +141,7 @@ class Scoring:
         found = {}
         for weights in candidates:
             images = self.sample(self.denoiser(weights), spare, f"sampling {weights}")
-            features = embed_samples(self.extractors[0], images, self.accelerator)
+            features = self.features(self.extractors[0], images)
             found[weights] = frechet_distance(Moments.of(features), self.references[0].train)
         return min(candidates, key=lambda name: found[name]), found
 

@@ -58,10 +58,10 @@ def resampled(rng: np.random.Generator, count: int, labels: Labels | None) -> ND
     """
     if labels is None:
         return rng.integers(0, count, count)
-    drawn = strata(labels)
-    order = np.argsort(drawn, kind="stable")
-    sizes = np.bincount(drawn)[drawn[order]]
-    firsts = np.searchsorted(drawn[order], drawn[order])
+    kinds = strata(labels)
+    order = np.argsort(kinds, kind="stable")
+    sizes = np.bincount(kinds)[kinds[order]]
+    firsts = np.searchsorted(kinds[order], kinds[order])
     return order[firsts + (rng.random(count) * sizes).astype(np.int64)]
 
 

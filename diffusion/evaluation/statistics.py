@@ -23,6 +23,8 @@ EXTRAPOLATION_SIZES = 8
 NEIGHBOURS = 5
 MANIFOLD_SAMPLES = 4000
 HELD_OUT_QUANTILE = 0.05
+FEWEST_HELD_OUT = 3
+"""Images that are a measure of what is close."""
 SAME = 1e-3
 """Of the distance to neighbours: what lies nearer is the same image."""
 MOMENT_ROWS = 8192  # of features that are float64 at once
@@ -103,8 +105,9 @@ def kernel_distance(
     ]
     x, y = (one[places].astype(np.float64) for one, places in zip((first, second), chosen, strict=True))
     classes = None if labels is None else labels[chosen[0]]
-    kernels = _Pairs(_kernel(x, x), classes), _Pairs(_kernel(y, y), None), _kernel(x, y)
-    once = _squared_mmd(*kernels, np.ones(len(x)), np.ones(len(y)))
+    of_x, of_y, between = _kernel(x, x), _Pairs(_kernel(y, y), None), _kernel(x, y)
+    once = _squared_mmd(_Pairs(of_x, classes), of_y, between, np.ones(len(x)), np.ones(len(y)))
+    of_draws = _Pairs(of_x, None if classes is None else strata(classes))
     draws = []
     for draw in range(BOOTSTRAP_DRAWS):
         rng = stream(SEED, "kid bootstrap", draw)
@@ -112,7 +115,7 @@ def kernel_distance(
             np.bincount(resampled(rng, len(side), kinds), minlength=len(side))
             for side, kinds in ((x, classes), (y, None))
         )
-        draws.append(_squared_mmd(*kernels, times_x.astype(np.float64), times_y.astype(np.float64)))
+        draws.append(_squared_mmd(of_draws, of_y, between, times_x.astype(np.float64), times_y.astype(np.float64)))
     return once, float(np.std(draws, ddof=1))
 
 
@@ -125,11 +128,12 @@ class _Pairs:
 
     Points are never paired with themselves or their copies. Where each class has a fixed number of them, that would leave out too
     many pairs of one class: so the mean over the pairs of a class is weighted by how often two points at random are of it.
+    Of a class with one point there is no such pair: it counts as if two points at random never were of it.
     """
 
     def __init__(self, kernel: Floats, labels: Labels | None) -> None:
         self.kernel = kernel
-        kinds = np.zeros(len(kernel), np.int64) if labels is None else strata(labels)
+        kinds = np.zeros(len(kernel), np.int64) if labels is None else labels
         places = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
         self.blocks = [(own, kernel[np.ix_(own, own)] if len(places) > 1 else kernel) for own in places]
 
@@ -258,7 +262,8 @@ def nearest_copies(train: Vectors, held_out: Vectors, samples: Vectors) -> Memor
         nearest.append(found[:, 0])
     new = relative[1] > SAME
     # Of this quantile the share of new images below is expected to be what it says, however few it is of.
-    threshold = np.quantile(relative[1][new], HELD_OUT_QUANTILE, method="weibull") if new.any() else SAME
+    few = new.sum() < FEWEST_HELD_OUT
+    threshold = SAME if few else np.quantile(relative[1][new], HELD_OUT_QUANTILE, method="weibull")
     close, share = relative[0] < threshold, close_share(int(new.sum()))
     spread = share * (1 - share) * (1 / len(samples) + 1 / (new.sum() + 2))
     return Memorisation(float(close.mean()) / share, float(np.sqrt(spread)) / share, nearest[0], relative[0], close)
@@ -267,9 +272,10 @@ def nearest_copies(train: Vectors, held_out: Vectors, samples: Vectors) -> Memor
 def close_share(held_out: int) -> float:
     """The share of new images that lie closer to a training image than all but 5 % of so many held-out ones are expected to.
 
-    Of fewer than 19 the closest one is the measure: as likely as any of them, a new one is closer.
+    Of fewer than 19 the closest one is the measure: as likely as any of them, a new one is closer. Of fewer than
+    `FEWEST_HELD_OUT` none is, and only the same images are close.
     """
-    return max(HELD_OUT_QUANTILE, 1 / (held_out + 1)) if held_out else HELD_OUT_QUANTILE
+    return HELD_OUT_QUANTILE if held_out < FEWEST_HELD_OUT else max(HELD_OUT_QUANTILE, 1 / (held_out + 1))
 
 
 def _radii(centres: Vectors, points: Vectors, same: float) -> Floats:

@@ -73,7 +73,7 @@ def train_own(job: ExtractorJob, rank: Rank) -> None:
 
 
 def _read(store: Store, dataset: Manifest, split: Split, copies: Path) -> Labelled:
-    """The first images of a split, averaged down to what the network looks at, or as near as a whole factor leads from above."""
+    """The first images of a split, averaged down as far as the network, which looks at parts of them as well, loses nothing by it."""
     spec = dataset.images
     factor = max(factor for factor in range(1, spec.size + 1) if factor == 1 or _fits(spec.size, factor))
     shape = spec.shape(spec.size // factor)
@@ -83,7 +83,7 @@ def _read(store: Store, dataset: Manifest, split: Split, copies: Path) -> Labell
 
 
 def _fits(size: int, factor: int) -> bool:
-    return size % factor == 0 and size // factor >= INPUT_SIZE
+    return size % factor == 0 and size // factor >= 2 * INPUT_SIZE
 
 
 JOB = ExtractorJob, train_own

@@ -35,7 +35,7 @@ class JobSpec(BaseModel):
 
     @property
     def compiled(self) -> Path:
-        """Folder for code that torch compiles, as private as that of the copies."""
+        """Folder for code that torch compiles, in the same private one as that of the copies."""
         return self.shard_copies.parent / "compiled"
 
 

@@ -244,7 +244,7 @@ def _against(
     def of_class(name: str) -> Difference | None:
         return ratio_of_class(first, second, reference, classes.index(name)) if name in classes else None
 
-    comparison = compare(first, second, reference.train)
+    comparison = compare(first, second, reference)
     if len({tags_of(one).get("evaluation.protocol", "").endswith(TOLD) for one in (challenger, champion)}) > 1:
         comparison = replace(comparison, bits_per_dim=None)  # of images given their class, and of images: no one figure
     return gates_against(new, old.scores, comparison, margins, of_class)

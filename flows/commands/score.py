@@ -137,7 +137,7 @@ class Scorer:
                     f"{subject.name} is not at its training's end: only there is kept what models are compared by."
                 )
         first, second = (load_evidence(self.store, by.run, by.scores, by.evaluation) for _, by in (new, old))
-        found = compare(first, second, reference.train)
+        found = compare(first, second, reference)
         print(f"\n{new[0].name} less {old[0].name}, sample by sample, with the 95 % interval; lower is better:")
         # Bits of images given their class, and bits of images, are no one figure.
         alike = new[0].state.recipe.needs_class == old[0].state.recipe.needs_class

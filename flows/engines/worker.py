@@ -107,7 +107,7 @@ class Worker:
             os.environ.update(ray.get(mailbox.environment.remote(), timeout=PATIENCE_SECONDS))
             spec_type, body = importlib.import_module(told["module"]).JOB
             spec = spec_type.model_validate_json(told["spec"]).model_copy(update={"shard_copies": _cache() / "shards"})
-            keep_compiled(spec.compiled)
+            keep_compiled(spec.compiled / socket.gethostname())  # several hosts may share it
             _find_marker(spec.store, told["marker"], host)
             _sweep()
             with (

@@ -478,21 +478,26 @@ def test_up_again_starts_nothing_anew_that_is_as_asked_and_nothing_under_a_run(
         lock.write(b"1234")
         lock.flush()
         second = subprocess.Popen(
-            [*up], cwd=stack.folder, env=stack.env | ports, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*up],
+            cwd=stack.folder,
+            env=stack.env | ports | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         assert second.stdout is not None
         said = second.stdout.readline()
         assert "another command starts or stops the servers: waiting" in said
         assert said.endswith("kill 1234)\n"), said
-    assert "nothing is started anew" in second.communicate()[0]
-
-    wrong = stack.shell(*up, env=ports | {"TRAIN_DIFFUSION_NOTIFY": "custom-webhook/nobody"})
-    assert wrong.returncode == 0, wrong.stderr
-    assert "'custom-webhook/nobody', which Prefect does not have: nobody is told by it" in wrong.stdout
+    said = second.communicate()[0]
+    assert second.returncode == 0, said
+    assert "nothing is started anew" in said
+    assert "'custom-webhook/nobody', which Prefect does not have: nobody is told by it" in said
     assert {process.pid for process in stack_processes(stack)} == before, "a misspelt block ends nothing"
 
     # A setting of the worker's differs: it would have to start anew, and end what it runs.
-    run = FlowRun.by_hand(stack, TINY | {"data.images": 1_600_000, "evaluation.every_images": 1_600_000})
+    # As many steps as are all told as they are made: longer trainings tell one in many.
+    run = FlowRun.by_hand(stack, TINY | {"data.images": 16 * 1999, "evaluation.every_images": 16 * 1999})
     run.wait_for_step(1, run.id)
     ranks = [one for one in family(flow_process(stack)) if "diffusion.training.job" in " ".join(one.cmdline())]
     assert ranks

@@ -138,7 +138,11 @@ class Trial:
 
 def training(machines: Machines, name: str, folder: Path, steps: int, every: int = EVERY) -> TrainingJob:
     recipe = tiny_recipe(
-        data__images=16 * steps, data__lanes=2, network__multipliers=[1, 2], evaluation__every_images=16 * steps
+        data__images=16 * steps,
+        data__lanes=2,
+        network__width=8,
+        network__multipliers=[1, 2],
+        evaluation__every_images=16 * steps,
     )
     return TrainingJob(
         run=name,

@@ -102,7 +102,11 @@ def job_on_s3(run: str, dataset: str, tmp_path: Path, steps: int, every: int) ->
         dataset=dataset,
         shard_copies=tmp_path / "copies",
         recipe=tiny_recipe(
-            data__images=16 * steps, data__lanes=2, network__multipliers=[1, 2], evaluation__every_images=16 * steps
+            data__images=16 * steps,
+            data__lanes=2,
+            network__width=8,
+            network__multipliers=[1, 2],
+            evaluation__every_images=16 * steps,
         ),
         until=steps,
         checkpoint_every=every,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,12 +48,22 @@ def earlier_mlflow(path: Path) -> None:
 
 def earlier_prefect(path: Path) -> None:
     """One of the migrations before the last, with a flow in it."""
-    url = f"sqlite+aiosqlite:///{path}"
-    env = {**os.environ, "PREFECT_HOME": str(path.parent), "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
-    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y", "-r", "bb38729c471a"]
-    subprocess.run(command, env=env, check=True, capture_output=True)
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute("INSERT INTO flow (id, name) VALUES ('1', 'kept')")
+    path.write_bytes(_earlier_prefect())
+
+
+@functools.cache
+def _earlier_prefect() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "prefect.db")
+        url = f"sqlite+aiosqlite:///{path}"
+        env = {**os.environ, "PREFECT_HOME": folder, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
+        command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y", "-r", "bb38729c471a"]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        with closing(sqlite3.connect(path)) as database:
+            with database:
+                database.execute("INSERT INTO flow (id, name) VALUES ('1', 'kept')")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return path.read_bytes()
 
 
 def content(path: Path) -> list[str]:

@@ -178,6 +178,19 @@ def test_a_tar_whose_names_are_the_bomb(tmp_path: Path, kind: bytes) -> None:
         read_own(tmp_path / "bomb.tar.gz", AS_IT_IS)
 
 
+def test_a_tar_that_says_much_of_all_its_members_is_refused(tmp_path: Path) -> None:
+    """Each a little, and all of it kept."""
+    with tarfile.open(tmp_path / "much.tar", "w") as file:
+        for number in range(20):
+            said = tarfile.TarInfo("said").create_pax_global_header({f"key{number}": "x" * 100_000})
+            assert file.fileobj is not None
+            file.fileobj.write(said)
+        file.addfile(tarfile.TarInfo("a/a.png"))
+    with pytest.raises(DataError, match="what it says of all its members has more than 1,048,576 bytes"):
+        read_own(tmp_path / "much.tar", AS_IT_IS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's tar has this option")
 def test_a_tar_of_files_with_holes_is_refused(tmp_path: Path) -> None:
     """What it says of its holes could be the bomb."""
     with (tmp_path / "hole.png").open("wb") as file:
@@ -188,7 +201,15 @@ def test_a_tar_of_files_with_holes_is_refused(tmp_path: Path) -> None:
         read_own(tmp_path / "holes.tar", AS_IT_IS)
 
 
-@pytest.mark.parametrize("between", [("zz", tarfile.DIRTYPE), ("zz", tarfile.REGTYPE), ("__zz.x__", tarfile.REGTYPE)])
+@pytest.mark.parametrize(
+    "between",
+    [
+        ("zz", tarfile.DIRTYPE),
+        ("zz", tarfile.REGTYPE),
+        ("__zz.x__", tarfile.REGTYPE),
+        ("__m__/x.y", tarfile.REGTYPE),
+    ],
+)
 def test_what_lies_between_the_files_of_a_sample_does_not_hide_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: tuple[str, bytes]
 ) -> None:
@@ -311,18 +332,19 @@ def test_a_download_without_end_is_given_up_and_leaves_nothing(tmp_path: Path, m
 
 
 class Leading(Endless):
-    """Leads elsewhere, with a body that does not end; or in a circle; or out of the web."""
+    """Leads elsewhere, with a body that does not end and a cookie that is asked for there; or in a circle; or out of the web."""
 
     def do_GET(self) -> None:
         to = {"/endless": "/there", "/circle": "/circle", "/file": "file:///etc/passwd"}.get(self.path)
         if to is None:
-            self.send_response(200)
+            self.send_response(200 if "met=yes" in self.headers.get("Cookie", "") else 403)
             self.send_header("Content-Length", "3")
             self.end_headers()
             self.wfile.write(b"all")
             return
         self.send_response(302)
         self.send_header("Location", to)
+        self.send_header("Set-Cookie", "met=yes")
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             while self.path == "/endless":

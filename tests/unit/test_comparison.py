@@ -25,7 +25,9 @@ from diffusion.store.objects import FolderStore
 from tests.scores import made
 
 DIMENSIONS = 4
-REFERENCE = Moments(10_001, np.zeros(DIMENSIONS), np.eye(DIMENSIONS) * 10_000)
+MOMENTS = Moments(10_001, np.zeros(DIMENSIONS), np.eye(DIMENSIONS) * 10_000)
+NOTHING = np.zeros((0, DIMENSIONS), np.float32)
+REFERENCE = Reference(MOMENTS, NOTHING, np.zeros(0, np.int64), np.zeros((300, DIMENSIONS), np.float32))
 
 
 def evidence(
@@ -75,7 +77,7 @@ def test_what_two_models_have_in_common_does_not_widen_the_interval() -> None:
     assert together.high - together.low < 0.6 * (apart.high - apart.low)
     # Without anything in common it is what two errors make.
     a, b = 0.6 + rng.standard_normal((2000, DIMENSIONS)), 0.3 + 1.2 * rng.standard_normal((2000, DIMENSIONS))
-    independent = 2 * 1.96 * np.hypot(frechet_error(a, REFERENCE), frechet_error(b, REFERENCE))
+    independent = 2 * 1.96 * np.hypot(frechet_error(a, MOMENTS), frechet_error(b, MOMENTS))
     fid = compare(evidence(a), evidence(b), REFERENCE).fid
     assert fid.high - fid.low == pytest.approx(independent, rel=0.25)
 
@@ -95,6 +97,8 @@ def test_copies_are_counted_as_a_share_of_what_new_images_have() -> None:
     memorisation = compare(tenth, none, REFERENCE).memorisation
     assert memorisation.value == pytest.approx(tenth.close.mean() / 0.05)
     assert 1 < memorisation.low < memorisation.value < memorisation.high < 3
+    few = compare(tenth, none, replace(REFERENCE, test_features=REFERENCE.test_features[:9])).memorisation
+    assert few.value == pytest.approx(tenth.close.mean() / 0.1), "as the figure itself"
 
 
 def test_evidence_comes_back_as_it_was_and_not_if_it_is_damaged_or_gone(tmp_path: Path) -> None:

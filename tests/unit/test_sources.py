@@ -594,11 +594,17 @@ def test_a_zip_of_windows_has_the_same_folders(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
 def test_a_tar_that_was_packed_in_parts_is_whole(folder: Path, tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
-    """As programs do that pack on several cores."""
-    whole = as_tar(folder, tmp_path / "whole.tar").read_bytes()
-    parts = [pack(whole[start : start + 5000]) for start in range(0, len(whole), 5000)]
-    (tmp_path / "parts.tar.xz").write_bytes(b"".join(parts))
-    assert read(tmp_path / "parts.tar.xz").digest == read(folder).digest
+    """As programs do that pack on several cores. Also where a part ends as a member does."""
+    for size in (5000, 5 * tarfile.BLOCKSIZE):
+        whole = as_tar(folder, tmp_path / "whole.tar").read_bytes()
+        parts = [pack(whole[start : start + size]) for start in range(0, len(whole), size)]
+        (tmp_path / "parts.tar.xz").write_bytes(b"".join(parts))
+        assert read(tmp_path / "parts.tar.xz").digest == read(folder).digest
+        samples = as_webdataset(folder, tmp_path)
+        for tar in (tmp_path / "000.tar", tmp_path / "001.tar"):
+            whole = tar.read_bytes()
+            tar.write_bytes(b"".join(pack(whole[start : start + size]) for start in range(0, len(whole), size)))
+        assert read(samples).digest == read(folder).digest
 
 
 def test_a_disk_that_does_not_answer_for_a_moment_loses_no_shard(
@@ -638,6 +644,45 @@ def test_a_folder_that_can_t_be_listed_is_said(
         read(folder)
 
 
+@pytest.mark.parametrize("hidden", [".Trash-1000", "lost+found"])
+def test_a_folder_that_holds_no_images_may_be_closed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    shutil.rmtree(folder / "lake")
+    (folder / "field" / hidden).mkdir()
+    real, expected = os.scandir, read(folder).digest
+
+    def refuse(path: Any = ".") -> Any:
+        if str(path).endswith(hidden):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read(folder).digest == expected
+
+
+@pytest.mark.parametrize("kind", ["tar", "webdataset", "parquet"])
+def test_a_disk_that_does_not_answer_is_no_damaged_archive(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = {
+        "tar": lambda: as_tar(folder, tmp_path / "patches.tar"),
+        "webdataset": lambda: as_webdataset(folder, tmp_path),
+        "parquet": lambda: as_parquet(folder, tmp_path / "patches.parquet"),
+    }[kind]()
+    assert len(read(path).images) == 24
+
+    def stale(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    if kind == "parquet":
+        monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", stale)
+    else:
+        monkeypatch.setattr(tarfile.TarFile, "next", stale)
+    with pytest.raises(StoreError, match="can't be read: Stale file handle"):
+        read(path)
+
+
 def test_tables_below_are_read_and_hidden_ones_passed_over(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tables/data").mkdir(parents=True)
     as_parquet(folder, tmp_path / "tables/data/0000.parquet")
@@ -645,6 +690,7 @@ def test_tables_below_are_read_and_hidden_ones_passed_over(folder: Path, tmp_pat
     hidden.mkdir()
     as_parquet(folder, hidden / "0000.parquet")
     (tmp_path / "tables/data/._0000.parquet").write_bytes(b"no table")
+    (tmp_path / "tables/latest").symlink_to(tmp_path / "tables/data")
     assert read(tmp_path / "tables").digest == read(folder).digest
     as_parquet(folder, folder / "lake/about.parquet")
     assert read(folder).classes == CLASSES, "a table beside images is none of images"
@@ -668,12 +714,15 @@ def test_images_of_tables_may_have_names_without_an_end_or_none_at_all(tmp_path:
 def test_a_table_of_classes_may_be_written_with_blanks_and_capitals(folder: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
-    lines = ["File_Name, Label"]
+    lines = ["File_Name, Label "]
     for path in sorted(folder.rglob("*.png")):
         shutil.copy(path, flat)
-        lines.append(f"{path.name}, {path.parent.name}")
+        lines.append(f"{path.name}, {path.parent.name}{' ' * (len(lines) % 2)}")
     (flat / "metadata.csv").write_text("\n".join(lines))
     assert read(flat).classes == CLASSES
+    (flat / "metadata.csv").write_text("\n".join(["file_name,label,Label"]))
+    with pytest.raises(DataError, match="several columns label"):
+        read(flat)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 3e-7), (4.0e-4, 4.015e-4), (-2e-9, 5e-9), (1e6, 1.001e6)])

@@ -137,6 +137,11 @@ def test_the_kernel_distance_of_samples_of_given_classes_is_unbiased() -> None:
     assert abs(np.mean(told)) < 3.5 * np.std(told) / 150**0.5
     assert np.mean(untold) < -8 * np.std(untold) / 150**0.5
 
+    many = np.repeat(np.arange(20), 3)  # of each so few that draws take them as one
+    centres = 2 * rng.standard_normal((20, 4))
+    few = [kernel_distance(drawn(many), drawn(rng.integers(0, 20, 400)), labels=many)[0] for _ in range(150)]
+    assert abs(np.mean(few)) < 3.5 * np.std(few) / 150**0.5
+
 
 @given(st.lists(st.integers(0, 4), max_size=60), st.lists(st.integers(0, 5), max_size=60))
 def test_beside_samples_stand_real_images_of_the_same_classes(wanted: list[int], there: list[int]) -> None:
@@ -232,6 +237,13 @@ def test_memorisation_tells_copies_from_new_images() -> None:
     assert half.ratio == pytest.approx(10, abs=1.5)
 
 
+@pytest.mark.parametrize("held_out", [1, 2])
+def test_what_is_copied_is_seen_without_new_images_to_measure_by(held_out: int) -> None:
+    train, test = (np.random.default_rng(0).standard_normal((n, 8)) for n in (20, held_out))
+    copied = nearest_copies(train, test, train[:16])
+    assert not not_memorised(made(memorisation=copied.ratio, memorisation_error=copied.error))
+
+
 @pytest.mark.parametrize("held_out", [5, 10, 20, 50])
 def test_new_images_count_as_new_however_few_are_held_out(held_out: int) -> None:
     rng, found = np.random.default_rng(0), []
@@ -241,6 +253,8 @@ def test_new_images_count_as_new_however_few_are_held_out(held_out: int) -> None
     ratios = np.array([one.ratio for one in found])
     assert abs(ratios.mean() - 1) < 3.5 * ratios.std() / 300**0.5
     assert ratios.std() == pytest.approx(np.mean([one.error for one in found]), rel=0.35)
+    copied = nearest_copies(train, test, train[:20])
+    assert not not_memorised(made(memorisation=copied.ratio, memorisation_error=copied.error))
     passed = [not_memorised(made(memorisation=one.ratio, memorisation_error=one.error)) for one in found]
     assert np.mean(passed) > 0.91
 

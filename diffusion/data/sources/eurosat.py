@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from diffusion.data.sources.files import Limits, Meter, read_files
 from diffusion.data.sources.own import read_own
@@ -114,17 +114,15 @@ def read_eurosat_ms(path: Path, options: SourceOptions) -> Source:
 
 def _images(path: Path) -> Iterator[SourceImage]:
     meter, seen = Meter(path, LIMITS), set[tuple[str, str]]()
-    for relative, read in read_files(path, LIMITS):
-        if (
-            relative.suffix.lower() != ".jpg"
-            or relative.name.startswith(".")
-            or len(relative.parts) < 2
-            or relative.parts[-2] not in CLASSES
-        ):
-            continue
+    for relative, read in read_files(path, LIMITS, _is_patch):
         key = (relative.parts[-2], relative.name)
         if key in seen:
             raise DataError(f"{path} holds {shown('/'.join(key))} twice, under different folders. Keep one copy.")
         seen.add(key)
         content = meter.count(read())
         yield SourceImage.of(*key, content, read)
+
+
+def _is_patch(name: PurePosixPath) -> bool:
+    in_class = len(name.parts) > 1 and name.parts[-2] in CLASSES
+    return in_class and name.suffix.lower() == ".jpg" and not name.name.startswith(".")

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import tarfile
 import tempfile
 import zipfile
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, BinaryIO, Self
 
-from diffusion.errors import DataError, StoreError
+from diffusion.errors import DataError, UserError
 from diffusion.trust.reading import passes, read_at_most, read_file, unreadable
 from diffusion.trust.redaction import shown
 
@@ -25,10 +26,11 @@ COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Others may ask for gigabytes of memory for a few bytes."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LZMA_BEGINNINGS = (b"\xfd7zXZ\0", b"\x5d\0\0")
-GZIP_BEGINNING, BZIP2_BEGINNING = b"\x1f\x8b", b"BZh"
+GZIP_BEGINNING, BZIP2_BEGINNING = b"\x1f\x8b", re.compile(rb"BZh[1-9]1A")
 LZMA_BYTES = 256 << 20
 """Of memory: a few bytes could ask for gigabytes. `xz -9` needs 65 MiB."""
 
+LOST_AND_FOUND = "lost+found"
 HEADER_BYTES = 1 << 20
 """Of what a tar says of a member in members of its own, such as a long name: `tarfile` reads those whole."""
 LONG_HEADERS = (
@@ -38,6 +40,9 @@ LONG_HEADERS = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
+
+PASSED_OVER = re.compile(r"__[^/]*__($|/)")
+"""What `webdataset` takes for no part of a sample."""
 
 File = tuple[PurePosixPath, Callable[[], bytes]]
 """Where a file lies, and how its content is read."""
@@ -138,9 +143,15 @@ def too_much(path: Path, limits: Limits) -> DataError:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those below it, links followed. Raises DataError or StoreError if one can't be listed."""
+    """The files in a folder and in those below it, links followed. Raises DataError or StoreError if one can't be listed.
+
+    But for folders that hold no images: hidden ones, and the one for what a repair of the disk finds.
+    """
 
     def fail(error: OSError) -> None:  # else its images would be missing, and nobody would know
+        below = Path(error.filename).relative_to(folder).parts
+        if any(name.startswith(".") or name == LOST_AND_FOUND for name in below) and not passes(error):
+            return
         raise unreadable(shown(str(error.filename)), error) from error
 
     seen = set()
@@ -192,6 +203,12 @@ class WholeHeader(tarfile.TarInfo):
             raise ValueError(f"a name in it has more than {HEADER_BYTES:,} bytes")
         return header
 
+    def _proc_pax(self, archive: tarfile.TarFile) -> Self:
+        # Some are of all members that follow, and kept.
+        if self.size + sum(map(len, archive.pax_headers.values())) > HEADER_BYTES:
+            raise ValueError(f"what it says of all its members has more than {HEADER_BYTES:,} bytes")
+        return super()._proc_pax(archive)  # type: ignore[misc]
+
     def _refuse(self, *_: object) -> Self:
         raise ValueError("it holds a file with holes (sparse): pack it without --sparse")
 
@@ -214,7 +231,8 @@ def check_tar(path: Path, limits: Limits) -> None:
             key = base_plus_ext(name)[0]
             if member.size > limits.file_bytes:
                 raise too_much(path, limits)
-            if key is None or ("/" not in name and name.startswith(meta_prefix) and name.endswith(meta_suffix)):
+            about = "/" not in name and name.startswith(meta_prefix) and name.endswith(meta_suffix)
+            if key is None or about or PASSED_OVER.match(name):
                 continue
             sample, size = key, member.size + (size if key == sample else 0)
             if size > limits.file_bytes:
@@ -251,22 +269,22 @@ class _Lzma:
 @contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     # In one pass: a compressed one has no order but its own.
-    with (
-        path.open("rb") as file,
-        tarfile.open(tarinfo=WholeHeader, mode="r|", fileobj=_unpacked(file)) as archive,
-    ):
+    with unpacked(path) as stream, tarfile.open(tarinfo=WholeHeader, mode="r|", fileobj=stream) as archive:
         yield archive
 
 
-def _unpacked(file: BinaryIO) -> Any:
+@contextmanager
+def unpacked(path: Path) -> Iterator[Any]:
     """What a tar's file holds, to be read in one go. `tarfile` by itself reads only the first of several packed parts."""
-    beginning = file.read(6)
-    file.seek(0)
-    if beginning.startswith(LZMA_BEGINNINGS):
-        return _Lzma(file)
-    if beginning.startswith(GZIP_BEGINNING):
-        return gzip.GzipFile(fileobj=file)
-    return bz2.BZ2File(file) if beginning.startswith(BZIP2_BEGINNING) else file
+    with path.open("rb") as file:
+        beginning = file.read(6)
+        file.seek(0)
+        if beginning.startswith(LZMA_BEGINNINGS):
+            yield _Lzma(file)
+        elif beginning.startswith(GZIP_BEGINNING):
+            yield gzip.GzipFile(fileobj=file)
+        else:
+            yield bz2.BZ2File(file) if BZIP2_BEGINNING.match(beginning) else file
 
 
 def _members(archive: tarfile.TarFile, path: Path, limits: Limits) -> Iterator[tarfile.TarInfo]:
@@ -311,15 +329,17 @@ def _archive_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn whatever is made of a damaged or hostile archive into a DataError: the libraries let a dozen kinds of errors through."""
     try:
         yield
-    except (DataError, StoreError, GeneratorExit):
+    except (UserError, GeneratorExit):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and passes(error):
-            raise unreadable(str(path), error) from error
-        raise DataError(
-            f"{path} is not a whole {kind} archive ({type(error).__name__}: {error}). It was probably cut off while it was "
-            "copied: get it again."
-        ) from error
+        told = f"is not a whole {kind} archive ({type(error).__name__}: {error})."
+        raise damaged(path, f"{told} It was probably cut off while it was copied: get it again.", error) from error
+
+
+def damaged(path: Path, told: str, error: Exception) -> UserError:
+    """The error for a file that can't be used: that it `told` so, or that its disk did not answer, after which it is tried again."""
+    passing = isinstance(error, OSError) and passes(error)
+    return unreadable(str(path), error) if passing else DataError(f"{path} {told}")  # type: ignore[arg-type]
 
 
 def _open_zip(path: Path, limits: Limits) -> zipfile.ZipFile:

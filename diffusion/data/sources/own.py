@@ -48,6 +48,8 @@ def _images(path: Path) -> Iterator[SourceImage]:
     for relative, read in read_files(path, LIMITS, _is_used):
         if relative.name == METADATA:
             tables.append((relative, read))
+        elif relative in files:
+            raise DataError(f"{path} holds two files {shown(str(relative))}. Keep one, or rename it.")
         else:
             files[relative] = read
     if not files:
@@ -133,8 +135,11 @@ def _folders(path: Path, root: tuple[str, ...]) -> set[str]:
 def _rows(path: Path, read: Callable[[], bytes]) -> Iterator[dict[str, str]]:
     try:
         rows = csv.DictReader(io.StringIO(read().decode("utf-8-sig")), skipinitialspace=True)
-        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        yield from rows
+        names = [name.strip().lower() for name in rows.fieldnames or ()]
+        if twice := {name for name in names if names.count(name) > 1} & {*FILE_COLUMNS, *LABEL_COLUMNS}:
+            raise DataError(f"{path}: {METADATA} has several columns {', '.join(sorted(twice))}. Keep one.")
+        rows.fieldnames = names
+        yield from ({name: (value or "").strip() for name, value in row.items() if name in names} for row in rows)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: {METADATA} is no table in UTF-8 ({error}).") from error
 

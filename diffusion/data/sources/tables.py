@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from diffusion.data.codecs import SUFFIXES, file_format
-from diffusion.data.sources.files import Limits, Meter, Spool, check_tar, files_below
+from diffusion.data.sources.files import Limits, Meter, Spool, check_tar, damaged, files_below, unpacked
 from diffusion.data.sources.own import LABEL_COLUMNS, name_of
 from diffusion.data.sources.remote import check_address, copy_tars, expand
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
 from diffusion.data.sources.transfer import Progress
-from diffusion.errors import DataError
+from diffusion.errors import DataError, UserError
 from diffusion.trust.reading import parse_json
 from diffusion.trust.redaction import shown
 
@@ -28,6 +28,7 @@ ROWS = 4
 ROWS_BYTES = 64 << 20
 """That they may have by what the file says: of larger ones, fewer are read at once."""
 GROUP_BYTES = 64 << 30
+"""That a group of rows may have by what the file says."""
 
 
 def is_webdataset(source: str) -> bool:
@@ -58,9 +59,8 @@ def find_tars(source: str, folder: Path, progress: Progress | None = None) -> li
 
 def tars_name(source: str) -> str:
     """What a dataset of these tars is called: as they are, without their numbers."""
-    path = (
-        urlsplit(source).path if "://" in source else source
-    )  # what follows a `?` may be a key, and a name is seen by all
+    # What follows a `?` may be a key, and a name is seen by all.
+    path = urlsplit(source).path if "://" in source else source
     return name_of(Path(re.sub(r"[-_.]?(\{.*|\d+)$", "", path.rpartition("/")[2].removesuffix(".tar")) or "tars"))
 
 
@@ -73,23 +73,24 @@ def read_webdataset(tars: list[Path], name: str, options: SourceOptions) -> Sour
 
 
 def _of_tars(tars: list[Path]) -> Iterator[SourceImage]:
-    import webdataset
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     meter, spool = Meter(tars[0], LIMITS), Spool()
     for tar in tars:
         try:
             check_tar(tar, LIMITS)
-            for sample in webdataset.WebDataset([str(tar)], shardshuffle=False, empty_check=False):
-                key = str(sample["__key__"])
-                found = [name for name in sample if f".{name.lower().rpartition('.')[2]}" in SUFFIXES]
-                if len(found) != 1:
-                    raise DataError(f"{tar}: the sample {shown(key)} has {len(found)} images: one is needed.")
-                content = meter.count(sample[found[0]])
-                yield _kept(spool, _label(sample, tar), f"{key.rpartition('/')[2]}.{found[0]}", content)
-        except (DataError, GeneratorExit):
+            with unpacked(tar) as stream:
+                for sample in group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}])):
+                    key = str(sample["__key__"])
+                    found = [name for name in sample if f".{name.lower().rpartition('.')[2]}" in SUFFIXES]
+                    if len(found) != 1:
+                        raise DataError(f"{tar}: the sample {shown(key)} has {len(found)} images: one is needed.")
+                    content = meter.count(sample[found[0]])
+                    yield _kept(spool, _label(sample, tar), f"{key.rpartition('/')[2]}.{found[0]}", content)
+        except (UserError, GeneratorExit):
             raise
         except Exception as error:  # whatever tarfile and the library make of it
-            raise DataError(f"{tar} is not a whole WebDataset tar ({error}). Get it again.") from error
+            raise damaged(tar, f"is not a whole WebDataset tar ({error}). Get it again.", error) from error
 
 
 def _label(sample: dict[str, Any], tar: Path) -> str:
@@ -114,7 +115,9 @@ def read_parquet(path: Path, options: SourceOptions) -> Source:
 def tables_in(folder: Path) -> list[Path]:
     """The Parquet files in a folder and those below, but for hidden ones."""
     found = (file for file in files_below(folder) if file.suffix == ".parquet")
-    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    seen = {file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)}
+    once = {file.resolve(): file for file in sorted(seen, reverse=True)}  # a link may lead to what lies here as well
+    return sorted(once.values())
 
 
 def _of_tables(path: Path, files: list[Path]) -> Iterator[SourceImage]:
@@ -140,10 +143,10 @@ def _of_tables(path: Path, files: list[Path]) -> Iterator[SourceImage]:
                     class_name = "" if label is None else _class(row[label], names, file)
                     yield _kept(spool, class_name, file_name, meter.count(content))
                     number += 1
-        except DataError:
+        except UserError:
             raise
         except Exception as error:  # the library lets a dozen kinds through
-            raise DataError(f"{file} is not a whole Parquet table of images ({error}). Get it again.") from error
+            raise damaged(file, f"is not a whole Parquet table of images ({error}). Get it again.", error) from error
 
 
 def _at_once(table: Any) -> int:

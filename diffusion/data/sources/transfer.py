@@ -137,10 +137,14 @@ def go_on(
 
 
 class _Session(requests.Session):
-    """Follows no redirect: it would first read all that one says beside where it leads."""
+    """Follows no redirect by itself: it would first read all that one says beside where it leads."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """None, whatever the answer is."""
+
+    def leads_to(self, response: requests.Response) -> str | None:
+        """Where an answer leads, if anywhere."""
+        return super().get_redirect_target(response)
 
 
 @contextmanager
@@ -148,27 +152,27 @@ def asked(url: str, here: int, headers: dict[str, str] | None = None) -> Iterato
     """The answer of a web server that is asked for what comes after `here` bytes. Raises Busy, and what requests raises."""
     # Not packed on the way: a few bytes could become very many.
     sent = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={here}-"} if here else {}) | (headers or {})
-    for _ in range(MOST_REDIRECTS):
-        with (
-            _Session() as session,
-            session.get(url, headers=sent, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response,
-        ):
-            if not response.is_redirect:
-                if response.status_code in BUSY:
-                    raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
-                if response.status_code != NOTHING_LEFT or not here:
-                    response.raise_for_status()
-                yield response
-                return
-            url = _next(url, response.headers["Location"])
-    raise DataError(f"it leads from one address to another, {MOST_REDIRECTS} times")
+    first = url
+    with _Session() as session:
+        for _ in range(MOST_REDIRECTS):
+            with session.get(url, headers=sent, stream=True, timeout=CONNECT_AND_READ_SECONDS) as response:
+                target = session.leads_to(response)
+                if target is None:
+                    if response.status_code in BUSY:
+                        raise Busy(response.status_code, retry_after(response.headers.get("Retry-After")))
+                    if response.status_code != NOTHING_LEFT or not here:
+                        response.raise_for_status()
+                    yield response
+                    return
+                url = _next(url, target)
+    raise DataError(f"{shown(first)} leads from one address to another, {MOST_REDIRECTS} times.")
 
 
 def _next(url: str, location: str) -> str:
     """Where a redirect leads. Raises DataError if that is no address of the web, or one that others on the way can read and change."""
     to = urljoin(url, location)
     if urlsplit(to).scheme not in ("https", urlsplit(url).scheme):
-        raise DataError(f"it leads to {shown(to)}, which is not as safe as the address that was asked")
+        raise DataError(f"{shown(url)} leads to {shown(to)}, which is not as safe.")
     return to
 
 
