@@ -124,6 +124,7 @@ def start_ray(port: int) -> dict[str, str]:
     own = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": cluster_token(STACK),
+        "RAY_worker_niceness": "0",  # as ranks without Ray have it: by default, they give way to all else
         # For other systems than Linux it would say so by itself: no cluster with other machines. Else it takes the machine's
         # address for 127.0.0.1, and listens everywhere.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

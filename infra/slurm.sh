@@ -16,7 +16,7 @@ umask 077
 chmod 600 "train-diffusion-$SLURM_JOB_ID.log" 2>/dev/null || true # Slurm made it, as the shell's umask says
 python=.venv/bin/python
 
-export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token
+export TRAIN_DIFFUSION_ENGINE=ray RAY_AUTH_MODE=token RAY_worker_niceness=0
 export RAY_NUM_REDIS_GET_RETRIES=300 # seconds that a node waits for the head, which may import from a slow disk
 # Steps inherit the environment: the token is in no argument.
 RAY_AUTH_TOKEN=$($python -c 'import secrets; print(secrets.token_hex(32))')

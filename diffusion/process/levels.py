@@ -48,11 +48,11 @@ def sampling_levels(schedule: Schedule, steps: int, spacing: Spacing, rho: float
 
     The first is always the schedule's last time: a sampler that starts later loses the variety of brightness.
 
-    uniform_time: the times i / steps, i = steps..1.  uniform_log_snr: even in log_snr.
+    uniform_time: the times i / steps, i = steps..1, of a schedule of fewer steps all that it has.  uniform_log_snr: even in log_snr.
     karras: sigma^(1/rho) even, sigma = exp(-log_snr / 2) (Karras et al. 2022, eq. 5).
     """
     if spacing == "uniform_time":
-        return schedule.log_snr(torch.arange(steps, 0, -1, dtype=torch.float64) / steps)
+        return torch.unique_consecutive(schedule.log_snr(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
     ends = schedule.log_snr(torch.tensor([1.0, 1e-12], dtype=torch.float64))
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     if spacing == "uniform_log_snr":

@@ -40,6 +40,10 @@ QUIET = {
 }
 
 
+FILE_SECONDS = 600
+"""For one file: a server that hands it on to a store of its own answers when that has it."""
+
+
 class Unreachable(TrackingError):
     """The tracking server does not answer."""
 
@@ -132,6 +136,13 @@ def _use_database(path: Path) -> None:
     except (sqlite3.Error, OSError) as error:
         remedy = "Wait for who has it locked" if "locked" in str(error) else "Move it away or make it writable"
         raise TrackingError(f"The MLflow database {path} can't be used ({error}). {remedy}.") from error
+
+
+@contextmanager
+def patient_with_files() -> Iterator[None]:
+    """Large files are sent in here: the server takes longer over them than over anything else."""
+    with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(FILE_SECONDS)):
+        yield
 
 
 @contextmanager

@@ -36,8 +36,8 @@ def shared_view(before: str | None = None, figures: Sequence[str] = ()) -> str:
         figures: metrics that have a column now.
     """
     columns = [f"metrics.`{name}`" for name in figures]
-    shown = [column for column in _columns(before) if column.startswith("metrics.`")]
-    shown += [column for column in columns if column not in shown]
+    shown = [column for column in _columns(before) if column.startswith("metrics.`") and column not in columns]
+    shown += columns  # the newest: where there are too many, the oldest go
     return json.dumps(
         {
             "searchFilter": "",
@@ -47,7 +47,7 @@ def shared_view(before: str | None = None, figures: Sequence[str] = ()) -> str:
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "datasetsFilter": [],
-            "selectedColumns": [*AT_THE_BEGINNING, *shown[:MOST], *AT_THE_END],
+            "selectedColumns": [*AT_THE_BEGINNING, *shown[-MOST:], *AT_THE_END],
             "runsExpanded": {},
             "runsPinned": [],
             "runsHidden": [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusion
 from diffusion.data.manifest import Manifest, find_dataset
 from diffusion.data.spec import ImageSpec
-from diffusion.errors import DataError, StoreError
+from diffusion.errors import DataError
 from diffusion.evaluation.figures import headline, metrics
 from diffusion.evaluation.protocol import protocol
 from diffusion.evaluation.scores import Scores
@@ -18,8 +19,10 @@ from diffusion.features.identity import find_own
 from diffusion.presentation.card import Card
 from diffusion.presentation.markdown import fit_description
 from diffusion.store.objects import Store
+from diffusion.tracking.connection import patient_with_files
 from diffusion.tracking.loading import FILES_TAG, files_digest
 from diffusion.tracking.promotion import champion_version
+from diffusion.tracking.retention import LOGGED_MODEL
 from diffusion.tracking.run import TrackedRun
 from diffusion.tracking.scores_tag import TAG as SCORES
 from diffusion.tracking.scores_tag import scores_tags
@@ -56,10 +59,12 @@ def model_name(client: MlflowClient, store: Store, dataset: Manifest, image_size
 
 
 def _kind_of(store: Store, digest: str) -> str | None:
-    """Of the images of a dataset; None where it is gone."""
+    """Of the images of a dataset; None where it is gone. Raises StoreError if the store does not answer."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # a tag, which may name anything
+        return None
     try:
         found = find_dataset(store, digest)
-    except (DataError, StoreError):  # a tag, which may name anything
+    except DataError:
         return None
     return found.images.kind if found else None
 
@@ -90,13 +95,12 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
     client, state, scores, dataset = run.client, made.state, made.scores, made.dataset
     name = model_name(client, store, dataset, state.recipe.data.image_size)
     tags = _tags(made)
-    for version in client.search_model_versions(f"run_id = '{run.run_id}'"):  # under whichever name
-        if tags_of(version).get("checkpoint.digest") == state.digest:
-            _follow(
-                client, version, {name: tags[name] for name in ("result", "evaluation.protocol")} | scores_tags(scores)
-            )
-            _tell_start(client, version.name, state, str(version.version))
-            return version.name, str(version.version)
+    version = _version_of(client, run, state)
+    if version is not None:
+        said = {name: tags[name] for name in ("result", "evaluation.protocol")} | scores_tags(scores)
+        _follow(client, version, said)
+        _tell_start(client, version.name, state, str(version.version))
+        return version.name, str(version.version)
     _ensure_registered(client, name, dataset)
     commits = (*filter(None, run.earlier_commits.split(",")), tags["git.commit"])
     own = find_own(store, dataset.digest)
@@ -116,6 +120,16 @@ def publish(run: TrackedRun, store: Store, made: Candidate) -> tuple[str, str]:
     )
     _tell_start(client, name, state, str(version.version))
     return name, str(version.version)
+
+
+def _version_of(client: MlflowClient, run: TrackedRun, state: CheckpointState) -> ModelVersion | None:
+    """The version that this run has made of a checkpoint, under whichever name, and not what people have made of it since."""
+    found = [
+        version
+        for version in client.search_model_versions(f"run_id = '{run.run_id}'")
+        if version.source.startswith(LOGGED_MODEL) and tags_of(version).get("checkpoint.digest") == state.digest
+    ]
+    return min(found, key=lambda version: version.creation_timestamp, default=None)
 
 
 def _tags(made: Candidate) -> dict[str, str]:
@@ -172,7 +186,8 @@ def _save(run: TrackedRun, store: Store, made: Candidate, tags: dict[str, str], 
             (model_folder / "README.md").write_text(_readme(made, card), encoding="utf-8")
             close_to_others(model_folder)  # what MLflow has copied is as open as its original
             digest = files_digest(model_folder)
-            client.log_model_artifacts(logged.model_id, str(model_folder))
+            with patient_with_files():
+                client.log_model_artifacts(logged.model_id, str(model_folder))
         status = "READY"
     finally:
         client.finalize_logged_model(logged.model_id, status)

@@ -67,15 +67,19 @@ def find_superseded(
     known: dict[str, list[Any]] = {model.name: [] for model in models}
     for version in _all(client.search_model_versions):  # of all models: a name may be anything, and spoil a query
         known.setdefault(version.name, []).append(version)
-    # What somebody has copied into a model of their own lives from the version's files.
-    copied = {version.source for versions in known.values() for version in versions}
+    # What somebody has copied or registered in a model of their own lives from the version's files.
+    sources: dict[str, list[Any]] = {}
+    for version in (version for versions in known.values() for version in versions):
+        sources.setdefault(version.source, []).append(version)
     for model in models:
         # The server may have models of others: only versions that our runs made, and no copies of them, are ours to clean up.
-        versions = [v for v in known[model.name] if v.run_id in by_id and v.source.startswith(LOGGED_MODEL)]
+        versions = [v for v in known[model.name] if v.run_id in by_id and made_by_its_run(v, sources[v.source])]
         versions.sort(key=lambda version: int(version.version), reverse=True)
         aliased = {str(version) for version in model.aliases.values()}
         live = aliased | set(champions.get(model.name, []))
-        live |= {str(v.version) for v in versions if f"models:/{v.name}/{v.version}" in copied}
+        live |= {
+            str(v.version) for v in versions if f"models:/{v.name}/{v.version}" in sources or len(sources[v.source]) > 1
+        }
         needed |= {by_id[v.run_id] for v in versions if str(v.version) in live}
         kept = live | {str(v.version) for v in versions[:keep_versions]}
         superseded += [(model.name, str(v.version)) for v in versions if str(v.version) not in kept]
@@ -85,6 +89,18 @@ def find_superseded(
         needed |= new
         open_ends += new
     return Superseded(tuple(key for key in starts if key not in needed), tuple(superseded))
+
+
+def made_by_its_run(version: Any, of_the_source: list[Any]) -> bool:
+    """Whether a run made this version: people can make others, in models of their own, of the same files.
+
+    Args:
+        of_the_source: all versions of these files.
+    """
+    first = min(of_the_source, key=lambda one: (one.creation_timestamp, one.name, int(one.version)))
+    return bool(
+        version.source.startswith(LOGGED_MODEL) and (version.name, version.version) == (first.name, first.version)
+    )
 
 
 @dataclass(frozen=True)

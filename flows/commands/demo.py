@@ -25,12 +25,18 @@ EMBEDDED = {
 WARNING = "!" * 100
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is none: it must be a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def main() -> int:
     """Run the flow and print its report. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")
     take_values(parser, "replace a value of the recipe")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--source", default="eurosat", help="eurosat, generated, or the path of an archive")
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,10 +33,11 @@ from diffusion.settings import Settings
 from diffusion.store.objects import OBJECT_BYTES, Store, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.version_tags import EARLIER_COMMITS, tags_of
-from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_with_checkpoint
+from diffusion.training.state import CheckpointState, delete_checkpoint, load_state, steps_begun
 from diffusion.trust.reading import parse_json, read_file
 from flows.code import git_commit
 from flows.commands.command import run_command
+from flows.engines.gpus import gpus
 from flows.engines.local import Local, usable_processes
 from flows.launcher import Listener, run_job
 from flows.request import checkpoint_every
@@ -74,7 +76,13 @@ def main() -> int:
     def again(environment: Settings) -> int:
         client, _ = open_tracking(environment)
         original = read_version(client, find_version(client, arguments.model, arguments.version, arguments.run))
-        return 0 if reproduce(original, environment, arguments.processes) else 1
+        # Else a lost terminal would end it before it has removed what it has made.
+        before = {number: signal.signal(number, lambda *_: sys.exit(1)) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            return 0 if reproduce(original, environment, arguments.processes) else 1
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return run_command(again)
 
@@ -141,6 +149,9 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
         known = identify(recipe.aligned_with, store, dataset, None)
         print(_line("aligned with", True, f"{known.name}, sha256 {known.sha256}"))
 
+    if reason := _may_differ(recipe, environment):
+        print(f"{reason} If the weights differ, that may be all there is to it.", flush=True)
+
     run = f"reproduce-{uuid4().hex[:16]}"  # what an earlier reproduction made is no proof
     said = 0.0
 
@@ -172,9 +183,18 @@ def reproduce(original: Original, environment: Settings, processes: int | None) 
             )
         return compare(original, load_state(store, run, step))
     finally:
-        for made in steps_with_checkpoint(store, run):
+        for made in steps_begun(store, run):
             delete_checkpoint(store, run, made)
         shutil.rmtree(environment.runs / run, ignore_errors=True)
+
+
+def _may_differ(recipe: Recipe, environment: Settings) -> str:
+    """Why weights need not come out the same here, or nothing: said before hours of training."""
+    if gpus() and not environment.deterministic:
+        return "On a GPU only trainings with TRAIN_DIFFUSION_DETERMINISTIC=true, then and now, have the same bits."
+    if recipe.reduction == "fast":
+        return "By `reduction: fast` only trainings on the same number of processes have the same bits."
+    return ""
 
 
 def compare(original: Original, state: CheckpointState) -> bool:

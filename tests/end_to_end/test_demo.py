@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.commands import demo as command
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,16 @@ def test_without_eurosat_it_goes_on_with_generated_patches_and_says_so(tmp_path:
     assert "Traceback" not in done.stderr
     grid = next(line.split()[-1] for line in done.stdout.splitlines() if "sample grid" in line)
     assert Path(grid).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seed", ["-1", "9223372036854775808", "one"])
+def test_a_seed_is_a_whole_number(
+    seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo", f"--seed={seed}"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "it must be a whole number from 0 to 2^63 - 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

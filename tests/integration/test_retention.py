@@ -140,6 +140,13 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     assert clean_up(keep_runs=1, keep_versions=1, keep_champions=0) == []
     assert weights() == 3
     six_nights.delete_registered_model("production")
+    # So does what is registered in one of the very files.
+    files = six_nights.get_model_version(MODEL, "1")
+    six_nights.create_registered_model("landcover")
+    six_nights.create_model_version("landcover", source=files.source, run_id=files.run_id)
+    assert clean_up(keep_runs=1, keep_versions=1, keep_champions=0) == []
+    assert weights() == 3
+    six_nights.delete_registered_model("landcover")
     # An alias of the user's own protects as well, and without the way back an old champion is one of many.
     six_nights.set_registered_model_alias(MODEL, "favourite", "6")
     clean_up(keep_runs=1, keep_versions=1, keep_champions=0)

@@ -268,6 +268,10 @@ def test_an_evaluation_that_was_made_again_is_what_the_run_shows(run: TrackedRun
         run.log_scores(made_now, grid(), grid(), [made_now])
         assert run.client.get_run(run.run_id).data.metrics["score/fid_eurosat"] == fid
     assert [value for _, value in history(run, "score/fid_eurosat")] == [12.0, 10.0]
+    for kid in (0.05, 0.02):  # by another protocol, which left FID as it was
+        made_now = scores(fid=10.0, kid=kid)
+        run.log_scores(made_now, grid(), grid(), [made_now])
+        assert run.client.get_run(run.run_id).data.metrics["score/kid_eurosat"] == kid
 
 
 def test_system_metrics_outlive_an_absence_of_mlflow(run: TrackedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,12 +438,14 @@ def test_what_was_decided_of_a_model_that_was_deleted_is_not_said_of_the_next_of
         champion = champion_version(client, "deleted-ddpm")
         assert champion is not None
         assert champion.run_id == of.run_id
+        client.copy_model_version(f"models:/deleted-ddpm/{version}", "a-copy")
         again = make_version(of, ingested, store, name, fid=12.0, dataset=dataset, model="deleted-ddpm")
         assert again == version
         told = scores_of(client.get_model_version("deleted-ddpm", version), store)
         assert told is not None
         assert told.require("fid").value == 12.0, "it follows an evaluation that was made again"
         client.delete_registered_model("deleted-ddpm")
+        client.delete_registered_model("a-copy")
 
 
 @pytest.mark.slow

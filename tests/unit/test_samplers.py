@@ -12,7 +12,7 @@ from diffusion.process.gaussian import posterior
 from diffusion.process.levels import sampling_levels
 from diffusion.process.reverse import Estimate
 from diffusion.process.samplers import ancestral, ddim, dpmpp
-from diffusion.process.schedule import Cosine, cosine, noise_variance, signal, zero_terminal_snr
+from diffusion.process.schedule import Cosine, Schedule, cosine, noise_variance, signal, zero_terminal_snr
 
 MEAN, STD = 0.7, 0.6
 SCHEDULE = Cosine(12.0, -12.0)
@@ -96,6 +96,15 @@ def test_sampling_starts_at_pure_noise_with_zero_terminal_snr(sampler: Callable[
     out = sampler(predict, x, levels, lambda step: torch.randn(len(x), generator=rng, dtype=torch.float64))
     assert float(out.mean()) == pytest.approx(MEAN, abs=0.05)
     assert float(out.std()) == pytest.approx(STD, abs=0.05)
+
+
+@pytest.mark.parametrize("sampler", [ancestral, ddim, dpmpp])
+@pytest.mark.parametrize("schedule", [cosine(20), zero_terminal_snr(cosine(20))])
+def test_more_steps_than_a_schedule_has_are_all_that_it_has(sampler: Callable[..., Tensor], schedule: Schedule) -> None:
+    levels = sampling_levels(schedule, 50, "uniform_time")
+    assert torch.equal(levels, sampling_levels(schedule, 20, "uniform_time"))
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    assert torch.isfinite(sampler(predict, x, levels, silent)).all()
 
 
 @pytest.mark.parametrize("spacing", ["karras", "uniform_time", "uniform_log_snr"])
