@@ -12,7 +12,7 @@ def figures(view: str) -> list[str]:
 
 
 def test_the_newest_figures_always_have_columns() -> None:
-    view = None
+    view = shared_view()
     for night in range(60):
         view = shared_view(view, [f"score/fid_own-{night}", "score/bits_per_dim"])
         assert figures(view)[-2:] == [f"metrics.`score/fid_own-{night}`", "metrics.`score/bits_per_dim`"]
