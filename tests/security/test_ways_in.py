@@ -21,7 +21,7 @@ import tifffile
 from PIL import Image
 
 from diffusion.data import codecs
-from diffusion.data.sources import files, own, tables
+from diffusion.data.sources import limits, own, tables, tars
 from diffusion.data.sources.files import read_files
 from diffusion.data.sources.find import read_source
 from diffusion.data.sources.source import parse_options
@@ -95,10 +95,10 @@ def test_what_becomes_gigabytes(
     import webdataset  # noqa: F401  # which takes memory of its own
 
     source = bomb(tmp_path)
-    small = replace(files.Limits(), file_bytes=30 << 20, total_bytes=100 << 20)
+    small = replace(limits.Limits(), file_bytes=30 << 20, total_bytes=100 << 20)
     monkeypatch.setattr(tables, "LIMITS", small)
     monkeypatch.setattr(own, "LIMITS", small)
-    monkeypatch.setattr(files, "LZMA_BYTES", 70 << 20)
+    monkeypatch.setattr(tars, "LZMA_BYTES", 70 << 20)
     with little_memory(150), pytest.raises(DataError, match=said):
         read_source(source, Path(source.removeprefix("webdataset:")), parse_options({}))
 
@@ -117,7 +117,7 @@ def test_a_row_that_stands_once_in_a_table_and_is_meant_often(tmp_path: Path, mo
     del rows
     assert (tmp_path / "a.parquet").stat().st_size < size / 50
     monkeypatch.setattr(tables, "ROWS_BYTES", 2 * size)
-    monkeypatch.setattr(tables, "LIMITS", replace(files.Limits(), total_bytes=50 * size))
+    monkeypatch.setattr(tables, "LIMITS", replace(limits.Limits(), total_bytes=50 * size))
     usual = pyarrow.default_memory_pool()
     pool = pyarrow.proxy_memory_pool(usual)
     pyarrow.set_memory_pool(pool)
@@ -149,13 +149,13 @@ def test_what_is_not_wanted_of_a_tar_is_not_kept(tmp_path: Path, monkeypatch: py
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "a/a.png", png())
         add(archive, "a/notes.bin", bytes(1 << 20))
-    kept, whole = list[int](), files.Spool.keep
+    kept, whole = list[int](), limits.Spool.keep
 
-    def keep(self: files.Spool, content: bytes) -> Callable[[], bytes]:
+    def keep(self: limits.Spool, content: bytes) -> Callable[[], bytes]:
         kept.append(len(content))
         return whole(self, content)
 
-    monkeypatch.setattr(files.Spool, "keep", keep)
+    monkeypatch.setattr(limits.Spool, "keep", keep)
     (image,) = read_source(str(tmp_path / "a.tar"), tmp_path / "a.tar", parse_options({})).images
     assert image.read() == png()
     assert kept == [len(png())]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from diffusion.data.sources.files import Limits, Meter, read_files
+from diffusion.data.sources.files import read_files
+from diffusion.data.sources.limits import Limits, Meter
 from diffusion.data.sources.own import read_own
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
 from diffusion.errors import DataError

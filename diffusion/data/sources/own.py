@@ -15,8 +15,10 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from diffusion.data.codecs import SUFFIXES
-from diffusion.data.sources.files import TAR_SUFFIXES, File, Limits, Meter, name_in_zip, read_files
+from diffusion.data.sources.files import name_in_zip, read_files
+from diffusion.data.sources.limits import File, Limits, Meter
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
+from diffusion.data.sources.tars import TAR_SUFFIXES
 from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
 

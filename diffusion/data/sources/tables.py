@@ -10,10 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from diffusion.data.codecs import SUFFIXES, file_format
-from diffusion.data.sources.files import Limits, Meter, Spool, check_tar, damaged, files_below, unpacked
+from diffusion.data.sources.files import files_below
+from diffusion.data.sources.limits import Limits, Meter, Spool, damaged
 from diffusion.data.sources.own import LABEL_COLUMNS, name_of
 from diffusion.data.sources.remote import check_address, copy_tars, expand
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
+from diffusion.data.sources.tars import check_tar, unpacked
 from diffusion.data.sources.transfer import Progress
 from diffusion.errors import DataError, UserError
 from diffusion.trust.reading import parse_json
