@@ -185,7 +185,8 @@ class TrackedRun:
             history: this run's evaluations so far, this one the last.
         """
         rows = [(key, value, scores.step) for key, value in metrics(scores).items()]
-        self.log_metrics(rows, later=self._corrections(rows))
+        for later, group in self._by_corrections(rows).items():
+            self.log_metrics(group, later=later)
         show_columns(self.client, self.client.get_experiment(self.experiment_id), telling_metrics(scores))
         self.log_image("samples", scores.step, grid)
         self._log_file(closest, f"figures/closest-{scores.step:09d}.png")
@@ -196,15 +197,23 @@ class TrackedRun:
             self.log_figure(class_distances(scores), f"figures/classes-{scores.step:09d}.png")
         self._log_table(f"scores/{scores.step:09d}.json", ("figure", "value", "error", "real images"), table(scores))
 
-    def _corrections(self, rows: list[tuple[str, float, int]]) -> int:
-        """How many points of other values a step has already: of an evaluation that was made again, by another protocol."""
+    def _by_corrections(self, rows: list[tuple[str, float, int]]) -> dict[int, list[tuple[str, float, int]]]:
+        """The rows, by how much later they are than what their step has already: of an evaluation that was made again, by another
+        protocol. What has the same value as then is the same row.
+        """
 
-        def known(name: str, step: int) -> set[float]:
-            return {point.value for point in self.client.get_metric_history(self.run_id, name) if point.step == step}
+        def known(name: str, step: int) -> list[tuple[float, int]]:
+            points = self.client.get_metric_history(self.run_id, name)
+            return [(point.value, point.timestamp - self.started - step) for point in points if point.step == step]
 
-        if not known(rows[0][0], rows[0][2]):  # an evaluation's first time
-            return 0
-        return max(len(known(name, step) - {value}) for name, value, step in rows)
+        name, _, step = rows[0]
+        if not known(name, step):  # an evaluation's first time
+            return {0: rows}
+        found: dict[int, list[tuple[str, float, int]]] = {}
+        for name, value, step in rows:
+            others = [later for other, later in known(name, step) if other != value]
+            found.setdefault(max(others, default=-1) + 1, []).append((name, value, step))
+        return found
 
     def log_decision(self, decision: Decision) -> None:
         """Log why a version was promoted or not: a table of gates, and a tag."""

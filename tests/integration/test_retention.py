@@ -143,7 +143,8 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     # So does what is registered in one of the very files.
     files = six_nights.get_model_version(MODEL, "1")
     six_nights.create_registered_model("landcover")
-    six_nights.create_model_version("landcover", source=files.source, run_id=files.run_id)
+    model_id = files.source.removeprefix("models:/")
+    six_nights.create_model_version("landcover", source=files.source, run_id=files.run_id, model_id=model_id)
     assert clean_up(keep_runs=1, keep_versions=1, keep_champions=0) == []
     assert weights() == 3
     six_nights.delete_registered_model("landcover")
