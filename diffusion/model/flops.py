@@ -12,7 +12,7 @@ from diffusion.model.unet import Attention
 
 BACKWARD = 2.0
 """A backward pass computes about twice as much as the forward pass: a gradient of the weights and one of the input."""
-PEAK_SECONDS = 0.05
+PEAK_SECONDS, PEAK_PRODUCTS = 0.05, 5
 
 
 @torch.no_grad()
@@ -44,17 +44,20 @@ def forward_flops(network: nn.Module, bands: int, size: int) -> float:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two matrices on this process's threads, or its GPU: what it can do at most, about."""
     side = 4096 if device.type == "cuda" else 512
-    matrix, products, began = torch.ones(side, side, device=device, dtype=dtype), -1, 0.0
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    seconds, began = list[float](), 0.0
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions compute
     try:
-        while products < 1 or time.perf_counter() - began < PEAK_SECONDS:
+        while len(seconds) < PEAK_PRODUCTS or time.perf_counter() - began < PEAK_SECONDS:
+            start = time.perf_counter()
             torch.mm(matrix, matrix)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            products += 1
-            began = began if products else time.perf_counter()  # the first one warms up
-        return products * 2.0 * side**3 / (time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
+            began = began or time.perf_counter()  # the first one warms up
+        # Others may keep the cores busy just now: a product takes milliseconds, and some are not interrupted.
+        return 2.0 * side**3 / min(seconds)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
         if device.type == "cuda":
