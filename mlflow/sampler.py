@@ -110,8 +110,8 @@ class Sampler(PythonModel):
                 f"{n} images in {steps} steps{' with guidance' if passes > 1 else ''} are {asked:,} evaluations of the network; "
                 f"{MAX_EVALUATIONS:,} are the most. Ask for fewer images or steps at once."
             )
-        # For nobody, others would wait.
-        seconds = min(MAX_SECONDS, float(os.environ.get(SERVER_SECONDS) or MAX_SECONDS))
+        # Before the server does, which could not say why; and for nobody, others would wait.
+        seconds = min(MAX_SECONDS, max(1.0, float(os.environ.get(SERVER_SECONDS) or "inf") - 2))
         deadline = time.monotonic() + seconds
         # One request at a time: together they would take longer, and more memory.
         if not self.drawing.acquire(timeout=seconds):

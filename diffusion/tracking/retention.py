@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from diffusion.recipe import Start
 from diffusion.tracking.run import RUN_KEY, START_TAG
+from diffusion.tracking.version_tags import tags_of
 from diffusion.trust.identifiers import run_name
 from diffusion.trust.redaction import shown
 
@@ -98,9 +99,8 @@ def made_by_its_run(version: Any, of_the_source: list[Any]) -> bool:
         of_the_source: all versions of these files.
     """
     first = min(of_the_source, key=lambda one: (one.creation_timestamp, one.name, int(one.version)))
-    return bool(
-        version.source.startswith(LOGGED_MODEL) and (version.name, version.version) == (first.name, first.version)
-    )
+    is_first = (version.name, version.version) == (first.name, first.version)
+    return bool(version.source.startswith(LOGGED_MODEL) and is_first and "checkpoint.digest" in tags_of(version))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,15 +78,31 @@ def main() -> int:
     def again(environment: Settings) -> int:
         client, _ = open_tracking(environment)
         original = read_version(client, find_version(client, arguments.model, arguments.version, arguments.run))
-        # Else a lost terminal would end it before it has removed what it has made.
-        before = {number: signal.signal(number, lambda *_: sys.exit(1)) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
+        with _ended_by_signals():
             return 0 if reproduce(original, environment, arguments.processes) else 1
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     return run_command(again)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A lost terminal or a request to end raises SystemExit, so that what was made is removed; once, since that takes a while.
+
+    Under nohup the terminal is of no concern.
+    """
+    heeded = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+
+    def end(*_: object) -> None:
+        for number in heeded:
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(1)
+
+    before = {number: signal.signal(number, end) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def find_version(client: MlflowClient, model: str, version: int | None, run: str | None) -> ModelVersion:

@@ -323,7 +323,9 @@ def test_a_version_is_reproduced_bit_for_bit(
     monkeypatch.setattr(sys, "argv", [*words[2:5], "--version", "7"])
     assert reproduce.main() == 1
     assert "error: MLflow has no model version" in capsys.readouterr().err
-    assert "same number of processes" in reproduce._may_differ(load_recipe("eurosat"), settings())
+    for gpus, reason in ((0, "same number of processes"), (1, "On a GPU")):
+        monkeypatch.setattr(reproduce, "gpus", lambda gpus=gpus: gpus)
+        assert reason in reproduce._may_differ(load_recipe("eurosat"), settings())
 
 
 def test_what_is_unchanged_is_skipped_and_a_night_has_its_date_for_a_seed(

@@ -15,6 +15,7 @@ from diffusion.store.objects import FolderStore, open_store
 from diffusion.tracking.experiment import open_tracking
 from diffusion.tracking.promotion_log import past_champions
 from diffusion.tracking.run import RUN_KEY, START_TAG
+from diffusion.tracking.version_tags import with_lineage
 from diffusion.training.state import steps_with_checkpoint
 from mlflow import MlflowClient
 from tests.conftest import BIN, free_port, start_server, stop_server
@@ -76,7 +77,12 @@ def six_nights(empty_mlflow: Path, home: Path, request: pytest.FixtureRequest) -
         client.finalize_logged_model(model.model_id, "READY")
         source = f"models:/{model.model_id}"
         client.create_model_version(
-            MODEL, source, run_id=run.info.run_id, model_id=model.model_id, await_creation_for=0
+            MODEL,
+            source,
+            run_id=run.info.run_id,
+            model_id=model.model_id,
+            tags=with_lineage({"checkpoint.digest": "d" * 64}),
+            await_creation_for=0,
         )
         if number < 5:
             client.set_terminated(run.info.run_id, "FINISHED" if number != 4 else "FAILED")
@@ -147,6 +153,9 @@ def test_only_what_nothing_needs_is_deleted(prefect_server: None, six_nights: Ml
     six_nights.create_model_version("landcover", source=files.source, run_id=files.run_id, model_id=model_id)
     assert clean_up(keep_runs=1, keep_versions=1, keep_champions=0) == []
     assert weights() == 3
+    for _ in range(2):  # more than are kept of a model of ours
+        six_nights.create_model_version("landcover", source=files.source, run_id=files.run_id, model_id=model_id)
+    assert clean_up(keep_runs=1, keep_versions=1, keep_champions=0) == []
     six_nights.delete_registered_model("landcover")
     # An alias of the user's own protects as well, and without the way back an old champion is one of many.
     six_nights.set_registered_model_alias(MODEL, "favourite", "6")

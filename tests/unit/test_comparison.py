@@ -98,7 +98,9 @@ def test_copies_are_counted_as_a_share_of_what_new_images_have() -> None:
     assert memorisation.value == pytest.approx(tenth.close.mean() / 0.05)
     assert 1 < memorisation.low < memorisation.value < memorisation.high < 3
     few = compare(tenth, none, replace(REFERENCE, test_features=REFERENCE.test_features[:9])).memorisation
-    assert few.value == pytest.approx(tenth.close.mean() / 0.1), "as the figure itself"
+    assert few.value == pytest.approx(tenth.close.mean() / 0.1), (
+        "as the figure itself, where no test image is a training image too"
+    )
 
 
 def test_evidence_comes_back_as_it_was_and_not_if_it_is_damaged_or_gone(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from diffusion.data.codecs import SUFFIXES
-from diffusion.data.sources.files import name_in_zip, read_files
+from diffusion.data.sources.files import LOST_AND_FOUND, name_in_zip, read_files
 from diffusion.data.sources.limits import File, Limits, Meter
 from diffusion.data.sources.source import Source, SourceImage, SourceOptions, make_source
 from diffusion.data.sources.tars import TAR_SUFFIXES
@@ -50,7 +50,9 @@ def _images(path: Path) -> Iterator[SourceImage]:
     for relative, read in read_files(path, LIMITS, _is_used):
         if relative.name == METADATA:
             tables.append((relative, read))
-        elif relative in files:
+        elif relative in files and not path.name.endswith(
+            TAR_SUFFIXES
+        ):  # of a tar that was added to the last one counts
             raise DataError(f"{path} holds two files {shown(str(relative))}. Keep one, or rename it.")
         else:
             files[relative] = read
@@ -126,7 +128,8 @@ def _folders(path: Path, root: tuple[str, ...]) -> set[str]:
     """The folders directly under the one that holds all images; of a tar only those that hold something are known."""
     if path.is_dir():
         top = path.joinpath(*root[1:])
-        return {entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        there = {entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        return there - {LOST_AND_FOUND}
     if path.name.endswith(TAR_SUFFIXES):
         return set()
     with zipfile.ZipFile(path) as archive:

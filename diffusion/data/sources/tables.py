@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +119,9 @@ def tables_in(folder: Path) -> list[Path]:
     """The Parquet files in a folder and those below, but for hidden ones."""
     found = (file for file in files_below(folder) if file.suffix == ".parquet")
     seen = {file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)}
-    once = {file.resolve(): file for file in sorted(seen, reverse=True)}  # a link may lead to what lies here as well
+    once = {
+        os.path.realpath(file): file for file in sorted(seen, reverse=True)
+    }  # a link may lead to what lies here as well
     return sorted(once.values())
 
 

@@ -165,7 +165,8 @@ class WholeHeader(tarfile.TarInfo):
 
     def _proc_pax(self, archive: tarfile.TarFile) -> Self:
         # Some are of all members that follow, and kept.
-        if self.size + sum(map(len, archive.pax_headers.values())) > HEADER_BYTES:
+        known = sum(len(name) + len(value) for name, value in archive.pax_headers.items())
+        if self.size + known > HEADER_BYTES:
             raise ValueError(f"what it says of all its members has more than {HEADER_BYTES:,} bytes")
         return super()._proc_pax(archive)  # type: ignore[misc]
 
