@@ -42,7 +42,7 @@ class Row(BaseModel):
     error: float | None = None
     """Standard error of `value`."""
     real: float | None = None
-    """The same of `Scores.real_samples` real test images: what a perfect model would get."""
+    """The same of `Scores.real_samples` real test images, of the samples' classes as far as there are such."""
 
     @model_serializer(mode="wrap")
     def _without_nones(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

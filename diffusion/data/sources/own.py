@@ -50,9 +50,8 @@ def _images(path: Path) -> Iterator[SourceImage]:
     for relative, read in read_files(path, LIMITS, _is_used):
         if relative.name == METADATA:
             tables.append((relative, read))
-        elif relative in files and not path.name.endswith(
-            TAR_SUFFIXES
-        ):  # of a tar that was added to the last one counts
+        # Of a tar that was added to, the last of a name counts.
+        elif relative in files and not path.name.endswith(TAR_SUFFIXES):
             raise DataError(f"{path} holds two files {shown(str(relative))}. Keep one, or rename it.")
         else:
             files[relative] = read

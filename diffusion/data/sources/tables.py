@@ -119,9 +119,8 @@ def tables_in(folder: Path) -> list[Path]:
     """The Parquet files in a folder and those below, but for hidden ones."""
     found = (file for file in files_below(folder) if file.suffix == ".parquet")
     seen = {file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)}
-    once = {
-        os.path.realpath(file): file for file in sorted(seen, reverse=True)
-    }  # a link may lead to what lies here as well
+    # A link may lead to what lies here as well.
+    once = {os.path.realpath(file): file for file in sorted(seen, reverse=True)}
     return sorted(once.values())
 
 
