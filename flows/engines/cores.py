@@ -1,4 +1,4 @@
-"""How many cores this process may compute on, and how its children learn with how many threads they do."""
+"""How many cores this process may compute on, and how its children learn with how many threads they do, and where memory is kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+TUNABLES = "GLIBC_TUNABLES"
+KEEP_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"mmap_threshold": 32 * 2**20, "trim_threshold": 2**30, "hugetlb": 1}.items()
+)
+"""Tensors of one size come and go at each step. The C library would give the memory of large ones back each time, and the kernel
+would fill it with zeros, page by page, for the next ones: a tenth of a training step's time, a sixth of sampling's."""
 
 
 def usable_cores() -> int:
@@ -41,6 +48,7 @@ def granted_cores(cgroups: Path, own: Path) -> int | None:
     return min(limits, default=None)
 
 
-def thread_variables(threads: int) -> dict[str, str]:
-    """What says to a process, before it imports torch, with how many threads it computes: torch asks MKL's first."""
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+def computing_variables(threads: int) -> dict[str, str]:
+    """What says to a process, before it starts, with how many threads it computes, and what memory it keeps."""
+    # Of the threads torch asks MKL's first.
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), TUNABLES: KEEP_MEMORY}

@@ -36,7 +36,7 @@ from diffusion.training.journal import committed_step
 from diffusion.trust.private import put
 from diffusion.trust.redaction import first_line, redact_logs
 from flows.engines.attempt import POLL_SECONDS, Attempt, capacity, growth, reserve
-from flows.engines.cores import thread_variables
+from flows.engines.cores import computing_variables
 from flows.engines.placement import PLACEMENT, Placement
 
 PACKAGES = [str(Path(package.__path__[0]).resolve()) for package in (diffusion, flows)]
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 def connected(threads: int | None = None) -> Iterator[None]:
     """A connection to the cluster. Raises ClusterError with what to do."""
     address = os.environ.get("RAY_ADDRESS", "auto")
-    variables = thread_variables(threads or 1) | {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    variables = computing_variables(threads or 1) | {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     try:
         if ":" in address:  # Ray itself would try for minutes
             host, _, port = address.rpartition(":")

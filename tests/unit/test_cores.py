@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.jobs.rank import keep_compiled
-from flows.engines.cores import granted_cores, usable_cores
+from flows.engines.cores import TUNABLES, granted_cores, usable_cores
 from flows.launcher import rank_environment
 
 
@@ -54,6 +55,27 @@ def test_a_rank_computes_with_the_threads_that_it_was_told_whatever_the_shell_sa
     env = rank_environment(0, 1, 1)
     assert env["MKL_CBWR"] == "2", "what else a shell asks of MKL is the user's choice"
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "1"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other settings")
+def test_a_rank_keeps_the_memory_of_large_tensors_for_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import resource, numpy
+def pages():
+    held = [numpy.ones(2_000_000) for _ in range(8)]  # 8 times 16 MB
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+pages()
+first = pages()
+print(pages() - first)
+"""
+    monkeypatch.delenv(TUNABLES, raising=False)
+    found = {}
+    for name, env in {"rank": rank_environment(0, 1, 1), "other": dict(os.environ)}.items():
+        found[name] = int(subprocess.check_output([sys.executable, "-c", code], env=env, text=True))
+    assert found["rank"] < 100 < 1000 < found["other"], found
+    monkeypatch.setenv(TUNABLES, "glibc.malloc.trim_threshold=1:glibc.malloc.hugetlb=0")
+    assert int(subprocess.check_output([sys.executable, "-c", code], env=rank_environment(0, 1, 1), text=True)) > 1000
 
 
 def test_torch_keeps_what_it_compiles_where_nobody_else_can_put_code(
