@@ -145,8 +145,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What runs beside the tests on hosts, the longest of all, gives way to them: they would end long after all else."""
-    if "PYTEST_XDIST_WORKER" in os.environ and item.path.name not in SHARED["hosts"] and os.nice(0) == 0:
+    """What runs beside the tests on hosts and those of the stack, the longest of all, gives way: they would end long after all else."""
+    longest = (*SHARED["hosts"], *SHARED["stack"])
+    if "PYTEST_XDIST_WORKER" in os.environ and item.path.name not in longest and os.nice(0) == 0:
         os.nice(5)
 
 

@@ -235,7 +235,7 @@ from prefect.states import Completed, Pending, Running
 sys.path.insert(0, "infra")
 import automations
 (ours,) = [one for one in automations.zombies() if one.name == automations.NEVER_STARTED]
-soon = ours.model_copy(update={"name": "tried", "trigger": ours.trigger.model_copy(update={"within": timedelta(seconds=30)})})
+soon = ours.model_copy(update={"name": "tried", "trigger": ours.trigger.model_copy(update={"within": timedelta(seconds=20)})})
 async def main():
     async with get_client() as client:
         known = {one.name: one for one in await client.read_automations()}
@@ -276,12 +276,12 @@ def test_a_run_that_was_taken_and_never_started_is_crashed_told_and_gives_its_sl
 
 SLOT = """
 import os, threading, time
-from datetime import UTC, datetime, timedelta
 from prefect import flow, runtime
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
-from prefect.states import Crashed, Pending, Scheduled
+from prefect.states import Crashed, Pending
 import flows.slot
 os.umask(0o077)
 others = []
@@ -298,8 +298,15 @@ with client:
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
-    def later():
-        return datetime.now(UTC) + timedelta(seconds=20)
+    def taken():
+        pause(True)  # or the worker would be the first to take it
+        run = client.create_flow_run_from_deployment(deployment.id)
+        client.set_flow_run_state(run.id, Pending())
+        pause(False)
+        return client.read_flow_run(run.id)
+
+    def pause(paused):
+        client.update_work_pool(deployment.work_pool_name, WorkPoolUpdate(is_paused=paused))
 
     def held():
         return client.read_global_concurrency_limit_by_name(limit).active_slots
@@ -323,10 +330,8 @@ with client:
         time.sleep(2)
         print("beside another", client.read_flow_run(run).state_name, held())
 
-    # A worker takes what is due within ten seconds, and would be the first.
-    begun = client.create_flow_run_from_deployment(deployment.id, state=Scheduled(scheduled_time=later()))
-    client.set_flow_run_state(begun.id, Pending())
-    run_flow(tried, flow_run=client.read_flow_run(begun.id), parameters={})
+    begun = taken()
+    run_flow(tried, flow_run=begun, parameters={})
     print("at the end", client.read_flow_run(begun.id).state_name, held())
     client.release_concurrency_slots_with_lease(others[0])
 
@@ -344,10 +349,8 @@ with client:
         client.set_flow_run_state(runtime.flow_run.id, Crashed(message=flows.slot.NOT_STARTED), force=True)
         assert looked.wait(900)
 
-    # A worker takes what is due within ten seconds, and would be the first.
-    begun = client.create_flow_run_from_deployment(deployment.id, state=Scheduled(scheduled_time=later()))
-    client.set_flow_run_state(begun.id, Pending())
-    run_flow(short, flow_run=client.read_flow_run(begun.id), parameters={})
+    begun = taken()
+    run_flow(short, flow_run=begun, parameters={})
     print("ended meanwhile", client.read_flow_run(begun.id).state_name, held())
 """
 
