@@ -90,6 +90,7 @@ SHARED = {
         "test_changed_models.py",
         "test_running.py",
     ),
+    "another stack": ("test_passwords.py",),
     "kills": ("test_kills.py",),
     "mlflow_server": ("test_tracking.py", "test_mlflow_faults.py"),
     "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py", "test_s3_block.py"),
@@ -145,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What runs beside the tests on hosts and those of the stack, the longest of all, gives way: they would end long after all else."""
+    """What runs beside the longest chains, the tests on hosts and those of the stack, gives way: they would end long after all else."""
     longest = (*SHARED["hosts"], *SHARED["stack"])
     if "PYTEST_XDIST_WORKER" in os.environ and item.path.name not in longest and os.nice(0) == 0:
         os.nice(5)
