@@ -146,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What runs beside the longest chains, the tests on hosts and those of the stack, gives way: they would end long after all else."""
+    """What runs beside the longest chains, those on hosts and of the stack, gives way: they would end long after all else."""
     longest = (*SHARED["hosts"], *SHARED["stack"])
     if "PYTEST_XDIST_WORKER" in os.environ and item.path.name not in longest and os.nice(0) == 0:
         os.nice(5)
