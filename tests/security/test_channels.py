@@ -63,10 +63,10 @@ def test_a_job_on_two_ranks_opens_nothing_to_others_and_takes_nothing_from_them(
     def attack() -> None:
         hostile = [pickle.dumps(Payload(marker)), b"\x00" * 4096, b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 64]
         while not done.is_set():
-            for path in (tmp_path / "together").glob("rendezvous*"):
-                with contextlib.suppress(FileNotFoundError):
-                    rendezvous.add(stat.S_IMODE(path.stat().st_mode))
             with held(own):  # a job of a few steps is over before another user's process has begun
+                for path in (tmp_path / "together").glob("rendezvous*"):
+                    with contextlib.suppress(FileNotFoundError):
+                        rendezvous.add(stat.S_IMODE(path.stat().st_mode))
                 new = listening() - own
                 seen.update(new)
                 for address in new:
