@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed --out FOLDER [--only steps,loader]
 
-Images are EuroSAT's. torch has one thread, as the product gives a process on CPUs; loader, ingestion and numpy have theirs. FLOPs are
-those of the networks' passes, which are alike, not equal: the optimiser's and the average's work takes time and counts for nothing.
+Images are EuroSAT's. Ours and theirs run as a rank on a CPU does: torch has one thread, and the memory of large tensors is kept;
+loader, ingestion and numpy have their own threads. FLOPs are those of the networks' passes, which are alike, not equal: the
+optimiser's and the average's work takes time and counts for nothing.
 Writes `speed.json` and `speed.md`.
 """
 
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import zipfile
@@ -53,6 +55,7 @@ from diffusion.store.objects import FolderStore
 from diffusion.training.batches import Batches
 from diffusion.training.loop import CheckpointWriter, state_of
 from diffusion.training.trainer import Trainer
+from flows.engines.cores import TUNABLES, computing_variables
 
 WARM = 2
 SAMPLES, STEPS = 64, 20
@@ -312,6 +315,8 @@ def main() -> None:
     parts = arguments.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}: {', '.join(PARTS)}")
+    if TUNABLES not in os.environ:  # it is read as a process starts
+        os.execve(sys.executable, sys.orig_argv, os.environ | computing_variables(1))  # noqa: S606
     torch.set_num_threads(1)
     peers.install()
     arguments.out.mkdir(parents=True, exist_ok=True)
