@@ -2,9 +2,9 @@
 
     python -m benchmarks.speed --out FOLDER [--only steps,loader]
 
-Images are EuroSAT's. Ours and theirs run as a rank on a CPU does: torch has one thread, and the memory of large tensors is kept;
-loader, ingestion and numpy have their own threads. FLOPs are those of the networks' passes, which are alike, not equal: the
-optimiser's and the average's work takes time and counts for nothing.
+Images are EuroSAT's. Ours and theirs run as a rank on a CPU does: torch and numpy have one thread, and the memory of large
+tensors is kept; loader and ingestion have their own threads. FLOPs are those of the networks' passes, which are alike, not equal:
+the optimiser's and the average's work takes time and counts for nothing.
 Writes `speed.json` and `speed.md`.
 """
 

@@ -25,7 +25,7 @@ from diffusion.jobs.rank import DEVICE, RENDEZVOUS
 from diffusion.jobs.reports import ERROR, ProgressFile, error_of
 from diffusion.jobs.specs import SPEC, JobSpec
 from diffusion.jobs.stopping import end_with_parent
-from flows.engines.cores import KEEP_MEMORY, TUNABLES, computing_variables, usable_cores
+from flows.engines.cores import computing_variables, usable_cores
 from flows.engines.gpus import gpus
 
 POLL_SECONDS = 0.2
@@ -135,8 +135,6 @@ def rank_environment(rank: int, processes: int, threads: int) -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_RANKS) and name not in placing
     }
     own = {"RANK": str(rank), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"} | computing_variables(threads)
-    if inherited.get(TUNABLES):  # of two values the later one holds, which is the user's
-        own[TUNABLES] = f"{KEEP_MEMORY}:{inherited[TUNABLES]}"
     if processes > 1:  # a single one is no group
         own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return inherited | own | {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}

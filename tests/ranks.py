@@ -1,8 +1,8 @@
 """Ranks for tests that are about numbers: forked from one process that has imported everything, in place of started anew.
 
 What is real: the job's main, its environment, its log, its session, and how the launcher watches and ends it. What is left
-out is Python's start and five seconds of imports, a rank. The launcher's own tests, those of faults, one whole flow and the
-end-to-end tests start ranks as the product does.
+out is Python's start and five seconds of imports, a rank. The launcher's own tests, those of faults and the end-to-end tests
+start ranks as the product does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many cores this process may compute on, and how its children learn with how many threads they do, and where memory is kept."""
+"""How many cores this process may compute on, and with how many threads and what memory its children do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ KEEP_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"mmap_threshold": 32 * 2**20, "trim_threshold": 2**30, "hugetlb": 1}.items()
 )
-"""Tensors of one size come and go at each step. The C library would give the memory of large ones back each time, and the kernel
-would fill it with zeros, page by page, for the next ones: a tenth of a training step's time, a sixth of sampling's."""
+"""Tensors of one size come and go at each step. The C library would give their memory back each time, and the kernel would fill it
+with zeros, page by page, for the next ones: a tenth of a training step's time, a sixth of sampling's. 32 MiB is the most that it
+takes for a threshold, so larger tensors gain nothing; up to a GiB that is free stays with the process."""
 
 
 def usable_cores() -> int:
@@ -50,5 +51,7 @@ def granted_cores(cgroups: Path, own: Path) -> int | None:
 
 def computing_variables(threads: int) -> dict[str, str]:
     """What says to a process, before it starts, with how many threads it computes, and what memory it keeps."""
-    # Of the threads torch asks MKL's first.
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), TUNABLES: KEEP_MEMORY}
+    told = os.environ.get(TUNABLES, "")
+    # Of two values of one name the later holds, which is the user's. Of the threads torch asks MKL's first.
+    memory = told if told.startswith(KEEP_MEMORY) else ":".join(filter(None, (KEEP_MEMORY, told)))
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), TUNABLES: memory}

@@ -235,7 +235,7 @@ from prefect.states import Completed, Pending, Running
 sys.path.insert(0, "infra")
 import automations
 (ours,) = [one for one in automations.zombies() if one.name == automations.NEVER_STARTED]
-soon = ours.model_copy(update={"name": "tried", "trigger": ours.trigger.model_copy(update={"within": timedelta(seconds=20)})})
+soon = ours.model_copy(update={"name": "tried", "trigger": ours.trigger.model_copy(update={"within": timedelta(seconds=30)})})
 async def main():
     async with get_client() as client:
         known = {one.name: one for one in await client.read_automations()}
@@ -298,11 +298,13 @@ with client:
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
-    def taken():
+    def pending():
         pause(True)  # or the worker would be the first to take it
-        run = client.create_flow_run_from_deployment(deployment.id)
-        client.set_flow_run_state(run.id, Pending())
-        pause(False)
+        try:
+            run = client.create_flow_run_from_deployment(deployment.id)
+            client.set_flow_run_state(run.id, Pending())
+        finally:
+            pause(False)
         return client.read_flow_run(run.id)
 
     def pause(paused):
@@ -330,7 +332,7 @@ with client:
         time.sleep(2)
         print("beside another", client.read_flow_run(run).state_name, held())
 
-    begun = taken()
+    begun = pending()
     run_flow(tried, flow_run=begun, parameters={})
     print("at the end", client.read_flow_run(begun.id).state_name, held())
     client.release_concurrency_slots_with_lease(others[0])
@@ -349,7 +351,7 @@ with client:
         client.set_flow_run_state(runtime.flow_run.id, Crashed(message=flows.slot.NOT_STARTED), force=True)
         assert looked.wait(900)
 
-    begun = taken()
+    begun = pending()
     run_flow(short, flow_run=begun, parameters={})
     print("ended meanwhile", client.read_flow_run(begun.id).state_name, held())
 """
