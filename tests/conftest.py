@@ -82,7 +82,7 @@ def tiny_recipe(**overrides: Any) -> Recipe:
 
 SHARED = {
     "hosts": ("test_hosts.py", "test_slurm.py"),
-    "stack of its own": ("test_nights.py", "test_flow_faults.py"),
+    "stack of its own": ("test_nights.py", "test_flow_faults.py", "test_passwords.py"),
     "stack": (
         "test_pages.py",
         "test_stack.py",
@@ -90,7 +90,6 @@ SHARED = {
         "test_changed_models.py",
         "test_running.py",
     ),
-    "another stack": ("test_passwords.py",),
     "kills": ("test_kills.py",),
     "mlflow_server": ("test_tracking.py", "test_mlflow_faults.py"),
     "prefect_server": ("test_flow.py", "test_retention.py", "test_names.py", "test_s3_block.py"),

@@ -1,4 +1,4 @@
-"""A password that is changed, and servers that have none; on a stack that nothing else looks at."""
+"""A password that is changed under all that use it, and servers that have none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import stat
 import sys
 import urllib.request
-from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +15,7 @@ import pytest
 from tests.conftest import PATIENCE, free_port
 from tests.end_to_end.test_doors import basic
 from tests.end_to_end.test_running import ask
-from tests.stack import Project, running_project
+from tests.stack import Project
 
 pytestmark = pytest.mark.slow
 
@@ -28,13 +27,6 @@ PAGES = {
 
 SAVE = "from prefect.blocks.system import Secret; Secret(value='kept').save('of-the-tests')"
 LOAD = "from prefect.blocks.system import Secret; print(Secret.load('of-the-tests').get())"
-
-
-@pytest.fixture(scope="module")
-def project(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Its servers run."""
-    with running_project(tmp_path_factory.mktemp("passwords"), archive) as made:
-        yield made
 
 
 def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_names_of_a_proxy(project: Project) -> None:
@@ -86,6 +78,7 @@ def test_a_new_password_is_followed_everywhere_and_the_servers_answer_to_the_nam
         assert json.load(answer)["api_url"] == "https://prefect.example.org/api"
 
 
+@pytest.mark.last(1)
 def test_without_a_password_it_is_said_each_time_and_other_pages_are_refused(project: Project) -> None:
     assert project.stack("down").returncode == 0
     ports = {name: str(free_port()) for name in ("PREFECT_PORT", "MLFLOW_PORT")}
