@@ -82,7 +82,7 @@ def tiny_recipe(**overrides: Any) -> Recipe:
 
 SHARED = {
     "hosts": ("test_hosts.py", "test_slurm.py"),
-    "stack of its own": ("test_nights.py", "test_flow_faults.py", "test_passwords.py"),
+    "stack of its own": ("test_nights.py", "test_flow_faults.py", "test_slots.py", "test_passwords.py"),
     "stack": (
         "test_pages.py",
         "test_stack.py",

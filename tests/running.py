@@ -24,7 +24,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.conftest import TINY
+from tests.conftest import PATIENCE, TINY
 from tests.processes import family, listens_at
 from tests.stack import Project, running_project
 
@@ -130,6 +130,16 @@ def received(stack: Project, mails: tuple[int, list[str]]) -> Iterator[list[dict
     assert installed.returncode == 0, installed.stderr
     yield told
     server.shutdown()
+
+
+def wait_for_message(received: list[dict[str, str]], text: str, since: int = 0) -> dict[str, str]:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := [one for one in received[since:] if text in one["subject"] + one["body"]]):
+        assert time.monotonic() < deadline, received
+        time.sleep(0.2)
+    # Prefect delivers an event at least once: under load it was seen to tell the same thing twice.
+    assert all(one == found[0] for one in found), found
+    return found[0]
 
 
 @dataclass

@@ -21,7 +21,7 @@ from flows.plugins.deployment import name_position
 from tests.conftest import PATIENCE, TINY, free_port
 from tests.faults.flow_runs import FlowRun, flow_process, process
 from tests.processes import family, signal_all, wait_until_ended
-from tests.running import Training, stack_processes
+from tests.running import Training, stack_processes, wait_for_message
 from tests.security.other_user import listening
 from tests.stack import Project
 from tests.typed import ROOT, blocks
@@ -30,16 +30,6 @@ pytestmark = pytest.mark.slow
 
 # The stack stands behind a proxy that is not there: the product goes round it, a test's own client has to be told.
 DIRECTLY = {"NO_PROXY": "127.0.0.1,localhost"}
-
-
-def wait_for_message(received: list[dict[str, str]], text: str, since: int = 0) -> dict[str, str]:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := [one for one in received[since:] if text in one["subject"] + one["body"]]):
-        assert time.monotonic() < deadline, received
-        time.sleep(0.2)
-    # Prefect delivers an event at least once: under load it was seen to tell the same thing twice.
-    assert all(one == found[0] for one in found), found
-    return found[0]
 
 
 def test_the_literal_command_trains_a_model(stack: Project, training: Training, received: list[dict[str, str]]) -> None:
@@ -225,53 +215,6 @@ def test_a_night_left_out_is_told_and_a_failure_once(stack: Project, received: l
     assert len(told) == 3, told
     assert sorted(told)[0][0] == "A scheduled run was left out"
     assert sorted(told)[1:] == [("tried: Failed", "once"), ("tried: Failed", "the last")]
-
-
-NEVER_STARTED = """
-import asyncio, sys, time
-from datetime import timedelta
-from prefect import get_client
-from prefect.states import Completed, Pending, Running
-sys.path.insert(0, "infra")
-import automations
-(ours,) = [one for one in automations.zombies() if one.name == automations.NEVER_STARTED]
-soon = ours.model_copy(update={"name": "tried", "trigger": ours.trigger.model_copy(update={"within": timedelta(seconds=30)})})
-async def main():
-    async with get_client() as client:
-        known = {one.name: one for one in await client.read_automations()}
-        assert known[ours.name].trigger.model_dump(exclude={"id"}) == ours.trigger.model_dump(exclude={"id"}), "it is in use"
-        deployment = await client.read_deployment_by_name("train-diffusion/train-diffusion")
-        made = await client.create_automation(soon)
-        async def state(run):
-            return (await client.read_flow_run(run.id)).state
-        # One that is started in time; without the deployment, whose only slot the other has.
-        asked = {"flow_id": str(deployment.flow_id), "state": {"type": "PENDING"}}
-        begun = await client.read_flow_run((await client.request("POST", "/flow_runs/", json=asked)).json()["id"])
-        # Prefect loses, for a quarter of an hour, an event that comes in the moment that the one before it is done with.
-        await asyncio.sleep(5)
-        await client.set_flow_run_state(begun.id, Running())
-        left = await client.create_flow_run_from_deployment(deployment.id, state=Pending())
-        deadline = time.monotonic() + 900
-        while (await state(left)).name == "Pending" and time.monotonic() < deadline:
-            await asyncio.sleep(0.5)
-        print((await state(begun)).name)
-        await client.set_flow_run_state(begun.id, Completed())
-        print((await state(left)).name, (await state(left)).message)
-        await client.delete_automation(made)
-        limit = await client.read_global_concurrency_limit_by_name(f"deployment:{deployment.id}")
-        print(limit.active_slots)
-asyncio.run(main())
-"""
-
-
-def test_a_run_that_was_taken_and_never_started_is_crashed_told_and_gives_its_slot_back(
-    stack: Project, received: list[dict[str, str]]
-) -> None:
-    """By the automation that is in use, but for its patience."""
-    done = stack.shell(sys.executable, "-c", NEVER_STARTED, env=stack.servers)
-    never = "Taken by a worker, and not started within 10 minutes: the worker, or its machine, is gone."
-    assert done.stdout.splitlines() == ["Running", f"Crashed {never}", "0"], done.stdout + done.stderr[-2000:]
-    wait_for_message(received, never)
 
 
 AUTOMATIONS = """

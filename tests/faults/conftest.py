@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.report import Kill
+from tests.running import mails, received
 from tests.stack import Project, running_project
+
+__all__ = ["mails", "received"]
 
 COMMIT = "c" * 40
 
@@ -28,3 +31,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Iterator
         tmp_path_factory.mktemp("faults"), archive, TRAIN_DIFFUSION_COMMIT=COMMIT, MLFLOW_DISABLE_TELEMETRY="true"
     ) as running:
         yield running
+
+
+@pytest.fixture(scope="package")
+def stack(project: Project) -> Project:
+    """By the name that `received` knows it by."""
+    return project

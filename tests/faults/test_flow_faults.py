@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -173,98 +172,3 @@ def test_of_missed_nights_one_is_made_up_for(project: Project) -> None:
     made = set((project.folder / "var/runs").glob("demo-seed20*")) - before
     (seed,) = {path.name.split("-")[1] for path in made}
     assert seed == f"seed{due[-1]:%Y%m%d}"
-
-
-SLOT = """
-import os, threading, time
-from prefect import flow, runtime
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.exceptions import PrefectHTTPStatusError
-from prefect.flow_engine import run_flow
-from prefect.states import Crashed, Pending
-import flows.slot
-os.umask(0o077)
-others = []
-flows.slot.RENEW_SECONDS = 0.3
-flows.slot.keep_slots()
-client = get_client(sync_client=True)
-with client:
-    deployment = client.read_deployment_by_name("train-diffusion/train-diffusion")
-    limit = f"deployment:{deployment.id}"
-
-    def wait_until(what):
-        deadline = time.monotonic() + 900
-        while not what():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-    def pending():
-        pause(True)  # or the worker would be the first to take it
-        try:
-            run = client.create_flow_run_from_deployment(deployment.id)
-            client.set_flow_run_state(run.id, Pending())
-        finally:
-            pause(False)
-        return client.read_flow_run(run.id)
-
-    def pause(paused):
-        client.update_work_pool(deployment.work_pool_name, WorkPoolUpdate(is_paused=paused))
-
-    def held():
-        return client.read_global_concurrency_limit_by_name(limit).active_slots
-
-    @flow
-    def tried(start_from):
-        run = runtime.flow_run.id
-        print("threads", sorted(t.name for t in threading.enumerate() if t.name == "slot" or "lease" in t.name), held())
-        silent = Crashed(message=f"{flows.slot.NO_HEARTBEAT} for 90 s")
-        client.set_flow_run_state(run, silent, force=True)
-        wait_until(lambda: client.read_flow_run(run).state_name == "Running")
-        print("alone", client.read_flow_run(run).state.message, held())
-        while not others:  # until another run is the first to take the slot
-            client.set_flow_run_state(run, silent, force=True)
-            try:
-                taken = client.increment_concurrency_slots_with_lease([limit], 1, "concurrency", 600)
-            except PrefectHTTPStatusError as error:
-                assert error.response.status_code == 423
-            else:
-                others.append(taken.json()["lease_id"])
-        time.sleep(2)
-        print("beside another", client.read_flow_run(run).state_name, held())
-
-    begun = pending()
-    run_flow(tried, flow_run=begun, parameters={})
-    print("at the end", client.read_flow_run(begun.id).state_name, held())
-    client.release_concurrency_slots_with_lease(others[0])
-
-    looked = threading.Event()
-
-    def late(keeper, run, take=flows.slot._take_slot):
-        flows.slot.RENEW_SECONDS = 60
-        looked.set()
-        wait_until(lambda: client.read_flow_run(run).state_name == "Completed")
-        return take(keeper, run)
-
-    @flow
-    def short(start_from):
-        flows.slot._take_slot = late
-        client.set_flow_run_state(runtime.flow_run.id, Crashed(message=flows.slot.NOT_STARTED), force=True)
-        assert looked.wait(900)
-
-    begun = pending()
-    run_flow(short, flow_run=begun, parameters={})
-    print("ended meanwhile", client.read_flow_run(begun.id).state_name, held())
-"""
-
-
-def test_a_run_keeps_its_slot_and_says_that_it_lives_when_the_server_takes_it_for_dead(project: Project) -> None:
-    """Prefect's own way, which ends a run whose server is away, is not in use."""
-    done = project.shell(sys.executable, "-c", SLOT, env=project.servers)
-    assert done.stdout.splitlines() == [
-        "threads ['slot'] 1",
-        "alone It was taken for dead while the server was away, and lives. 1",
-        "beside another Crashed 1",
-        "at the end Completed 1",
-        "ended meanwhile Completed 0",
-    ], done.stderr[-2000:]
