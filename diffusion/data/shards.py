@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +15,9 @@ from diffusion.errors import DataError
 from diffusion.trust.redaction import shown
 
 BLOCK = 512
+END = bytes(BLOCK)
+PLAIN = b"\0 0ustar\x0000"
+"""In the header of a plain file: the end of the checksum, type, magic and version."""
 LABEL = "cls"
 EXTENSIONS = (*codecs.PILLOW, "npy")
 """Of images in a shard."""
@@ -60,24 +62,48 @@ def read_shard(data: bytes, where: str) -> list[Sample]:
     """The samples of a shard. Raises DataError if it is not a shard as `write_shard` makes them."""
     samples: list[Sample] = []
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                content = data[member.offset_data : member.offset_data + member.size]
-                if extension == LABEL:
-                    image = samples.pop()
-                    if image.key != key:
-                        raise ValueError(f"the label of {shown(key)} does not follow its image")
-                    samples.append(Sample(key, image.content, int(content), image.extension))
-                elif extension in EXTENSIONS:
-                    samples.append(Sample(key, content, None, extension))
-                else:
-                    raise ValueError(f"it holds a file {shown(member.name)}")
+        for name, content in _files(data):
+            key, _, extension = name.partition(".")
+            if extension == LABEL:
+                if not samples or samples[-1].key != key:
+                    raise ValueError(f"the label of {shown(key)} does not follow its image")
+                samples[-1] = replace(samples[-1], label=int(content))
+            elif extension in EXTENSIONS:
+                samples.append(Sample(key, content, None, extension))
+            else:
+                raise ValueError(f"it holds a file {shown(name)}")
     except Exception as error:
         raise DataError(
             f"The shard {where} is damaged ({error}). Delete its dataset's folder and ingest again."
         ) from error
     return samples
+
+
+def _files(data: bytes) -> list[tuple[str, bytes]]:
+    """Names and contents of a tar of plain files, in its order: `tarfile` takes as long for it as a core does to decode the images.
+
+    Of the format (POSIX.1-1988, "ustar") it reads what `write_shard` writes. Raises ValueError if it is anything else.
+    """
+    blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    files, headers, sums, at = list[tuple[str, bytes]](), list[int](), list[int](), 0
+    while (header := data[at : at + BLOCK]) != END:
+        if len(header) < BLOCK:
+            raise ValueError("it has no end")
+        size, total = header[124:135], header[148:154]
+        if header[154:157] + header[257:265] != PLAIN or not (size.isdigit() and total.isdigit()):
+            raise ValueError(f"it is no tar of plain files at byte {at}")
+        headers.append(at // BLOCK)
+        sums.append(int(total, 8))
+        at, end = at + BLOCK, at + BLOCK + int(size, 8)
+        if end > len(data):
+            raise ValueError("a file in it is cut off")
+        name, folder = (part.rstrip(b"\0").decode(errors="surrogateescape") for part in (header[:100], header[345:500]))
+        files.append((f"{folder}/{name}" if folder else name, data[at:end]))
+        at = -(-end // BLOCK) * BLOCK
+    of_bytes = blocks[headers].sum(1, np.uint32) - blocks[headers, 148:156].sum(1, np.uint32) + 8 * ord(" ")
+    if not np.array_equal(of_bytes, sums):
+        raise ValueError("a checksum in it does not fit")
+    return files
 
 
 def decode(sample: Sample, spec: ImageSpec, size: int) -> Images:

@@ -1,6 +1,7 @@
 """Shards, manifest, ingestion, loader and the folder store."""
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import itertools
@@ -53,6 +54,51 @@ def test_a_shard_gives_back_its_samples_and_is_the_same_bytes_again(written: lis
     assert data == by_tarfile(written), "the digests of shards that were written before would move"
     sizes = [bytes_in_shard(len(sample.content), sample.label is not None) for sample in written]
     assert sum(sizes) <= len(data) <= sum(sizes) + 20 * 512
+
+
+@given(samples, st.data())
+def test_a_header_with_any_byte_changed_is_damaged(written: list[Sample], draw: st.DataObject) -> None:
+    data = bytearray(write_shard(written))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        header = draw.draw(st.sampled_from([member.offset for member in tar]))
+    place = header + draw.draw(st.integers(0, 511))
+    data[place] ^= draw.draw(st.integers(1, 255))
+    with pytest.raises(DataError, match=r"The shard x is damaged .*ingest again"):
+        read_shard(bytes(data), "x")
+
+
+SAMPLE = [Sample("a", b"content", 3)]
+
+
+def changed(place: int, by: bytes) -> bytes:
+    """With this in its first header, and the checksum that fits."""
+    data = bytearray(write_shard(SAMPLE))
+    data[place : place + len(by)] = by
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "it has no end"),
+        (write_shard(SAMPLE)[:2048], "it has no end"),
+        (write_shard(SAMPLE)[:515], "a file in it is cut off"),
+        (gzip.compress(write_shard(SAMPLE)), "it has no end"),
+        (bytes([1]) * 1024, "it is no tar of plain files at byte 0"),
+        (changed(156, b"2"), "it is no tar of plain files at byte 0"),  # a symbolic link
+        (changed(124, b"-0000000777"), "it is no tar of plain files at byte 0"),  # for ever
+        (changed(124, b"77777777777"), "a file in it is cut off"),
+        (changed(124, b"00000000009"), "invalid literal"),
+        (changed(0, b"a.exe"), "it holds a file a.exe"),
+        (changed(0, b"b.jpg"), "the label of a does not follow its image"),
+        (write_shard(SAMPLE)[1024:], "the label of a does not follow its image"),
+    ],
+)
+def test_what_is_no_shard_is_damaged(data: bytes, why: str) -> None:
+    with pytest.raises(DataError, match=rf"The shard x is damaged \({why}"):
+        read_shard(data, "x")
 
 
 def by_tarfile(samples: list[Sample]) -> bytes:
