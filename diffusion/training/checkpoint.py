@@ -50,9 +50,9 @@ class Checkpoint:
 def write_checkpoint(store: Store, state: CheckpointState, content: Checkpoint) -> CheckpointState:
     """Write all files, `state.json` last; returns the state with their digests. Raises StoreError."""
     files = {
-        "model.safetensors": save(content.model),
-        **{f"{name}.safetensors": save(average) for name, average in content.averages.items()},
-        "optimizer.safetensors": save(content.optimizer),
+        "model.safetensors": _saved(content.model),
+        **{f"{name}.safetensors": _saved(average) for name, average in content.averages.items()},
+        "optimizer.safetensors": _saved(content.optimizer),
         JOURNAL: content.journal,
     }
     where = layout.checkpoint(state.run, state.step)
@@ -62,6 +62,11 @@ def write_checkpoint(store: Store, state: CheckpointState, content: Checkpoint) 
     state = state.model_copy(update={"sha256": digests})
     store.write(f"{where}/{STATE}", seal(state))
     return state
+
+
+def _saved(tensors: Tensors) -> bytes:
+    """As they lie in memory on a GPU or a CPU, channels first or last, they are the same bytes here."""
+    return save({name: value.contiguous() for name, value in tensors.items()})
 
 
 def load_latest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from diffusion.model.flops import BACKWARD, forward_flops
 from diffusion.recipe import Start
 from diffusion.store.objects import Store, open_store
 from diffusion.training.batches import Batches
-from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
+from diffusion.training.checkpoint import Checkpoint, Tensors, load_checkpoint, load_latest, write_checkpoint
 from diffusion.training.journal import commit, committed_step
 from diffusion.training.recorder import Recorder
 from diffusion.training.state import FORMAT_VERSION, CheckpointState, delete_checkpoint, steps_with_checkpoint
@@ -42,6 +43,7 @@ class CheckpointWriter:
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.store, self.folder = store, folder
+        self._copies = defaultdict[str, HostCopy](HostCopy)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._refused = False
@@ -50,9 +52,9 @@ class CheckpointWriter:
         """Copy the state and start writing it, after the one before has been written."""
         self.wait()
         content = Checkpoint(
-            _host_copy(trainer.network.state_dict()),
-            {name: _host_copy(ema.network.state_dict()) for name, ema in trainer.averages.items()},
-            _host_copy(trainer.state_tensors()),
+            self._copies["model"].take(trainer.network.state_dict()),
+            {name: self._copies[name].take(ema.network.state_dict()) for name, ema in trainer.averages.items()},
+            self._copies["optimizer"].take(trainer.state_tensors()),
             journal,
         )
         self._pending = self._pool.submit(self._write, state, content)
@@ -94,8 +96,24 @@ class CheckpointWriter:
         self._pool.shutdown()
 
 
-def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+class HostCopy:
+    """Tensors in host memory, which is kept for the next time: new memory costs more than the copying."""
+
+    def __init__(self) -> None:
+        self._kept = Tensors()
+
+    def take(self, tensors: Tensors) -> Tensors:
+        """Copy these. What an earlier call gave is written over."""
+        self._kept = {name: self._room(name, value) for name, value in tensors.items()}
+        for name, value in tensors.items():
+            self._kept[name].copy_(value.detach())
+        return self._kept
+
+    def _room(self, name: str, value: Tensor) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is not None and (kept.shape, kept.dtype) == (value.shape, value.dtype):
+            return kept
+        return torch.empty_like(value, device="cpu", requires_grad=False)
 
 
 def state_of(trainer: Trainer, run: str, dataset: str) -> CheckpointState:

@@ -1,19 +1,32 @@
 """Checkpoints and journals: whole or not there, and damage is named."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from diffusion.data.loader import ShardImages
 from diffusion.errors import StoreError
 from diffusion.store import layout
 from diffusion.store.objects import FolderStore
-from diffusion.training.checkpoint import Checkpoint, load_checkpoint, load_latest, write_checkpoint
+from diffusion.training.batches import Batches
+from diffusion.training.checkpoint import (
+    Checkpoint,
+    Tensors,
+    load_checkpoint,
+    load_latest,
+    load_tensors,
+    write_checkpoint,
+)
 from diffusion.training.journal import Journal, records
+from diffusion.training.loop import CheckpointWriter, state_of
 from diffusion.training.state import FORMAT_VERSION, CheckpointState, average_name, load_state, steps_with_checkpoint
-from tests.conftest import tiny_recipe
+from diffusion.training.trainer import Trainer
+from tests.conftest import PATIENCE, Ingested, tiny_recipe
 
 
 def content(step: int) -> Checkpoint:
@@ -166,3 +179,41 @@ def test_a_damaged_journal_is_healed_by_the_checkpoint_that_a_training_goes_on_f
     resumed.append({"step": 4, "loss": 2.0})
     assert [record["step"] for record in records(resumed.read())] == [1, 2, 3, 4]
     assert resumed.read().startswith(kept)
+
+
+class HeldStore(FolderStore):
+    """Writes nothing before it may."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.may = threading.Event()
+
+    def write(self, name: str, data: bytes) -> None:
+        assert self.may.wait(PATIENCE)
+        super().write(name, data)
+
+
+def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written(
+    ingested: Ingested, tmp_path: Path
+) -> None:
+    """Each is copied into the memory of the one before it."""
+    store, recipe = HeldStore(tmp_path), tiny_recipe()
+    trainer = Trainer(recipe, ingested.manifest, Accelerator(cpu=True), store)
+    images = ShardImages(ingested.store, ingested.manifest, "train", 16, tmp_path / "copies")
+    writer, batches = CheckpointWriter(store, tmp_path), Batches(recipe, images, trainer.lanes)
+    copied: list[dict[str, Tensors]] = []
+    for step in (0, 2):  # before the first step the optimiser has no state
+        parts = {"model": trainer.network.state_dict(), "optimizer": trainer.state_tensors()}
+        copied.append({part: {name: value.clone() for name, value in of.items()} for part, of in parts.items()})
+        store.may.clear()
+        writer.save(trainer, state_of(trainer, "run", ingested.manifest.digest), b"")
+        for after in (step, step + 1):
+            trainer.train_step(batches(after))
+        store.may.set()
+        writer.wait()
+    writer.finish()
+    for step, of_step in zip((0, 2), copied, strict=True):
+        for part, tensors in of_step.items():
+            read = load_tensors(store, load_state(store, "run", step), part)
+            assert read.keys() == tensors.keys()
+            assert all(torch.equal(read[name], value) for name, value in tensors.items()), (step, part)
