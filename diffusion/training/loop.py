@@ -102,16 +102,17 @@ class HostCopy:
     def __init__(self) -> None:
         self._kept = Tensors()
 
+    @torch.no_grad()
     def take(self, tensors: Tensors) -> Tensors:
         """Copy these. What an earlier call gave is written over."""
         self._kept = {name: self._room(name, value) for name, value in tensors.items()}
-        for name, value in tensors.items():
-            self._kept[name].copy_(value.detach())
+        if tensors:
+            torch._foreach_copy_([*self._kept.values()], [*tensors.values()])
         return self._kept
 
     def _room(self, name: str, value: Tensor) -> Tensor:
         kept = self._kept.get(name)
-        if kept is not None and (kept.shape, kept.dtype) == (value.shape, value.dtype):
+        if kept is not None and kept.shape == value.shape:
             return kept
         return torch.empty_like(value, device="cpu", requires_grad=False)
 
