@@ -85,7 +85,7 @@ def arms(budget: Budget, seed: int) -> list[Arm]:
     """The seed's recipe, the default one, and the default one at a quarter of the images."""
     common = {
         "data.image_size": budget.image_size,
-        "evaluation.every_images": 10**12,
+        "evaluation.every_images": 10**10,
         "evaluation.samples": budget.samples,
         "evaluation.likelihood_images": budget.likelihood_images,
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality import BUDGETS, arms
 from diffusion.errors import RecipeError
 from diffusion.recipe import Network, Recipe, Start, flatten
 from diffusion.recipe_files import load_recipe, preset_names, recipe_keys
@@ -237,3 +238,8 @@ def test_a_job_on_gpus_never_goes_on_without_them() -> None:
 
 def cluster(*hosts: tuple[int, int]) -> Capacity:
     return Capacity(hosts=tuple(Host(cpus=cpus, gpus=gpus) for cpus, gpus in hosts))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_the_quality_benchmark_compares_are_recipes(budget: str) -> None:
+    assert [arm.recipe.data.images for arm in arms(BUDGETS[budget], seed=0)][:2] == [BUDGETS[budget].images] * 2
