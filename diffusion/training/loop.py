@@ -112,7 +112,7 @@ class HostCopy:
 
     def _room(self, name: str, value: Tensor) -> Tensor:
         kept = self._kept.get(name)
-        if kept is not None and kept.shape == value.shape:
+        if kept is not None and kept.shape == value.shape and kept.dtype == value.dtype:
             return kept
         return torch.empty_like(value, device="cpu", requires_grad=False)
 
