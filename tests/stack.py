@@ -102,7 +102,7 @@ def running_project(parent: Path, archive: Path, **environment: str) -> Iterator
         "OMP_NUM_THREADS": "1",  # as in conftest.py
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
-        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "15",  # a minute is long to wait for a night that was moved
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",  # a minute is long to wait for a night that was moved
         "PREFECT_PORT": str(free_port()),
         "MLFLOW_PORT": str(free_port()),
         **environment,
